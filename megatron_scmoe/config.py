@@ -1,0 +1,211 @@
+"""Every option of ScMoE, once, and every combination that cannot work.
+
+The command line is generated from this dataclass (arguments.py). It stands beside the host's
+TransformerConfig instead of deriving from it, because the host drops derived config classes with
+--multi-latent-attention (megatron/training/argument_utils.py:292).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
+
+
+@dataclass
+class ScMoEConfig:
+    """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
+
+    scmoe_shortcut_position: Literal["none", "pos1", "pos2", "pos3"] = "none"
+    """Where the routed experts read: pos1, the input of the MoE layer's attention; pos2, between
+    attention and MLP of the dense layer in front; pos3, the input of that dense layer; none, after
+    the MoE layer's own attention, which is stock Megatron."""
+
+    scmoe_combine: Literal["add", "cg1", "cg2"] = "cg1"
+    """How shared and routed outputs meet: add; cg1, a sigmoid gate on the shared expert; cg2, a
+    softmax gate on both."""
+
+    scmoe_shortcut_norm: Literal["own", "shared"] = "own"
+    """Norm of the tapped tensor: its own, or the norm that the main branch applies to the same
+    tensor (LongCat-Flash)."""
+
+    scmoe_post_norm: bool = False
+    """Normalise the sum of shared and routed outputs before the residual add."""
+
+    scmoe_overlap: bool = True
+    """Run the same steps, but wait for every all-to-all where it starts. Results are bitwise the
+    same."""
+
+    scmoe_expert_slot: int | None = None
+    """Number of dense operators of the window that run before the routed experts. Pos-1: attention,
+    shared expert (0..2). Pos-2: MLP, attention, shared expert (0..3). Pos-3: attention, MLP,
+    attention, shared expert (0..4). Default: 1, 1 and 2."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a shortcut at all."""
+        return self.scmoe_shortcut_position != "none"
+
+    @property
+    def expert_slot(self) -> int:
+        """Dense operators of the window before the routed experts."""
+        if self.scmoe_expert_slot is None:
+            return default_slot(self.scmoe_shortcut_position)
+        return self.scmoe_expert_slot
+
+    def check(self, config: TransformerConfig) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: one line that says what is wrong and what to do.
+        """
+        if not self.enabled:
+            return
+        position = self.scmoe_shortcut_position
+        assert position in POSITIONS
+        for option, is_set, reason in _UNSUPPORTED:
+            if is_set(config):
+                raise ValueError(f"{option} does not work with a shortcut: {reason}.")
+        if not 0 <= self.expert_slot <= len(window(position)):
+            operators = ", ".join(step.value for step in window(position))
+            raise ValueError(
+                f"--scmoe-expert-slot {self.expert_slot} is outside 0..{len(window(position))}, "
+                f"the window of {position} ({operators})."
+            )
+        if config.moe_shared_expert_gate != (self.scmoe_combine == "cg1"):
+            raise ValueError(
+                f"--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use "
+                f"{self.scmoe_combine}."
+            )
+        if _router_has_no_gradient(config):
+            raise ValueError(
+                "--moe-router-topk 1 with a softmax over the selected expert gives every weight 1 "
+                "and the router no gradient: add --moe-router-pre-softmax."
+            )
+        _check_layer_pattern(position, config)
+
+
+def _router_has_no_gradient(config: TransformerConfig) -> bool:
+    return (
+        config.moe_router_topk == 1
+        and config.moe_router_score_function == "softmax"
+        and not config.moe_router_pre_softmax
+    )
+
+
+def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
+    freq = config.moe_layer_freq
+    if isinstance(freq, int) and freq > 1:
+        repeats, rest = divmod(config.num_layers, freq)
+        advice = (
+            f"write --moe-layer-freq '([{','.join(['0'] * (freq - 1) + ['1'])}]*{repeats})'"
+            if rest == 0
+            else f"--num-layers {config.num_layers} is no multiple of {freq}, so write the pattern "
+            "as a list with a 0 in front of every 1"
+        )
+        raise ValueError(
+            f"--moe-layer-freq {freq} puts the MoE first; a shortcut needs the dense layer first: "
+            f"{advice}."
+        )
+    if position == "pos1":
+        return
+    pattern = [1] * config.num_layers if isinstance(freq, int) else freq
+    for layer, (before, here) in enumerate(zip([1, *pattern], pattern, strict=False)):
+        if here and before:
+            where = f"a dense layer in front of every MoE layer, and layer {layer + 1} has none"
+            raise ValueError(
+                f"--scmoe-shortcut-position {position} needs {where}: use pos1, which reads the "
+                f"MoE layer's own input, or --moe-layer-freq '([0,1]*{config.num_layers // 2})'."
+            )
+
+
+# What the host offers and a shortcut unit does not support: option, whether it is set, reason.
+_UNSUPPORTED: list[tuple[str, Callable[[TransformerConfig], bool], str]] = [
+    (
+        "A model without --num-experts",
+        lambda config: config.num_moe_experts is None,
+        "there are no routed experts to move; drop --scmoe-shortcut-position or add experts",
+    ),
+    (
+        "Leaving out --disable-bias-linear",
+        lambda config: config.add_bias_linear,
+        "the host's shared and routed experts have no biases",
+    ),
+    (
+        "--tensor-model-parallel-size > 1 without --sequence-parallel",
+        lambda config: config.tensor_model_parallel_size > 1 and not config.sequence_parallel,
+        "every token would be sent once per tensor parallel rank; add --sequence-parallel",
+    ),
+    (
+        "--moe-token-dispatcher-type other than alltoall",
+        lambda config: config.moe_token_dispatcher_type != "alltoall",
+        "only the all-to-all is split in start and wait",
+    ),
+    (
+        "--moe-shared-expert-overlap",
+        lambda config: config.moe_shared_expert_overlap,
+        "the unit already runs the shared expert beside the all-to-all",
+    ),
+    (
+        "--overlap-moe-expert-parallel-comm",
+        lambda config: config.overlap_moe_expert_parallel_comm,
+        "its schedule knows single layers only and would run the unit in the wrong order",
+    ),
+    (
+        "--delay-wgrad-compute",
+        lambda config: config.delay_wgrad_compute,
+        "it belongs to --overlap-moe-expert-parallel-comm",
+    ),
+    (
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        lambda config: config.overlap_dispatch_backward_with_experts_wgrad,
+        "it is wired into the host's dispatch, which the unit replaces",
+    ),
+    (
+        "--cuda-graph-impl",
+        lambda config: config.cuda_graph_impl != "none",
+        "the number of exchanged rows changes from step to step",
+    ),
+    (
+        "--mtp-num-layers",
+        lambda config: bool(config.mtp_num_layers),
+        "the host builds its multi-token prediction layers without the shortcut",
+    ),
+    (
+        "--moe-latent-size",
+        lambda config: config.moe_latent_size is not None,
+        "latent projections are not part of the unit's stages",
+    ),
+    (
+        "--heterogeneous-layers-config-path",
+        lambda config: config.heterogeneous_block_specs,
+        "layers of one unit would have different shapes",
+    ),
+    (
+        "--experimental-attention-variant",
+        lambda config: config.experimental_attention_variant is not None,
+        "the host builds its layers by another path",
+    ),
+    (
+        "--transformer-impl inference_optimized",
+        lambda config: config.transformer_impl == "inference_optimized",
+        "it replaces the dispatcher; use local or transformer_engine",
+    ),
+    (
+        "--fused-residual-rmsnorm",
+        lambda config: config.fused_residual_rmsnorm,
+        "the tapped tensor would not exist as a tensor",
+    ),
+    (
+        "--fine-grained-activation-offloading",
+        lambda config: config.fine_grained_activation_offloading,
+        "the units' steps are not offloading groups",
+    ),
+    (
+        "CPU offloading",
+        lambda config: config.cpu_offloading,
+        "the host counts its layers, not units",
+    ),
+]

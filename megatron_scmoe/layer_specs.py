@@ -1,0 +1,286 @@
+"""From configs to the specs of a pipeline stage: which attention layers form a unit, where it runs.
+
+On the command line and in the model's config, `num_layers` counts attention layers, as on the
+baseline. The host's TransformerBlock gets a copy that counts *block layers*: a Pos-2 or Pos-3 unit
+is one block layer that holds two attention layers. The translation happens in this file only.
+"""
+
+import copy
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import LNImpl, get_gpt_decoder_layer_specs
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.moe.moe_layer import ScMoELayer
+from megatron_scmoe.norm import SequenceParallelTorchNorm
+from megatron_scmoe.shortcut_layer import (
+    NumberedLayer,
+    ShortcutLayer,
+    ShortcutLayerSubmodules,
+)
+
+# 0-based numbers of the attention layers of one block layer.
+BlockLayer = tuple[int, ...]
+
+
+def block_layers(config: TransformerConfig, scmoe: ScMoEConfig) -> list[BlockLayer]:
+    """Group the attention layers into block layers.
+
+    A Pos-1 unit taps its own input, so it is one layer; Pos-2 and Pos-3 join each MoE layer with
+    the dense layer in front. Dense layers that no MoE layer follows stay plain.
+    """
+    pattern = moe_layer_pattern(config)
+    if scmoe.scmoe_shortcut_position == "pos1":
+        return [(layer,) for layer in range(config.num_layers)]
+    groups: list[BlockLayer] = []
+    for layer, is_moe in enumerate(pattern):
+        if is_moe:
+            groups[-1] = (*groups[-1], layer)
+        else:
+            groups.append((layer,))
+    return groups
+
+
+def moe_layer_pattern(config: TransformerConfig) -> list[int]:
+    """1 for every MoE layer, 0 for every dense layer."""
+    freq = config.moe_layer_freq
+    if isinstance(freq, int):
+        return [int(layer % freq == 0) for layer in range(config.num_layers)]
+    return freq
+
+
+def block_config(config: TransformerConfig, scmoe: ScMoEConfig) -> TransformerConfig:
+    """The config of the host's TransformerBlock: `num_layers` counts block layers.
+
+    A shallow copy, so that what the host computed from the number of attention layers (the output
+    layers' initialisation) stays.
+
+    Raises:
+        ValueError: a pipeline stage would cut a unit in two.
+    """
+    layers = block_layers(config, scmoe)
+    block = copy.copy(config)
+    block.num_layers = len(layers)
+    if config.pipeline_model_parallel_size > 1:
+        block.pipeline_model_parallel_layout = _block_layout(config, layers)
+        block.num_layers_in_first_pipeline_stage = None
+        block.num_layers_in_last_pipeline_stage = None
+        block.account_for_embedding_in_pipeline_split = False
+        block.account_for_loss_in_pipeline_split = False
+    return block
+
+
+def scmoe_block_spec(
+    config: TransformerConfig, scmoe: ScMoEConfig, vp_stage: int | None = None, pp_rank: int = 0
+) -> TransformerBlockSubmodules:
+    """Specs of the block layers that one pipeline stage builds.
+
+    Args:
+        config: the model's config; `num_layers` counts attention layers.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        pp_rank: pipeline rank.
+    """
+    layers = block_layers(config, scmoe)
+    if config.pipeline_model_parallel_size > 1:
+        block = block_config(config, scmoe)
+        offset = get_transformer_layer_offset(block, vp_stage, pp_rank)
+        layers = layers[offset : offset + get_num_layers_to_build(block, vp_stage, pp_rank)]
+
+    use_te = config.transformer_impl == "transformer_engine"
+    # The host's own specs, one per attention layer; the pattern was checked, every entry is used.
+    host_specs = with_sequence_parallel_norms(
+        get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=use_te,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
+        ),
+        config,
+    )
+    norm = _norm(config)
+    pattern = moe_layer_pattern(config)
+    specs = []
+    for layer in layers:
+        last = host_specs[layer[-1]].submodules
+        params = {"layer_config": config, "attention_number": layer[-1] + 1}
+        if pattern[layer[-1]]:
+            first = host_specs[layer[0]].submodules if len(layer) == 2 else None
+            specs.append(
+                ModuleSpec(
+                    module=ShortcutLayer,
+                    submodules=_unit_submodules(first, last, scmoe, norm),
+                    params={**params, "scmoe": scmoe},
+                )
+            )
+        else:
+            specs.append(ModuleSpec(module=NumberedLayer, submodules=last, params=params))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def with_sequence_parallel_norms(spec: Any, config: TransformerConfig) -> Any:
+    """Replace the local spec's torch norms, which refuse sequence parallelism, in a (nested) spec.
+
+    Without sequence parallelism the spec is returned as it is.
+    """
+    if not config.sequence_parallel:
+        return spec
+    if spec is WrappedTorchNorm:
+        return SequenceParallelTorchNorm
+    if isinstance(spec, list):
+        return [with_sequence_parallel_norms(item, config) for item in spec]
+    if is_dataclass(spec) and not isinstance(spec, type):
+        spec = copy.copy(spec)
+        for field in fields(spec):
+            value = getattr(spec, field.name)
+            setattr(spec, field.name, with_sequence_parallel_norms(value, config))
+    return spec
+
+
+def _norm(config: TransformerConfig) -> LayerNormBuilder:
+    """The norm that stands on its own: Transformer Engine's, apex's or torch's."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    # apex has no RMSNorm that the host would use.
+    host_norm = WrappedTorchNorm if config.normalization == "RMSNorm" else LNImpl
+    return with_sequence_parallel_norms(host_norm, config)
+
+
+def _unit_submodules(
+    dense: TransformerLayerSubmodules | None,
+    moe: TransformerLayerSubmodules,
+    scmoe: ScMoEConfig,
+    norm: LayerNormBuilder,
+) -> ShortcutLayerSubmodules:
+    own = {field.name: getattr(moe, field.name) for field in fields(moe)}
+    # The host's MLP slot is a partial of MoELayer with the submodules bound.
+    assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
+    own["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
+    # Only the local spec calls this norm a part of linear_fc1 on disk; in a MoE layer it stands on
+    # its own with Transformer Engine. One name for both.
+    own["sharded_state_dict_keys_map"] = {
+        old: new
+        for old, new in moe.sharded_state_dict_keys_map.items()
+        if old != "pre_mlp_layernorm."
+    }
+    if scmoe.scmoe_shortcut_norm == "shared":
+        if scmoe.scmoe_shortcut_position == "pos1":
+            own.update(_unfused(own, "input_layernorm", norm))
+        elif dense is not None:
+            tapped = "pre_mlp_layernorm"
+            if scmoe.scmoe_shortcut_position == "pos3":
+                tapped = "input_layernorm"
+            values = {field.name: getattr(dense, field.name) for field in fields(dense)}
+            dense = TransformerLayerSubmodules(**{**values, **_unfused(values, tapped, norm)})
+    return ShortcutLayerSubmodules(
+        **own,
+        dense_layer=dense,
+        shortcut_layernorm=norm if scmoe.scmoe_shortcut_norm == "own" else IdentityOp,
+        post_layernorm=norm if scmoe.scmoe_post_norm else IdentityOp,
+    )
+
+
+def _unfused(submodules: dict[str, Any], name: str, norm: LayerNormBuilder) -> dict[str, Any]:
+    """Give a layer a separate norm where Transformer Engine fuses it into the next linear layer.
+
+    A fused norm's output does not exist as a tensor, so the routed experts could not share it.
+    The name on disk stays that of the fused layer.
+    """
+    if submodules[name] is not IdentityOp:
+        return {}
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    linear = TESpecProvider().column_parallel_linear()
+    keys = dict(submodules["sharded_state_dict_keys_map"])
+    if name == "input_layernorm":
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        attention = copy.copy(submodules["self_attention"])
+        attention.submodules = copy.copy(attention.submodules)
+        attention.submodules.linear_qkv = linear
+        return {name: norm, "self_attention": attention, "sharded_state_dict_keys_map": keys}
+    keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    mlp_submodules = copy.copy(submodules["mlp"].keywords["submodules"])
+    mlp_submodules.linear_fc1 = linear
+    mlp = partial(submodules["mlp"].func, submodules=mlp_submodules)
+    return {name: norm, "mlp": mlp, "sharded_state_dict_keys_map": keys}
+
+
+def _stages(config: TransformerConfig) -> list[list[range]]:
+    """Attention layers of every stage, as [virtual stage][pipeline rank]."""
+    pp_size = config.pipeline_model_parallel_size
+    vp_size = config.virtual_pipeline_model_parallel_size or 1
+    layout = config.pipeline_model_parallel_layout
+    stages: list[list[range]] = []
+    next_layer = 0
+    for vp_stage in range(vp_size):
+        stages.append([])
+        for pp_rank in range(pp_size):
+            if layout is not None:
+                count = layout.layout[pp_rank][vp_stage].count(LayerType.decoder)
+            else:
+                stage = vp_stage if vp_size > 1 else None
+                count = get_num_layers_to_build(config, stage, pp_rank)
+            stages[-1].append(range(next_layer, next_layer + count))
+            next_layer += count
+    return stages
+
+
+def _block_layout(
+    config: TransformerConfig, layers: list[BlockLayer]
+) -> PipelineParallelLayerLayout:
+    """The same split into stages, counted in block layers.
+
+    Raises:
+        ValueError: a stage ends inside a unit.
+    """
+    cuts = {layer[-1] for layer in layers if len(layer) > 1}
+    rows: list[list[LayerType]] = []
+    for vp_stage, ranks in enumerate(_stages(config)):
+        for pp_rank, stage in enumerate(ranks):
+            if len(stage) > 0 and stage.start in cuts:
+                raise ValueError(_cut_message(config, layers, vp_stage, pp_rank, stage))
+            count = sum(1 for layer in layers if layer[0] in stage)
+            rows.append([LayerType.decoder] * count)
+    rows[0].insert(0, LayerType.embedding)
+    rows[-1].append(LayerType.loss)
+    return PipelineParallelLayerLayout(rows, config.pipeline_model_parallel_size)
+
+
+def _cut_message(
+    config: TransformerConfig,
+    layers: list[BlockLayer],
+    vp_stage: int,
+    pp_rank: int,
+    stage: range,
+) -> str:
+    virtual = config.virtual_pipeline_model_parallel_size
+    where = f"pipeline stage {pp_rank}" + (f" (virtual stage {vp_stage})" if virtual else "")
+    stages = config.pipeline_model_parallel_size * (virtual or 1)
+    # As even as units allow: block layer i goes to stage i * stages // len(layers).
+    sizes = [0] * stages
+    for index, layer in enumerate(layers):
+        sizes[index * stages // len(layers)] += len(layer)
+    rows = ["t" * size for size in sizes]
+    rows[0], rows[-1] = "E" + rows[0], rows[-1] + "L"
+    return (
+        f"{where} would start at layer {stage.start + 1}, inside the unit of layers {stage.start} "
+        f"and {stage.start + 1}: a unit cannot be cut. Use for example "
+        f"--pipeline-model-parallel-layout '{'|'.join(rows)}'."
+    )

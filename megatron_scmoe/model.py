@@ -1,0 +1,79 @@
+"""A GPT model with shortcut units, built by the host's own builder."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import get_pg_rank
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.layer_specs import (
+    block_config,
+    scmoe_block_spec,
+    with_sequence_parallel_norms,
+)
+
+
+@dataclass(kw_only=True)
+class ScMoEModelConfig(GPTModelConfig):
+    """The host's model config, and ours beside it."""
+
+    builder: ClassVar[str] = "megatron_scmoe.model.ScMoEModelBuilder"
+    scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
+
+
+class ScMoEModelBuilder(GPTModelBuilder):
+    """Builds the host's GPTModel from shortcut units; without a shortcut, the stock model."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        model_config = copy.copy(self._model_config)
+        config, scmoe = model_config.transformer, model_config.scmoe
+        if scmoe.enabled:
+            spec = scmoe_block_spec(config, scmoe, vp_stage, get_pg_rank(pg_collection.pp))
+            model_config.transformer = block_config(config, scmoe)
+        else:
+            spec = with_sequence_parallel_norms(default_layer_spec(model_config, vp_stage), config)
+        model_config.transformer_layer_spec = lambda _: spec
+        model = GPTModelBuilder(model_config).build_model(
+            pg_collection, pre_process, post_process, vp_stage
+        )
+        if scmoe.enabled:
+            # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
+            # and overrides one method.
+            model.decoder.__class__ = ShortcutBlock
+        return model
+
+
+class ShortcutBlock(TransformerBlock):
+    """A block whose checkpoints have the baseline's names.
+
+    On disk every attention layer is `layers.<its number - 1>`, in whichever unit, stage or
+    position it runs, so that a checkpoint loads at another pipeline split, at another shortcut
+    position, and from the stock baseline. In memory a unit is one layer.
+    """
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        names: dict[str, str] = {}
+        for layer in self.layers:
+            block_name = f"{prefix}layers.{layer.layer_number - 1}."
+            number = layer.attention_number
+            # The longer prefix first: the first match wins.
+            names[f"{block_name}dense_layer."] = f"{prefix}layers.{number - 2}."
+            names[block_name] = f"{prefix}layers.{number - 1}."
+        apply_prefix_mapping(state_dict, names)
+        return state_dict

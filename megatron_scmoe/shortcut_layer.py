@@ -1,0 +1,269 @@
+"""One shortcut unit: a dense layer, a MoE layer, and the shortcut between them.
+
+    h --attention--> a --MLP--> m --attention--> b --------- shared expert --+--> out
+    |                |          |                                            |
+    pos3             pos2       pos1   (tap)                                  |
+    +---> norm > router > dispatch ......... experts ......... combine -------+
+
+    H_{l+1} = H_{l+1}^MH + c_s SE(H_{l+1}^MH) + c_r sum_i G(z)_i E_i(z)   [arXiv:2404.05019, (7)-(10)]
+
+The tapped tensor z never leaves the unit, so neither pipeline stages nor recomputation can cut the
+shortcut. To the host's TransformerBlock a unit is one layer: `layer_number` counts the block's
+layers. Attention, router and logs inside it use the number of their attention layer, as on the
+baseline. A Pos-1 unit reads its own MoE layer's input and has no dense layer.
+
+Shapes: s sequence / TP, b batch, h hidden
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_block import get_transformer_layer_offset
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.moe.moe_layer import SharedOutput
+from megatron_scmoe.moe.token_dispatcher import DispatchState, ExpertInput
+from megatron_scmoe.overlap.schedule import build_schedule
+
+
+class NumberedLayer(TransformerLayer):
+    """A host layer whose position in the block differs from the number of its attention layer.
+
+    Args:
+        config: the block's config, which counts block layers.
+        layer_config: the model's config, which counts attention layers.
+        attention_number: 1-based number of the attention layer over the whole model.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_config: TransformerConfig,
+        attention_number: int,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        super().__init__(
+            config=layer_config,
+            submodules=submodules,
+            layer_number=attention_number,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            add_layer_offset=False,
+        )
+        self.attention_number = attention_number
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, get_pg_rank(pg_collection.pp)
+        )
+
+
+@dataclass
+class ShortcutLayerSubmodules(TransformerLayerSubmodules):
+    """The MoE layer's submodules, and what the shortcut adds to them."""
+
+    dense_layer: TransformerLayerSubmodules | None = None
+    """The dense layer in front; None for Pos-1."""
+    shortcut_layernorm: LayerNormBuilder = IdentityOp
+    """Norm of the tapped tensor, if it has one of its own."""
+    post_layernorm: LayerNormBuilder = IdentityOp
+    """Norm of the merged output before the residual add, if there is one."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass through a unit: what its steps hand on."""
+
+    hidden_states: Tensor
+    """Main branch, [s, b, h]."""
+    attention_arguments: dict[str, Any]
+    padding_mask: Tensor | None
+    packed_seq_params: Any
+    context: Tensor | None = None
+    tap: tuple[Tensor, Tensor, Tensor] | None = None
+    """Normed z [s, b, h], router weights and routing map [T, E]."""
+    samples: int | None = None
+    """Micro-batch size, if z was un-flattened from a packed sequence."""
+    exchange: DispatchState | None = None
+    rows: ExpertInput | None = None
+    expert_output: Tensor | None = None
+    shared: SharedOutput | None = None
+    routed_output: Tensor | None = None
+
+
+class ShortcutLayer(NumberedLayer):
+    """Dense layer + MoE layer with a shortcut around the dense work between tap and merge."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ShortcutLayerSubmodules,
+        scmoe: ScMoEConfig,
+        layer_config: TransformerConfig,
+        attention_number: int,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_config=layer_config,
+            attention_number=attention_number,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        self.schedule = build_schedule(
+            scmoe.scmoe_shortcut_position, scmoe.expert_slot, scmoe.scmoe_overlap
+        )
+        if submodules.dense_layer is not None:
+            self.dense_layer = build_module(
+                ModuleSpec(module=TransformerLayer, submodules=submodules.dense_layer),
+                config=layer_config,
+                layer_number=attention_number - 1,
+                pg_collection=self.pg_collection,
+                vp_stage=vp_stage,
+                add_layer_offset=False,
+            )
+        self.shortcut_layernorm = submodules.shortcut_layernorm(
+            config=layer_config,
+            hidden_size=layer_config.hidden_size,
+            eps=layer_config.layernorm_epsilon,
+        )
+        self.post_layernorm = submodules.post_layernorm(
+            config=layer_config,
+            hidden_size=layer_config.hidden_size,
+            eps=layer_config.layernorm_epsilon,
+        )
+        self._shared_norm = scmoe.scmoe_shortcut_norm == "shared"
+        self._position = scmoe.scmoe_shortcut_position
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **attention_arguments: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the schedule.
+
+        Args:
+            hidden_states: [s, b, h].
+            attention_mask: [1 or b, 1, s, s], bool, True where masked.
+            padding_mask: [b, s], True for padding; only the router's losses use it.
+            packed_seq_params: the host's description of packed sequences.
+            attention_arguments: further arguments of the host's attention.
+
+        Returns:
+            hidden states [s, b, h], and the context that the host's block passes on.
+        """
+        run = _Pass(
+            hidden_states=hidden_states,
+            attention_arguments={
+                "attention_mask": attention_mask,
+                "padding_mask": padding_mask,
+                "packed_seq_params": packed_seq_params,
+                **attention_arguments,
+            },
+            padding_mask=padding_mask,
+            packed_seq_params=packed_seq_params,
+            context=attention_arguments.get("context"),
+        )
+        for step in self.schedule:
+            getattr(self, step.value)(run)
+        return run.hidden_states, run.context
+
+    # Dense work. ------------------------------------------------------------------------------
+
+    def dense_attention(self, run: _Pass) -> None:
+        """H_l^MH = H_{l-1} + MultiHead(H_{l-1})  [(10)]"""
+        run.hidden_states, run.context = self.dense_layer._forward_attention(
+            run.hidden_states, **run.attention_arguments
+        )
+
+    def dense_mlp(self, run: _Pass) -> None:
+        """H_l^MLP = H_l^MH + MLP(H_l^MH)  [(9)]"""
+        run.hidden_states = self.dense_layer._forward_mlp(
+            run.hidden_states, run.attention_arguments.get("inference_context")
+        )
+
+    def attention(self, run: _Pass) -> None:
+        """H_{l+1}^MH = H_l^MLP + MultiHead(H_l^MLP)  [(8)]"""
+        run.hidden_states, run.context = self._forward_attention(
+            run.hidden_states, **run.attention_arguments
+        )
+
+    def shared_expert(self, run: _Pass) -> None:
+        """c_s SE(H_{l+1}^MH)  [(7)]"""
+        run.shared = self.mlp.shared_expert(self._forward_pre_mlp_layernorm(run.hidden_states))
+
+    # Routed work. -----------------------------------------------------------------------------
+
+    def route(self, run: _Pass) -> None:
+        """Tap the main branch: z, G(z) and the experts of every token."""
+        z = self._shortcut_norm(run.hidden_states)
+        z, padding_mask, run.samples = self._maybe_unflatten_for_moe(
+            z, run.padding_mask, run.packed_seq_params
+        )
+        if padding_mask is not None:
+            padding_mask = padding_mask.transpose(0, 1).bool()
+        run.tap = (z, *self.mlp.route(z, padding_mask))
+
+    def start_dispatch(self, run: _Pass) -> None:
+        assert run.tap is not None
+        run.exchange = self.mlp.start_dispatch(*run.tap)
+        run.tap = None
+
+    def wait_dispatch(self, run: _Pass) -> None:
+        run.rows = self.mlp.wait_dispatch(run.exchange)
+
+    def experts(self, run: _Pass) -> None:
+        """G(z)_i E_i(z)  [(7)]"""
+        run.expert_output = self.mlp.routed_experts(run.rows)
+        run.rows = None
+
+    def start_combine(self, run: _Pass) -> None:
+        run.exchange = self.mlp.start_combine(run.expert_output, run.exchange)
+        run.expert_output = None
+
+    def wait_combine(self, run: _Pass) -> None:
+        routed_output = self.mlp.wait_combine(run.exchange)
+        run.routed_output = self._maybe_reflatten_from_moe(
+            routed_output, run.packed_seq_params, run.samples
+        )
+        run.exchange = None
+
+    def merge(self, run: _Pass) -> None:
+        """H_{l+1} = H_{l+1}^MH + [norm] (c_s SE + c_r sum_i G_i E_i)  [(7), (14)-(17)]"""
+        merged = self.post_layernorm(self.mlp.merge(run.routed_output, run.shared))
+        residual = run.hidden_states
+        if self.config.fp32_residual_connection:
+            residual = residual.float()
+        run.hidden_states = self._forward_post_mlp((merged, None), residual)
+
+    def _shortcut_norm(self, tapped: Tensor) -> Tensor:
+        """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
+        which is the norm that the main branch applies to the same tensor."""
+        if not self._shared_norm:
+            return self.shortcut_layernorm(tapped)
+        if self._position == "pos1":
+            return self.input_layernorm(tapped)
+        if self._position == "pos2":
+            return self.dense_layer.pre_mlp_layernorm(tapped)
+        return self.dense_layer.input_layernorm(tapped)
