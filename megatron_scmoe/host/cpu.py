@@ -1,0 +1,265 @@
+"""The CPU backend: what stands in for `torch.cuda` where there is no CUDA device.
+
+`torch.cuda.is_available()` stays False, so whatever asks takes its own CPU branch (Adam's
+graph-capture check, pinned memory, checkpoint writers). Only what the host calls without asking
+is replaced. Collectives run over gloo, random numbers come from torch's default CPU generator.
+"""
+
+import functools
+import logging
+import os
+import resource
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def no_cuda_device() -> bool:
+    """The one question about the device in this package."""
+    return not torch.cuda.is_available()
+
+
+# Streams and events: work on the CPU is finished when the call returns.
+
+
+class CpuStream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: "CpuStream") -> None:
+        pass
+
+    def wait_event(self, event: "CpuEvent") -> None:
+        pass
+
+    def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
+        event = event or CpuEvent()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class CpuEvent:
+    """An event that remembers when it was recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: CpuStream | None = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: CpuStream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "CpuEvent") -> float:
+        """Milliseconds, as `torch.cuda.Event.elapsed_time`."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+CURRENT_STREAM = CpuStream()
+
+
+def current_stream(device: Any = None) -> CpuStream:
+    return CURRENT_STREAM
+
+
+def stream(stream: CpuStream | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+# Device queries.
+
+
+def current_device() -> torch.device:
+    return CPU
+
+
+def device_count() -> int:
+    """One per process of this node: the host skips its parallel groups and seeds where it is 0."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def get_device_properties(device: Any = None) -> SimpleNamespace:
+    """Compute capability 10, the first one for which the host does not demand
+    CUDA_DEVICE_MAX_CONNECTIONS=1 (training/arguments.py:1412)."""
+    return SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1, total_memory=0)
+
+
+def memory_stats(device: Any = None) -> dict[str, int]:
+    """The process's resident memory in bytes under the names of the CUDA allocator."""
+    with open("/proc/self/statm") as file:
+        current = int(file.read().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sizes = {"current": current, "peak": max(current, peak)}
+    kinds = ("allocated_bytes", "reserved_bytes")
+    return {f"{kind}.all.{when}": sizes[when] for kind in kinds for when in sizes} | {
+        "allocation.all.current": 0
+    }
+
+
+# Random numbers: one generator, where the host keeps one for the CPU and one for CUDA.
+
+
+def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+def manual_seed(seed: int) -> None:
+    """Not `torch.manual_seed`, which calls the function this one replaces."""
+    torch.default_generator.manual_seed(seed)
+
+
+# Tensors.
+
+
+def stay(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`x.cuda()` of something that is where it belongs."""
+    return tensor_or_module
+
+
+def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor factory that reads `device="cuda"` as the CPU."""
+
+    @functools.wraps(factory)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return replacement
+
+
+def cuda_type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()` that names float tensors as the host's comparisons expect."""
+
+    @functools.wraps(type_)
+    def replacement(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    return replacement
+
+
+def maybe_move_tensor_to_cpu(
+    tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> Any:
+    """The host converts the all-to-all's splits to numpy only when it moves them off the GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def allow_no_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(initialize_megatron, allow_no_cuda=True)
+
+
+# Options and messages.
+
+
+class CpuOption(NamedTuple):
+    """An option that the CPU backend switches: `args.<dest> = value`.
+
+    Where `only` is given, other values than that one are left alone.
+    """
+
+    dest: str
+    value: Any
+    flag: str
+    reason: str
+    only: Any = None
+
+
+CPU_OPTIONS = (
+    CpuOption("distributed_backend", "gloo", "--distributed-backend gloo", "NCCL needs CUDA"),
+    CpuOption(
+        "transformer_impl", "local", "--transformer-impl local", "Transformer Engine needs CUDA"
+    ),
+    CpuOption(
+        "gradient_accumulation_fusion",
+        False,
+        "--no-gradient-accumulation-fusion",
+        "Apex or Transformer Engine kernel",
+    ),
+    CpuOption("masked_softmax_fusion", False, "--no-masked-softmax-fusion", "CUDA kernel"),
+    CpuOption("apply_rope_fusion", False, "--no-rope-fusion", "Transformer Engine kernel"),
+    CpuOption("no_persist_layer_norm", True, "--no-persist-layer-norm", "Apex kernel"),
+    CpuOption("cross_entropy_loss_fusion", False, "no --cross-entropy-loss-fusion", "CUDA kernel"),
+    CpuOption("moe_grouped_gemm", False, "no --moe-grouped-gemm", "Transformer Engine kernel"),
+    CpuOption("moe_permute_fusion", False, "no --moe-permute-fusion", "Transformer Engine kernel"),
+    CpuOption("moe_router_fusion", False, "no --moe-router-fusion", "Transformer Engine kernel"),
+    CpuOption(
+        "moe_token_dispatcher_type",
+        "alltoall",
+        "--moe-token-dispatcher-type alltoall",
+        "DeepEP and HybridEP need CUDA",
+        only="flex",
+    ),
+    CpuOption("tp_comm_overlap", False, "no --tp-comm-overlap", "Transformer Engine user buffers"),
+    CpuOption("cuda_graph_impl", "none", "--cuda-graph-impl none", "CUDA graphs"),
+    CpuOption("async_save", False, "no --async-save", "pinned staging buffers"),
+)
+
+
+def apply_cpu_defaults(args: Namespace) -> None:
+    """Make a GPU command line runnable here and say, in one line from one rank, how.
+
+    Call it between the host's `parse_args` and `validate_args`. Does nothing with a CUDA device.
+    """
+    if not no_cuda_device():
+        return
+    switched = []
+    for option in CPU_OPTIONS:
+        value = getattr(args, option.dest)
+        if value != option.value and option.only in (None, value):
+            setattr(args, option.dest, option.value)
+            switched.append(option.flag)
+    if args.rank == 0:
+        print(f"No CUDA device: CPU backend. Switched: {', '.join(switched) or 'nothing'}")
+
+
+class Noise(NamedTuple):
+    """A message of the host that says nothing on a CPU: regular expression and reason."""
+
+    message: str
+    reason: str
+
+
+NOISE = (
+    Noise("Transformer Engine and Apex are not installed", "known; torch's optimizers are used"),
+    Noise("Apex is not installed", "known; torch's norms are used"),
+    Noise("Only transformer-engine", "the local experts are used"),
+    Noise("CPU RNG state changed within GPU RNG context", "there is one generator, the CPU's"),
+    Noise(".*pin_memory", "nothing to pin"),
+)
+
+
+def silence_noise() -> None:
+    """Drop the messages of `NOISE`, whether warned or logged."""
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise.message)
+    rng_log = logging.getLogger("megatron.core.tensor_parallel.random")
+    rng_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

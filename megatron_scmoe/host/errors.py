@@ -1,0 +1,58 @@
+"""User errors: one line from one rank, exit code 2, no traceback.
+
+The host checks options with bare asserts and lets every rank print its own traceback. These
+checks give the same answer on every rank, so rank 0 speaks and all ranks leave together, before
+any process group exists that could hang.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+USER_ERRORS = (
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    ValueError,
+    argparse.ArgumentTypeError,
+)
+EXIT_CODE = 2
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Report the host's and our refusals raised inside the block as one line and exit.
+
+    Wrap parsing, validation and building the configuration with it, never training: there a
+    traceback is the right answer.
+    """
+    try:
+        yield
+    except USER_ERRORS as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
+    """Let the parser raise instead of printing the host's several hundred lines of usage."""
+
+    def error(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def _message(error: BaseException) -> str:
+    """The error's text on one line; for a bare assert, the condition that did not hold."""
+    text = " ".join(str(error).split())
+    if text:
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {frame.line} ({Path(frame.filename).name}:{frame.lineno})"

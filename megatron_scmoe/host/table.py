@@ -1,0 +1,262 @@
+"""The one table of host symbols replaced at run time.
+
+A row names the symbol, where the host uses it, when and why it is replaced. The condition "cpu"
+is a machine without a CUDA device; the others are defects of the wheel. With a CUDA device and a
+sound installation nothing is replaced. Host lines are those of megatron-core 0.19.2.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron_scmoe.host import cpu, wheel
+
+CONDITIONS: dict[str, Callable[[], bool]] = {
+    "cpu": cpu.no_cuda_device,
+    "no Makefile": wheel.makefile_missing,
+    "no TE or Apex": wheel.te_and_apex_missing,
+}
+
+
+class Replacement(NamedTuple):
+    """One replaced symbol; `make` turns the original into its replacement."""
+
+    symbol: str
+    condition: str
+    host_file: str
+    reason: str
+    make: Callable[[Any], Any]
+
+
+def _use(value: Any) -> Callable[[Any], Any]:
+    """A replacement that does not need the original."""
+    return lambda original: value
+
+
+def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -> Replacement:
+    return Replacement(symbol, "cpu", host_file, reason, make)
+
+
+FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
+
+TABLE: tuple[Replacement, ...] = (
+    Replacement(
+        "megatron.core.datasets.utils.compile_helpers",
+        "no Makefile",
+        "training/initialize.py:165",
+        "runs make, but the wheel ships no Makefile: rank 0 exits, the others hang",
+        wheel.skip_compiling,
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+        "no TE or Apex",
+        "core/optimizer/distrib_optimizer.py:839",
+        "asserts one step value, torch's AdamW has none before its first update: no resume",
+        wheel.state_dict_before_first_step,
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
+        "no TE or Apex",
+        "core/optimizer/distrib_optimizer.py:1027",
+        "shares one step tensor between all parameters: wrong bias correction after a resume",
+        wheel.load_state_dict_with_own_steps,
+    ),
+    _cpu(
+        "megatron.training.training.initialize_megatron",
+        "training/initialize.py:66",
+        "pretrain does not pass allow_no_cuda",
+        cpu.allow_no_cuda,
+    ),
+    _cpu(
+        "torch._dynamo.config.disable",
+        "core/jit.py:23",
+        "torch.compile'd fusions: compiling costs minutes and gains nothing here",
+        _use(True),
+    ),
+    _cpu(
+        "torch.cuda.current_device",
+        "core/tensor_parallel/layers.py:305",
+        "device of parameters and buffers",
+        _use(cpu.current_device),
+    ),
+    _cpu(
+        "torch.cuda.device_count",
+        "training/initialize.py:270",
+        "0 skips parallel groups and seeds",
+        _use(cpu.device_count),
+    ),
+    _cpu(
+        "torch.cuda.set_device",
+        "training/initialize.py:282",
+        "one device only",
+        _use(cpu.stay),
+    ),
+    _cpu(
+        "torch.cuda.synchronize",
+        "core/timers.py:152",
+        "nothing is pending",
+        _use(lambda device=None: None),
+    ),
+    _cpu(
+        "torch.cuda.get_device_properties",
+        "training/utils/common_utils.py:504",
+        "architecture checks of the options",
+        _use(cpu.get_device_properties),
+    ),
+    _cpu(
+        "torch.cuda.memory_stats",
+        "training/training.py:2742",
+        "--log-memory-to-tensorboard",
+        _use(cpu.memory_stats),
+    ),
+    _cpu(
+        "torch.cuda.memory.memory_stats",
+        "training/utils/common_utils.py:322",
+        "memory report; the same function under its other name",
+        _use(cpu.memory_stats),
+    ),
+    _cpu(
+        "torch.cuda.Stream",
+        "core/transformer/moe/token_dispatcher.py:469",
+        "no streams",
+        _use(cpu.CpuStream),
+    ),
+    _cpu("torch.cuda.Event", "core/utils.py", "no events", _use(cpu.CpuEvent)),
+    _cpu(
+        "torch.cuda.current_stream",
+        "core/transformer/moe/token_dispatcher.py:922",
+        "no streams",
+        _use(cpu.current_stream),
+    ),
+    _cpu(
+        "torch.cuda.stream",
+        "core/transformer/moe/token_dispatcher.py:925",
+        "no streams",
+        _use(cpu.stream),
+    ),
+    _cpu(
+        "torch.cuda.get_rng_state",
+        "core/tensor_parallel/random.py:303",
+        "the CPU generator",
+        _use(cpu.get_rng_state),
+    ),
+    _cpu(
+        "torch.cuda.set_rng_state",
+        "core/rerun_state_machine.py:992",
+        "the CPU generator",
+        _use(cpu.set_rng_state),
+    ),
+    _cpu(
+        "torch.cuda.manual_seed",
+        "core/tensor_parallel/random.py:305",
+        "the CPU generator",
+        _use(cpu.manual_seed),
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+        "core/tensor_parallel/random.py:318",
+        "the CPU generator",
+        _use(cpu.get_rng_state),
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        "core/tensor_parallel/random.py:323",
+        "the CPU generator",
+        _use(cpu.set_rng_state),
+    ),
+    _cpu(
+        "torch.Tensor.cuda",
+        "core/tensor_parallel/data.py:84",
+        "tensors stay on the CPU",
+        _use(cpu.stay),
+    ),
+    _cpu(
+        "torch.nn.Module.cuda",
+        "training/training.py:1818",
+        "modules stay on the CPU",
+        _use(cpu.stay),
+    ),
+    _cpu(
+        "torch.Tensor.type",
+        "core/optimizer/clip_grads.py:174",
+        "clipping and optimizers compare type() with 'torch.cuda.FloatTensor'",
+        cpu.cuda_type_name,
+    ),
+    _cpu(
+        "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+        "core/transformer/moe/moe_utils.py:1184",
+        "gloo's all-to-all wants splits as integers, not as a tensor",
+        _use(cpu.maybe_move_tensor_to_cpu),
+    ),
+    *(
+        _cpu(f"torch.{name}", "training/training.py:1131", 'device="cuda" literals', cpu.on_cpu)
+        for name in FACTORIES
+    ),
+)
+
+_MISSING = object()
+_undo: list[tuple[Any, str, Any]] = []  # owner, attribute, the owner's own original
+
+
+def apply_replacements() -> list[Replacement]:
+    """Replace what this machine needs, once per process, and return the rows applied.
+
+    Call it before the first import from `megatron`: messages of that import are filtered too.
+    """
+    if _undo:
+        return []
+    if cpu.no_cuda_device():
+        cpu.silence_noise()
+    rows = applicable_rows()
+    for row in rows:
+        owner, name = _locate(row.symbol)
+        inherited = isinstance(owner, type) and name not in vars(owner)
+        _undo.append((owner, name, _MISSING if inherited else getattr(owner, name)))
+        setattr(owner, name, row.make(getattr(owner, name)))
+    return rows
+
+
+def restore() -> None:
+    """Undo `apply_replacements`: for tests that look at the originals."""
+    while _undo:
+        owner, name, original = _undo.pop()
+        if original is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def applicable_rows() -> list[Replacement]:
+    """The rows whose condition holds on this machine."""
+    holds = {name: condition() for name, condition in CONDITIONS.items()}
+    return [row for row in TABLE if holds[row.condition]]
+
+
+def format_table(rows: tuple[Replacement, ...] = TABLE) -> str:
+    """The rows as aligned columns."""
+    cells = [("symbol", "condition", "host file", "reason")] + [row[:4] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+    return "\n".join(lines)
+
+
+def _locate(symbol: str) -> tuple[Any, str]:
+    """The object that holds the symbol and the symbol's name in it."""
+    parts = symbol.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            owner: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:-1]:
+            owner = getattr(owner, part, _MISSING)
+        if hasattr(owner, parts[-1]):
+            return owner, parts[-1]
+        break
+    raise AttributeError(
+        f"{symbol} does not exist here: megatron_scmoe.host.table is written for "
+        "megatron-core 0.19.2"
+    )
