@@ -1,0 +1,159 @@
+"""One line of JSON to token ids, or the reason why not."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_scmoe.data.corpus import Batch
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is not a document: where (lines count from 1) and why."""
+
+    path: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}: {self.reason}"
+
+
+@dataclass
+class EncodedBatch:
+    """The documents of a batch.
+
+    tokens: for each key the ids of all documents, one after the other.
+    lengths: for each key and document the number of ids of each sequence; a document without ids
+    has no sequence.
+    text_bytes: size of the lines, packed or not on disk; disk_bytes: as in Batch.
+    repaired: number of unpaired surrogates that became U+FFFD.
+    """
+
+    tokens: dict[str, np.ndarray]
+    lengths: dict[str, list[list[int]]]
+    documents: int = 0
+    text_bytes: int = 0
+    disk_bytes: int = 0
+    repaired: int = 0
+    bad_lines: list[BadLine] = field(default_factory=list)
+
+
+class Encoder:
+    """Turns batches of lines into batches of ids; Megatron-LM's rules, ours only where it stops.
+
+    Megatron-LM's: a document is one sequence, or with `split` one for each sentence that has ids;
+    the end-of-document id goes to the last sequence, and an empty document gets none.
+    Ours: blank lines are skipped; unpaired surrogates, which no tokenizer accepts, become U+FFFD;
+    a text that is empty has no ids where the tokenizer cannot read it (NullTokenizer).
+
+    keys: the strings of the JSON object that are encoded; a line bad in one is bad in all.
+    eod: id to append to documents, or None. split: text to sentences, or None.
+    dtype: of the ids on disk.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        keys: Sequence[str],
+        dtype: type[np.number],
+        eod: int | None = None,
+        split: Callable[[str], list[str]] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.keys = keys
+        self.dtype = dtype
+        self.eod = eod
+        self.split = split
+        try:
+            self._empty: list[int] = list(tokenizer.tokenize(""))
+        except ValueError:
+            self._empty = []
+
+    def __call__(self, batch: Batch) -> EncodedBatch:
+        ids: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
+        result = EncodedBatch({}, {key: [] for key in self.keys}, disk_bytes=batch.disk_bytes)
+        for number, line in enumerate(batch.lines, batch.first_line):
+            result.text_bytes += len(line)
+            if line.isspace() or not line:
+                continue
+            try:
+                texts, repaired = self._parse(line)
+                document = {key: self._encode(key, text) for key, text in texts.items()}
+            except _BadLineError as error:
+                result.bad_lines.append(BadLine(batch.path, number, str(error)))
+                continue
+            for key, (tokens, lengths) in document.items():
+                ids[key].append(tokens)
+                result.lengths[key].append(lengths)
+            result.documents += 1
+            result.repaired += repaired
+        nothing = np.empty(0, self.dtype)
+        result.tokens = {key: np.concatenate([nothing, *arrays]) for key, arrays in ids.items()}
+        return result
+
+    def _parse(self, line: bytes) -> tuple[dict[str, str], int]:
+        try:
+            data = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise _BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+        except json.JSONDecodeError as error:
+            raise _BadLineError(f"not valid JSON: {error.msg} (column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number or a nesting without measure
+            raise _BadLineError(f"not usable JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise _BadLineError(f"not a JSON object but {_json_type(data)}")
+        texts, repaired = {}, 0
+        for key in self.keys:
+            if key not in data:
+                present = ", ".join(repr(name) for name in list(data)[:8]) or "none"
+                raise _BadLineError(f"no key {key!r} (--json-keys); the line has: {present}")
+            text = data[key]
+            if not isinstance(text, str):
+                raise _BadLineError(f"the value of {key!r} is not a string but {_json_type(text)}")
+            if b"\\u" in line:  # the only way for a surrogate to get through
+                text, count = _LONE_SURROGATE.subn("\ufffd", text)
+                repaired += count
+            texts[key] = text
+        return texts, repaired
+
+    def _encode(self, key: str, text: str) -> tuple[np.ndarray, list[int]]:
+        document: list[int] = []
+        lengths: list[int] = []
+        try:
+            for sequence in [text] if self.split is None else self.split(text):
+                ids = self.tokenizer.tokenize(sequence) if sequence else self._empty
+                if len(ids) > 0:
+                    document.extend(ids)
+                    lengths.append(len(ids))
+        except Exception as error:  # each tokenizer library has its own; the cause is shown
+            raise _BadLineError(
+                f"the tokenizer refuses the value of {key!r}: {type(error).__name__}: {error}"
+            ) from error
+        if document and self.eod is not None:
+            document.append(self.eod)
+            lengths[-1] += 1
+        tokens = np.array(document, dtype=np.int64)
+        bounds = np.iinfo(np.dtype(self.dtype))
+        outside = tokens[(tokens < bounds.min) | (tokens > bounds.max)]
+        if outside.size:
+            raise _BadLineError(
+                f"{key!r} has the token id {outside[0]}, which {np.dtype(self.dtype)}, the type "
+                "chosen for the vocabulary size, cannot hold"
+            )
+        return tokens.astype(self.dtype), lengths
+
+
+class _BadLineError(ValueError):
+    pass
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")
