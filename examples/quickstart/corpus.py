@@ -158,6 +158,9 @@ def c_module_manual(name: str) -> str:
             described = inspect.isclass(member) or inspect.isroutine(member)
             if key.startswith("_") or not described or inspect.isfunction(member):
                 continue
+            # sys.excepthook and the like are there to be replaced, by a debugger for example.
+            if key.endswith("hook"):
+                continue
             # An exception re-exported from builtins is documented there.
             if inspect.isclass(member) and member.__module__ == "builtins" != name:
                 continue
@@ -226,7 +229,7 @@ def window_hashes(text: str, stride: int) -> npt.NDArray[np.uint64]:
     def powers(factor: int) -> npt.NDArray[np.uint64]:
         factors = np.full(len(codes), factor % 2**64, dtype=np.uint64)
         factors[0] = 1
-        return np.cumprod(factors)
+        return np.cumprod(factors, dtype=np.uint64)
 
     prefix = np.zeros(len(codes) + 1, dtype=np.uint64)
     np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * powers(base), out=prefix[1:])

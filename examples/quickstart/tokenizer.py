@@ -2,7 +2,9 @@
 
 Every byte is in the vocabulary, so any text round-trips exactly and there is no unknown token.
 The folder holds the two files that `--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR`
-reads; the end-of-document token is `<|endoftext|>`, id 0.
+reads; the end-of-document token is `<|endoftext|>`, id 0. `<|padding|>`, id 1, never occurs in
+documents: Megatron's GPTDataset takes a tokenizer without a padding id at its word and would
+pad with None (megatron/core/datasets/megatron_dataset.py:75, 0.19.2).
 """
 
 import argparse
@@ -15,8 +17,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 256 + 1
-"""The 256 bytes and the end-of-document token."""
+PADDING = "<|padding|>"
+MIN_VOCAB_SIZE = 256 + 2
+"""The 256 bytes and the two tokens above."""
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -33,15 +36,15 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` entries, the end-of-document token included."""
+    """A byte-level BPE of at most `vocab_size` entries, the the two special tokens included."""
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"--vocab-size {vocab_size} is below {MIN_VOCAB_SIZE}, one per byte + 1")
+        raise ValueError(f"--vocab-size {vocab_size} is below {MIN_VOCAB_SIZE}, one per byte + 2")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,6 +57,7 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: Path) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
         # Decoding must give back the text, not tidy its punctuation.
         "clean_up_tokenization_spaces": False,
         # Documents are packed into sequences later: no limit, and no warning, here.
@@ -71,10 +75,14 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tokenizer.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="tokenizer.py", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--input", type=Path, required=True, help='.jsonl with a "text" per line')
     parser.add_argument("--output-dir", type=Path, required=True, help="Megatron --tokenizer-model")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="entries, eos included")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="entries, special tokens included"
+    )
     return parser.parse_args(argv)
 
 
