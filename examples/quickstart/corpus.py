@@ -1,0 +1,364 @@
+"""A small real-text corpus that every machine with Python already has.
+
+Documents, one JSON object `{"text": ..., "source": ...}` a line:
+
+  library/...   whole modules of the running interpreter's standard library
+  manual/...    the documentation strings of its C modules, as prose
+  topics/...    the language reference sections behind `help("assert")`
+
+Left out: installed packages, data tables (character maps and the like), files that describe
+this machine rather than Python, and near duplicates of documents already taken. Library and
+documentation come first; the standard library's own tests only fill up to --max-megabytes.
+
+Held-out documents are drawn by a hash of their name, so the same Python version always gives
+the same two files. A held-out document that shares text with the training set is left out, and
+what overlap remains is measured and printed (see `window_hashes`).
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+WINDOW_CHARS = 200
+"""Length of the text windows compared between the splits, white space collapsed."""
+WINDOW_STRIDE = 20
+"""Distance between the held-out windows that are looked up, in characters."""
+MAX_SHARED_WINDOWS = 0.01
+"""A held-out document sharing more of its windows with the training set is left out."""
+SHINGLE_LINES = 3
+"""Near duplicates are found by runs of this many consecutive lines."""
+MAX_SHARED_SHINGLES = 0.5
+"""A document with a larger share of runs already seen is a near duplicate."""
+MAX_TABLE_SHARE = 0.4
+"""A module with a larger share of its characters in table rows is data, not prose or code."""
+MIN_CHARS = 400
+"""Shorter documents (mostly empty __init__.py files) teach nothing."""
+MAX_HELD_OUT_CHARS = 100_000
+"""Longer documents always go to the training set: one giant would be half the held-out text."""
+
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+"""pydoc_data holds the topics, which are documents of their own."""
+EXCLUDED_MODULES = re.compile(r"_sysconfig|sitecustomize|usercustomize|config-\d")
+"""Files that hold this machine's paths and build flags."""
+TEST_EXTENSIONS = re.compile(r"_?xx|_test|_ctypes_test")
+"""C modules that exist to test the interpreter."""
+TABLE_ROW = re.compile(
+    r"""\s*[\[({]*\s*(?:[burf]{0,2}['"]|[-+]?\d|None\b)[^=]*(?:[,\])}]\s*(?:\#.*)?|\#.*)$""",
+    re.IGNORECASE,
+)
+"""A line such as `'\\x41'  # LATIN ...`, `0x8a: 0x00e8,` or `("pattern", "text", SUCCEED),`."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the name it is sampled by."""
+
+    source: str
+    text: str
+
+
+def normalise(text: str) -> str:
+    """Collapse white space, so that re-indented or re-wrapped copies compare equal."""
+    return " ".join(text.split())
+
+
+def unit_hash(*parts: object) -> float:
+    """A reproducible number in [0, 1) that depends on nothing but `parts`."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+# ---- documents ----------------------------------------------------------------------------------
+
+
+def is_test(relative: Path) -> bool:
+    """Whether a library file belongs to the standard library's own tests."""
+    return any(part in {"tests", "idle_test"} or part.startswith("test") for part in relative.parts)
+
+
+def is_table(text: str) -> bool:
+    """Whether most of a module is rows of constants rather than code."""
+    rows = sum(len(line) for line in text.splitlines() if TABLE_ROW.match(line))
+    return rows > MAX_TABLE_SHARE * len(text)
+
+
+def read_module(path: Path) -> str:
+    """The source in its declared encoding; empty if it is undecodable (on purpose) or a table."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+    return "" if is_table(text) else text
+
+
+def library_paths(root: Path) -> list[Path]:
+    """The .py files below `root` worth reading, relative to it, in a fixed order."""
+    if not root.is_dir():
+        raise ValueError(f"the standard library's sources are not at {root}")
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    return sorted(
+        path
+        for path in paths
+        if not EXCLUDED_FOLDERS & set(path.parts)
+        and not any(EXCLUDED_MODULES.match(part) for part in path.parts)
+        and not (is_test(path) and any(part.endswith("data") for part in path.parts))
+    )
+
+
+def c_module_names() -> list[str]:
+    """The standard library's modules without Python source, builtins first."""
+    names = []
+    for name in sorted(sys.stdlib_module_names - {"builtins"}):
+        spec = importlib.util.find_spec(name)
+        suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+        is_c = spec is not None and (spec.origin or "").endswith(("built-in", *suffixes))
+        if is_c and not TEST_EXTENSIONS.match(name):
+            names.append(name)
+    return ["builtins", *names]
+
+
+def signature_of(member: object) -> str:
+    """The call signature as C code declares it, empty where it does not.
+
+    Not inspect.signature, which evaluates the defaults and so depends on the machine.
+    """
+    declared = getattr(member, "__text_signature__", None) or ""
+    return re.sub(r"\$\w+(?:, /)?(?:, )?", "", declared)
+
+
+def c_module_manual(name: str) -> str:
+    """The documentation strings of a C module and its public functions, classes and methods."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = importlib.import_module(name)
+    except ImportError:  # a system library is missing on this machine
+        return ""
+
+    def entries(owner: object, prefix: str, indent: str) -> Iterator[str]:
+        for key, member in sorted(vars(owner).items()):
+            described = inspect.isclass(member) or inspect.isroutine(member)
+            if key.startswith("_") or not described or inspect.isfunction(member):
+                continue
+            # sys.excepthook and the like are there to be replaced, by a debugger for example.
+            if key.endswith("hook"):
+                continue
+            # An exception re-exported from builtins is documented there.
+            if inspect.isclass(member) and member.__module__ == "builtins" != name:
+                continue
+            if doc := inspect.getdoc(member):
+                title = f"{indent}{prefix}{key}{signature_of(member)}"
+                yield "\n".join([title, *(f"{indent}    {line}" for line in doc.splitlines())])
+            if inspect.isclass(member):
+                yield from entries(member, f"{key}.", indent + "    ")
+
+    return "\n\n".join([f"Module {name}", inspect.getdoc(module) or "", *entries(module, "", "")])
+
+
+def candidates(seed: int) -> Iterator[Document]:
+    """Every document in sampling order, read only when asked for."""
+    from pydoc_data.topics import topics  # type: ignore[import-not-found]
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    readers: dict[str, Callable[[], str]] = {}
+    last = set()
+    for path in library_paths(root):
+        source = f"library/{path.as_posix()}"
+        readers[source] = lambda path=path: read_module(root / path)  # type: ignore[misc]
+        if is_test(path):
+            last.add(source)
+    for name in c_module_names():
+        readers[f"manual/{name}"] = lambda name=name: c_module_manual(name)  # type: ignore[misc]
+    for name, text in topics.items():
+        readers[f"topics/{name}"] = lambda text=text: text  # type: ignore[misc]
+    for source in sorted(readers, key=lambda source: (source in last, unit_hash(seed, source))):
+        yield Document(source, readers[source]())
+
+
+# ---- duplicates and leakage ---------------------------------------------------------------------
+
+
+def shingles(text: str) -> set[int]:
+    """Hashes of every run of `SHINGLE_LINES` non-blank lines, indentation ignored."""
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    last = max(1, len(lines) - SHINGLE_LINES + 1)
+    return {hash(tuple(lines[i : i + SHINGLE_LINES])) for i in range(last)}
+
+
+def without_duplicates(documents: Iterator[Document]) -> Iterator[Document]:
+    """Drop short documents, exact copies and documents mostly made of runs already seen."""
+    seen: set[int] = set()
+    for document in documents:
+        if len(normalise(document.text)) < MIN_CHARS:
+            continue
+        own = shingles(document.text)
+        if len(own & seen) <= MAX_SHARED_SHINGLES * len(own):
+            seen |= own
+            yield document
+
+
+def window_hashes(text: str, stride: int) -> npt.NDArray[np.uint64]:
+    """One 64-bit hash for each window of `WINDOW_CHARS` characters, every `stride` characters.
+
+    A polynomial rolling hash modulo 2**64 from one cumulative sum: with P the prefix sums of
+    c_j * B**j, the window at i hashes to (P[i + W] - P[i]) * B**-i.
+    """
+    base = 0x9E3779B97F4A7C15
+    codes = np.frombuffer(normalise(text).encode("utf-32-le"), dtype=np.uint32)
+    if len(codes) < WINDOW_CHARS:
+        return np.empty(0, dtype=np.uint64)
+
+    def powers(factor: int) -> npt.NDArray[np.uint64]:
+        factors = np.full(len(codes), factor % 2**64, dtype=np.uint64)
+        factors[0] = 1
+        return np.cumprod(factors, dtype=np.uint64)
+
+    prefix = np.zeros(len(codes) + 1, dtype=np.uint64)
+    np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * powers(base), out=prefix[1:])
+    starts = np.arange(0, len(codes) - WINDOW_CHARS + 1, stride)
+    return (prefix[starts + WINDOW_CHARS] - prefix[starts]) * powers(pow(base, -1, 2**64))[starts]
+
+
+def shared_windows(train: list[Document], held_out: list[Document]) -> list[tuple[int, int]]:
+    """For each held-out document: how many of its windows occur anywhere in train, of how many.
+
+    Held-out windows are sampled; training windows are taken at every offset, so a shared
+    passage of `WINDOW_CHARS + WINDOW_STRIDE` characters cannot be missed.
+    """
+    windows = [window_hashes(document.text, WINDOW_STRIDE) for document in held_out]
+    wanted = np.unique(np.concatenate(windows)) if windows else np.empty(0, dtype=np.uint64)
+    found = np.zeros(len(wanted), dtype=bool)
+    for document in train:
+        present = window_hashes(document.text, 1)
+        if len(wanted) and len(present):
+            at = np.minimum(np.searchsorted(wanted, present), len(wanted) - 1)
+            found[at[wanted[at] == present]] = True
+    hits = [int(found[np.searchsorted(wanted, own)].sum()) for own in windows]
+    return list(zip(hits, map(len, windows), strict=True))
+
+
+# ---- the corpus ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both splits and the counts printed about them."""
+
+    train: list[Document]
+    valid: list[Document]
+    num_leaky_dropped: int
+    shared_window_share: float
+
+    def counts(self) -> dict[str, int | float | str]:
+        """What corpus.json records."""
+        return {
+            "train_documents": len(self.train),
+            "train_bytes": num_bytes(self.train),
+            "valid_documents": len(self.valid),
+            "valid_bytes": num_bytes(self.valid),
+            "valid_documents_dropped_for_overlap": self.num_leaky_dropped,
+            "valid_windows_in_train_share": self.shared_window_share,
+            "window_chars": WINDOW_CHARS,
+            "python_version": platform.python_version(),
+        }
+
+
+def num_bytes(documents: list[Document]) -> int:
+    """UTF-8 bytes of all texts."""
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def build_corpus(max_bytes: int, valid_fraction: float, seed: int) -> Corpus:
+    """Collect, deduplicate and split; `max_bytes` limits both splits together."""
+    train: list[Document] = []
+    held_out: list[Document] = []
+    total = 0
+    for document in without_duplicates(candidates(seed)):
+        total += len(document.text.encode())
+        if total > max_bytes:
+            break
+        drawn = unit_hash(seed, "split", document.source) < valid_fraction
+        is_held_out = drawn and len(document.text) <= MAX_HELD_OUT_CHARS
+        (held_out if is_held_out else train).append(document)
+
+    clean: list[Document] = []
+    shared = windows = 0
+    for document, (hits, count) in zip(held_out, shared_windows(train, held_out), strict=True):
+        if hits <= MAX_SHARED_WINDOWS * count:
+            clean.append(document)
+            shared, windows = shared + hits, windows + count
+    if not train or not clean:
+        raise ValueError(
+            f"{len(train)} training and {len(clean)} held-out documents: "
+            "raise --max-megabytes or change --valid-fraction"
+        )
+    return Corpus(train, clean, len(held_out) - len(clean), shared / max(1, windows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def write_corpus(corpus: Corpus, output_dir: Path) -> None:
+    """Write train.jsonl, valid.jsonl and the counts in corpus.json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, documents in (("train", corpus.train), ("valid", corpus.valid)):
+        lines = (
+            json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
+            for document in documents
+        )
+        write_text(output_dir / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+    write_text(output_dir / "corpus.json", json.dumps(corpus.counts(), indent=2) + "\n")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="corpus.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output-dir", type=Path, required=True, help="receives the .jsonl files")
+    parser.add_argument("--max-megabytes", type=float, default=24, help="train + valid, 10**6 B")
+    parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of documents")
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampling and the split")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if not 0 < args.valid_fraction < 1:
+            raise ValueError(f"--valid-fraction {args.valid_fraction} is not between 0 and 1")
+        corpus = build_corpus(int(args.max_megabytes * 1e6), args.valid_fraction, args.seed)
+        write_corpus(corpus, args.output_dir)
+    except (OSError, ValueError) as error:
+        print(f"corpus.py: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"corpus: train {len(corpus.train)} documents, {num_bytes(corpus.train) / 1e6:.2f} MB; "
+        f"valid {len(corpus.valid)} documents, {num_bytes(corpus.valid) / 1e6:.2f} MB; "
+        f"{corpus.shared_window_share:.3%} of the held-out {WINDOW_CHARS}-character windows "
+        f"occur in train ({corpus.num_leaky_dropped} overlapping documents left out)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,521 @@
+"""The scripts around the quick start's training: corpus, tokenizer and report.
+
+Known documents and event files with known numbers go in; what comes out is compared with values
+worked out by hand, never with a second copy of the same code.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+
+
+def load(name: str) -> ModuleType:
+    """Import one of the scripts; they are run by path and belong to no package."""
+    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", QUICKSTART / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+corpus, tokenizer, report = load("corpus"), load("tokenizer"), load("report")
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- corpus -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("corpus")
+    argv = ["--output-dir", str(output_dir), "--max-megabytes", "1.5", "--valid-fraction", "0.1"]
+    assert corpus.main(argv) == 0
+    return output_dir
+
+
+def test_corpus_is_python_text_of_the_size_asked_for(small_corpus: Path) -> None:
+    splits = {name: read_jsonl(small_corpus / f"{name}.jsonl") for name in ("train", "valid")}
+    documents = splits["train"] + splits["valid"]
+    size = sum(len(document["text"].encode()) for document in documents)
+    assert 0.5e6 < size <= 1.5e6
+    kinds = {document["source"].split("/")[0] for document in documents}
+    assert kinds == {"library", "manual", "topics"}
+    counts = json.loads((small_corpus / "corpus.json").read_text())
+    assert counts["train_documents"] == len(splits["train"])
+    assert counts["valid_documents"] == len(splits["valid"])
+    assert counts["train_bytes"] + counts["valid_bytes"] == size
+
+
+def test_held_out_text_is_not_in_train(small_corpus: Path) -> None:
+    """Checked with Python's own `in`, at random places, not with the tool's hashes."""
+    train = read_jsonl(small_corpus / "train.jsonl")
+    valid = read_jsonl(small_corpus / "valid.jsonl")
+    assert not {d["source"] for d in train} & {d["source"] for d in valid}
+    everything = "\0".join(corpus.normalise(document["text"]) for document in train)
+    rng = random.Random(0)
+    shared = total = 0
+    for document in valid:
+        text = corpus.normalise(document["text"])
+        for _ in range(5):
+            start = rng.randrange(len(text) - corpus.WINDOW_CHARS + 1)
+            shared += text[start : start + corpus.WINDOW_CHARS] in everything
+            total += 1
+    assert total >= 20
+    assert shared <= 0.02 * total
+
+
+def test_same_files_in_another_process(small_corpus: Path, tmp_path: Path) -> None:
+    """Neither the hash seed nor what the process imported before changes a byte."""
+    script = [sys.executable, str(QUICKSTART / "corpus.py"), "--output-dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    argv = [*script, "--max-megabytes", "1.5", "--valid-fraction", "0.1"]
+    subprocess.run(argv, env=environment, check=True)
+    for name in ("train.jsonl", "valid.jsonl", "corpus.json"):
+        assert (tmp_path / name).read_bytes() == (small_corpus / name).read_bytes()
+
+
+def test_seed_changes_the_split(small_corpus: Path, tmp_path: Path) -> None:
+    argv = ["--output-dir", str(tmp_path), "--max-megabytes", "1.5", "--valid-fraction", "0.1"]
+    assert corpus.main([*argv, "--seed", "5"]) == 0
+    assert (tmp_path / "valid.jsonl").read_bytes() != (small_corpus / "valid.jsonl").read_bytes()
+
+
+def words(seed: int, count: int) -> str:
+    """Lines of eight pseudo-random words; different seeds share no line."""
+    rng = random.Random(seed)
+    pick = [f"w{rng.randrange(10**6)}" for _ in range(count)]
+    return "\n".join(" ".join(pick[i : i + 8]) for i in range(0, count, 8))
+
+
+def test_shared_windows_counts_exactly_the_copied_passage() -> None:
+    own, copied = words(1, 400), words(2, 160)
+    width, stride = corpus.WINDOW_CHARS, corpus.WINDOW_STRIDE
+    held_out = corpus.normalise(own + "\n" + copied)
+    # The copy sits in other surroundings and is indented differently.
+    train = words(3, 200) + "\n" + copied.replace("\n", "\n        ") + "\n" + words(4, 200)
+    flat = corpus.normalise(train)
+    expected = [
+        held_out[start : start + width] in flat
+        for start in range(0, len(held_out) - width + 1, stride)
+    ]
+    assert 10 < sum(expected) < len(expected)
+    pairs = corpus.shared_windows(
+        [corpus.Document("t", train)],
+        [corpus.Document("v", held_out), corpus.Document("clean", words(5, 300))],
+    )
+    assert pairs[0] == (sum(expected), len(expected))
+    assert pairs[1][0] == 0 and pairs[1][1] > 50
+
+
+def test_leaky_and_giant_documents_are_not_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [corpus.Document(f"plain{i}", words(i, 400)) for i in range(40)]
+    quoted = plain[0].text.split("\n")[:20]
+    leaky = corpus.Document("leaky", words(90, 400) + "\n" + "\n".join(quoted))
+    giant = corpus.Document("giant", words(91, 20_000))
+    assert len(giant.text) > corpus.MAX_HELD_OUT_CHARS
+    monkeypatch.setattr(corpus, "candidates", lambda seed: iter([*plain, leaky, giant]))
+    held_out = {"leaky", "giant", "plain7", "plain8"}
+    monkeypatch.setattr(corpus, "unit_hash", lambda *parts: 0.0 if parts[-1] in held_out else 0.9)
+    result = corpus.build_corpus(10**9, 0.5, 0)
+    assert [document.source for document in result.valid] == ["plain7", "plain8"]
+    assert result.num_leaky_dropped == 1
+    assert "giant" in {document.source for document in result.train}
+    assert "leaky" not in {document.source for document in result.train}
+
+
+def test_near_duplicates_are_dropped() -> None:
+    text = words(1, 800)
+    lines = text.split("\n")
+    edited = "\n".join("changed" if i % 25 == 0 else "  " + line for i, line in enumerate(lines))
+    half_new = words(2, 800) + "\n" + "\n".join(lines[:40])
+    documents = {"a": text, "copy": text, "edited": edited, "other": half_new, "short": "x = 1"}
+    kept = corpus.without_duplicates(corpus.Document(*item) for item in documents.items())
+    assert [document.source for document in kept] == ["a", "other"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("decoding_table = (\n" + "    '\\x41'     #  0x41 -> LATIN CAPITAL LETTER A\n" * 50, True),
+        ("entities = {\n" + "    'Aacute': '\\xc1',\n    (0x8a, 'x'),\n" * 50 + "}\n", True),
+        ("def add(a, b):\n    '''Add.'''\n    return a + b  # sum\n" * 50, False),
+        ("parser.add_argument('--x', type=int,\n                    help='y')\n" * 50, False),
+    ],
+)
+def test_tables_are_told_from_code(text: str, expected: bool) -> None:
+    assert corpus.is_table(text) is expected
+
+
+def test_library_paths_leave_out_what_is_not_python_itself(tmp_path: Path) -> None:
+    wanted = ["json/decoder.py", "test/test_json.py"]
+    unwanted = [
+        "site-packages/torch/a.py",
+        "dist-packages/b.py",
+        "pydoc_data/topics.py",
+        "_sysconfigdata__linux.py",
+        "config-3.12/python-config.py",
+        "test/tokenizedata/bad.py",
+    ]
+    for name in wanted + unwanted:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.as_posix() for path in corpus.library_paths(tmp_path)] == wanted
+
+
+@pytest.mark.parametrize(
+    "options", [["--max-megabytes", "0.0001"], ["--valid-fraction", "1.5"]], ids=["tiny", "share"]
+)
+def test_corpus_errors_are_one_line(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert corpus.main(["--output-dir", str(tmp_path), *options]) == 2
+    assert_error_line(capsys, "corpus.py")
+    assert not list(tmp_path.iterdir())
+
+
+def assert_error_line(
+    capsys: pytest.CaptureFixture[str], program: str, mentioning: str = ""
+) -> None:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"{program}: error: ")
+    assert mentioning in captured.err
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output_dir = tmp_path_factory.mktemp("tokenizer")
+    argv = ["--input", str(small_corpus / "train.jsonl"), "--output-dir", str(output_dir)]
+    assert tokenizer.main([*argv, "--vocab-size", "600"]) == 0
+    return output_dir
+
+
+def test_megatron_loads_the_tokenizer_offline(
+    tokenizer_dir: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the host's own builder, with the host's own default arguments."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import parse_args
+
+    options = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer_dir)]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *options])
+    args = parse_args()
+    loaded = build_tokenizer(args)
+    assert loaded.vocab_size == 600
+    assert args.padded_vocab_size == math.ceil(600 / 128) * 128
+    assert loaded.eod == 0
+    assert loaded.tokenize("<|endoftext|>") == [loaded.eod]
+    # GPTDataset masks padding: it must not be None and must not be the end of a document.
+    assert loaded.pad == 1
+
+    rng = random.Random(0)
+    every_plane = [*range(0xD800), *range(0xE000, 0x110000)]  # all but the surrogates
+    texts = [
+        " leading, 'quoted' and . spaced , punctuation don 't \r\n\ttabs  \n\n",
+        "\u00e9 e\u0301 \u00a0 \u4e16\u754c \U0001f642 \x00\x7f",
+        "".join(chr(rng.choice(every_plane)) for _ in range(3000)),
+        read_jsonl(small_corpus / "valid.jsonl")[0]["text"],
+    ]
+    for text in texts:
+        ids = loaded.tokenize(text)
+        assert loaded.detokenize(ids) == text
+        assert min(ids) >= 0 and max(ids) < 600
+        assert loaded.eod not in ids  # the end of a document is preprocess_data's to append
+    assert len(loaded.tokenize(texts[-1])) < 0.6 * len(texts[-1].encode())
+
+
+def test_tokenizer_training_is_reproducible(
+    tokenizer_dir: Path, small_corpus: Path, tmp_path: Path
+) -> None:
+    argv = ["--input", str(small_corpus / "train.jsonl"), "--output-dir", str(tmp_path)]
+    assert tokenizer.main([*argv, "--vocab-size", "600"]) == 0
+    first, second = (folder / "tokenizer.json" for folder in (tokenizer_dir, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "vocab_size", "mentioning"),
+    [
+        ('{"text": "a"}', 257, "--vocab-size 257"),
+        ('{"source": "a"}', 300, ":2: not a JSON object"),
+        ("[1]", 300, ":2: not a JSON object"),
+        ('{"text": "a', 300, ":2: not a JSON object"),
+        (None, 300, "No such file"),
+    ],
+)
+def test_tokenizer_errors_are_one_line(
+    line: str | None,
+    vocab_size: int,
+    mentioning: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    if line is not None:
+        path.write_text('{"text": "fine"}\n' + line + "\n")
+    argv = ["--input", str(path), "--output-dir", str(tmp_path / "out")]
+    assert tokenizer.main([*argv, "--vocab-size", str(vocab_size)]) == 2
+    assert_error_line(capsys, "tokenizer.py", mentioning)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def write_launch(
+    folder: Path, name: str, steps: range, skip: tuple[str, ...] = (), offset: float = 0.0
+) -> None:
+    """One launch's event file: losses on the line 9 - 0.02 step, other tags constant.
+
+    The first two iterations are slow, as compilation and caches make them; the others take 0.5 s.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(log_dir=str(folder), filename_suffix=name) as writer:
+        for step in steps:
+            scalars = {
+                "lm loss": 9 - 0.02 * step + offset,
+                "a2a-seconds": 0.2,
+                "a2a-blocked-seconds": 0.05,
+                "learning-rate": 1e-3,
+            }
+            if step > steps[0]:
+                scalars["iteration-time"] = 30.0 if step < steps[0] + 2 else 0.5
+            if step % 20 == 0:
+                scalars["lm loss validation"] = 9.5 - 0.02 * step
+            for tag, value in scalars.items():
+                if tag not in skip:
+                    writer.add_scalar(tag, value, step)
+
+
+def write_dataset(prefix: Path) -> None:
+    """Two documents in which four tokens occur with shares 1/2, 1/4, 1/8, 1/8."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix.parent.mkdir(parents=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in ([7, 7, 9, 11], [7, 9, 7, 0]):
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+
+
+ENTROPY = 1.75 * math.log(2)  # of shares 1/2, 1/4, 1/8, 1/8, in nats
+
+
+@pytest.fixture
+def run_dir(tokenizer_dir: Path, tmp_path: Path) -> Path:
+    """Launch 1 logs up to 65 but its last checkpoint is 60; launch 2 resumes there, to 100."""
+    write_dataset(tmp_path / "data" / "valid_text_document")
+    (tmp_path / "tokenizer").symlink_to(tokenizer_dir)
+    write_launch(tmp_path / "tensorboard", ".first", range(1, 66))
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    # Two launches within one second would otherwise sort by process id.
+    first.rename(first.with_name("events.out.tfevents.1000000000.host.1.0"))
+    write_launch(tmp_path / "tensorboard", ".second", range(61, 101))
+    return tmp_path
+
+
+def run_report(run_dir: Path, *options: str) -> int:
+    argv = ["--run-dir", str(run_dir), "--tokens-per-iteration", "1000", *options]
+    return report.main(argv)
+
+
+def test_summary_numbers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MIN_GAIN", -10.0)  # this toy entropy cannot be beaten
+    (run_dir / "data" / "corpus.json").write_text('{"train_documents": 12}')
+    assert run_report(run_dir) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["iterations"] == 100
+    assert summary["initial_loss"] == pytest.approx(8.98, abs=1e-6)
+    assert summary["final_loss"] == pytest.approx(9 - 0.02 * 95.5, abs=1e-6)  # mean of 91..100
+    assert summary["validation_loss"] == pytest.approx(7.5, abs=1e-6)
+    assert summary["unigram_entropy"] == pytest.approx(ENTROPY, abs=1e-12)
+    assert summary["validation_tokens"] == 8
+    assert summary["vocab_size"] == 600
+    assert summary["tokens_per_second"] == pytest.approx(2000)
+    assert summary["tokens_trained"] == 100_000
+    assert summary["a2a_seconds"] == pytest.approx(100 * 0.2, rel=1e-6)  # 61..65 count once
+    assert summary["a2a_hidden_share"] == pytest.approx(0.75, rel=1e-6)
+    assert summary["resumed_from_iteration"] == 60
+    assert summary["resume_loss"] == pytest.approx(9 - 0.02 * 61, abs=1e-6)
+    assert summary["resume_expected_loss"] == pytest.approx(9 - 0.02 * 61, abs=1e-5)
+    assert summary["resume_is_continuous"] is True
+    assert summary["python_version"].startswith("3.")
+    assert summary["megatron_core_version"] and summary["torch_version"]
+    assert summary["corpus"] == {"train_documents": 12}
+    assert summary["warnings"] == []
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "validation loss  7.500 nats/token" in lines
+    assert "  hidden share   75.0%" in lines
+    # Aligned: every row's value starts in one column.
+    assert len({len(line) - len(line[17:].lstrip()) for line in lines[:-1]}) == 1
+
+
+def test_warm_up_does_not_count_for_the_speed() -> None:
+    launch = {
+        "lm loss": dict.fromkeys(range(1, 9), 5.0),
+        "iteration-time": {2: 9.0, 3: 9.0, 4: 9.0, 5: 9.0, 6: 1.0, 7: 2.0, 8: 3.0},
+    }
+    assert report.median_iteration_seconds([launch]) == 2.0
+    short = {"lm loss": {1: 5.0, 2: 5.0}, "iteration-time": {2: 9.0}}
+    assert report.median_iteration_seconds([short]) == 9.0
+
+
+def test_validation_above_the_unigram_entropy_is_a_warning(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """7.5 against 1.21: the table says so, the status is 1, the outputs are there."""
+    assert run_report(run_dir) == 1
+    out = capsys.readouterr().out
+    (warning,) = [line for line in out.splitlines() if line.startswith("WARNING")]
+    assert "validation loss 7.500" in warning and "unigram entropy 1.213" in warning
+    assert json.loads((run_dir / "summary.json").read_text())["warnings"] == [
+        warning.removeprefix("WARNING").strip()
+    ]
+    assert (run_dir / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(("gain", "warned"), [(0.49, True), (0.51, False)])
+def test_the_margin_over_unigram_entropy(gain: float, warned: bool) -> None:
+    found = report.find_warnings(
+        report.Report({1: 9.0}, {1: 5.0 - gain}, entropy=5.0, resume=None, summary={})
+    )
+    assert bool(found) is warned
+
+
+def test_a_loss_that_is_not_finite_is_a_warning() -> None:
+    for losses, validation in (({1: math.nan}, {1: 1.0}), ({1: 2.0}, {1: math.inf})):
+        loss_report = report.Report(losses, validation, entropy=5.0, resume=None, summary={})
+        assert report.find_warnings(loss_report) == ["a loss is not finite"]
+
+
+@pytest.mark.parametrize(("offset", "continuous"), [(2.0, False), (-2.0, False), (0.1, True)])
+def test_a_jump_after_the_resume_is_noticed(offset: float, continuous: bool) -> None:
+    before = {step: 9 - 0.02 * step + 0.05 * (-1) ** step for step in range(1, 66)}
+    after = {step: 9 - 0.02 * step + offset for step in range(61, 70)}
+    resume = report.check_resume([before], after, 60)
+    assert resume.expected_loss == pytest.approx(9 - 0.02 * 61, abs=0.05)
+    assert resume.is_continuous is continuous
+
+
+def test_a_run_without_a_resume(run_dir: Path) -> None:
+    second = max((run_dir / "tensorboard").iterdir())
+    second.unlink()
+    run_report(run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["iterations"] == 65
+    assert summary["resumed_from_iteration"] is None
+    assert summary["resume_is_continuous"] is None
+
+
+def test_no_exchange_leaves_the_hidden_share_empty(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one rank there is nothing to exchange: 0/0 is null, not an exception."""
+    read_launch = report.read_launch
+
+    def without_exchange(path: Path) -> dict[str, dict[int, float]]:
+        zeros = {tag: dict.fromkeys(range(1, 5), 0.0) for tag in (report.A2A, report.A2A_BLOCKED)}
+        return read_launch(path) | zeros
+
+    monkeypatch.setattr(report, "read_launch", without_exchange)
+    run_report(run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["a2a_seconds"] == 0 and summary["a2a_hidden_share"] is None
+
+
+def break_tags(run_dir: Path) -> None:
+    for path in (run_dir / "tensorboard").iterdir():
+        path.unlink()
+    skip = ("a2a-seconds", "lm loss validation")
+    write_launch(run_dir / "tensorboard", "", range(1, 30), skip=skip)
+
+
+@pytest.mark.parametrize(
+    ("break_run", "options", "mentioning"),
+    [
+        (break_tags, [], "lacks the tags: lm loss validation, a2a-seconds"),
+        (lambda run_dir: None, ["--tensorboard-dir", "nowhere"], 'no event file with "lm loss"'),
+        (lambda run_dir: None, ["--valid-prefix", "nowhere"], "no such file: nowhere.idx"),
+        (lambda run_dir: None, ["--tokenizer-model", "nowhere"], "tokenizer.json"),
+        (lambda run_dir: None, ["--resumed-from-iteration", "200"], "0 after it"),
+        (lambda run_dir: None, ["--tokens-per-iteration", "0"], "--tokens-per-iteration 0"),
+    ],
+)
+def test_report_errors_are_one_line_and_leave_nothing(
+    run_dir: Path,
+    break_run,
+    options: list[str],
+    mentioning: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    break_run(run_dir)
+    assert run_report(run_dir, *options) == 2
+    assert_error_line(capsys, "report.py", mentioning)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["data", "tensorboard", "tokenizer"]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run_report(run_dir) == 2
+    assert_error_line(capsys, "report.py", "megatron-scmoe[plot]")
+    assert not (run_dir / "summary.json").exists()
+
+
+def test_a_failed_second_report_keeps_the_first(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_report(run_dir)
+    before = (run_dir / "summary.json").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "plot", fail)
+    assert run_report(run_dir) == 2
+    assert (run_dir / "summary.json").read_bytes() == before
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:
+    line = np.linspace(9.0, 3.0, 200)
+    assert report.smooth(line) == pytest.approx(line)
+    noisy = line + 0.1 * (-1.0) ** np.arange(200)
+    smoothed = report.smooth(noisy)
+    assert smoothed[[0, -1]] == pytest.approx(noisy[[0, -1]])
+    assert np.abs(smoothed - line)[10:-10].max() < 0.02
+
+
+def test_defaults_are_below_the_run_dir() -> None:
+    args: argparse.Namespace = report.parse_args(["--run-dir", "r", "--tokens-per-iteration", "1"])
+    assert args.tensorboard_dir == Path("r/tensorboard")
+    assert args.valid_prefix == Path("r/data/valid_text_document")
+    assert args.tokenizer_model == Path("r/tokenizer")
