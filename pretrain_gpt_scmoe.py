@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 pretrain_gpt_scmoe.py <Megatron options>
 
-Takes Megatron's own options. Differs from the host's `pretrain_gpt.py` in what it leaves out:
+Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in what it leaves out:
 SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
 
 Shapes: b micro-batch, s tokens of a sequence on this rank.
@@ -16,7 +16,7 @@ from megatron_scmoe import host
 
 host.apply_replacements()
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
@@ -38,12 +38,12 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
-from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -188,34 +188,12 @@ def check_data(args: Namespace) -> None:
                 raise ValueError(f"no dataset {prefix}.bin and {prefix}.idx")
 
 
-# The two functions below are the whole difference between this and a stock GPT run; the ScMoE
-# options and layers replace their bodies.
-
-
-def parse_and_validate_args() -> Namespace:
-    """Options of the host."""
-
-    def add_options(parser: ArgumentParser) -> ArgumentParser:
-        host.one_line_usage_errors(parser)
-        return parser
-
-    args = parse_args(add_options)
-    host.apply_cpu_defaults(args)
-    validate_args(args)
-    return args
-
-
-def model_config_from_args(args: Namespace) -> GPTModelConfig:
-    """The stock GPT model."""
-    return gpt_config_from_args(args)
-
-
 def main() -> None:
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     with host.user_errors():
         args = parse_and_validate_args()
-        set_global_variables(args)
         check_data(args)
+        set_global_variables(args)
         container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
 
     run, store = pretrain, None

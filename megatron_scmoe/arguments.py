@@ -8,14 +8,33 @@ from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     gpt_config_from_args,
 )
+from megatron.training.arguments import parse_args, validate_args
 
+from megatron_scmoe import host
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
 
 
+def parse_and_validate_args() -> Namespace:
+    """Parse the command line, adapt it to this machine, and let the host check it.
+
+    Raises:
+        ValueError, AssertionError: what the host or we refuse; see host.user_errors.
+    """
+    args = parse_args(add_scmoe_args)
+    host.apply_cpu_defaults(args)
+    validate_args(args)
+    notes = apply_scmoe_defaults(args)
+    if args.rank == 0:
+        for note in notes:
+            print(f"--scmoe-shortcut-position {args.scmoe_shortcut_position} sets {note}")
+    return args
+
+
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
+    host.one_line_usage_errors(parser)
     ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
     return parser
 

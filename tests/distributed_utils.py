@@ -1,0 +1,80 @@
+"""Run a test function on gloo ranks of this machine."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_scmoe import host
+
+host.apply_replacements()
+
+import torch
+import torch.multiprocessing as mp
+from megatron.core import parallel_state, tensor_parallel
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def initialize(rank: int, world_size: int, store: Path, **parallel_sizes: int) -> None:
+    """Join the job and build Megatron's process groups, seeded as its training loop does."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
+    parallel_state.initialize_model_parallel(**parallel_sizes)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+
+def finalize() -> None:
+    """Leave the job."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, **parallel_sizes: int
+) -> list[Any]:
+    """Call `function(*args)` on every rank of a fresh job.
+
+    Args:
+        function: a module-level function; what it returns must be picklable.
+        parallel_sizes: arguments of Megatron's initialize_model_parallel.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        Exception: the first rank's failure, with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _rank,
+            args=(world_size, Path(folder), function, args, parallel_sizes),
+            nprocs=world_size,
+            start_method="spawn",
+        )
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    parallel_sizes: dict[str, int],
+) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    initialize(rank, world_size, folder / "store", **parallel_sizes)
+    torch.save(function(*args), folder / f"{rank}.pt")
+    finalize()
