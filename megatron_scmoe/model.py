@@ -18,6 +18,7 @@ from megatron_scmoe.layer_specs import (
     scmoe_block_spec,
     with_sequence_parallel_norms,
 )
+from megatron_scmoe.metrics import log_exchanges
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,7 @@ class ScMoEModelBuilder(GPTModelBuilder):
             # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
             # and overrides one method.
             model.decoder.__class__ = ShortcutBlock
+            log_exchanges(model)
         return model
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.moe.token_dispatcher import AllToAllDispatcher, DispatchState, ExpertInput
+from megatron_scmoe.overlap.meter import ExchangeMeter
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class ScMoELayer(MoELayer):
         self.token_dispatcher = AllToAllDispatcher(
             self.config, pg_collection, self.local_expert_indices
         )
+        self.meter = ExchangeMeter()
         self.combine_gate = CombineGate(self.config) if scmoe.scmoe_combine == "cg2" else None
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
         # stands between them, and the shared expert.
@@ -69,7 +71,8 @@ class ScMoELayer(MoELayer):
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
     ) -> DispatchState:
         """Send z, [s, b, h], to its experts; probs and routing_map are [T, E]."""
-        return self.token_dispatcher.start_dispatch(hidden_states, probs, routing_map)
+        meter = self.meter if self.training else None
+        return self.token_dispatcher.start_dispatch(hidden_states, probs, routing_map, meter)
 
     def wait_dispatch(self, state: DispatchState) -> ExpertInput:
         """Rows for this rank's experts, [R, h]."""

@@ -82,7 +82,6 @@ class AllToAllDispatcher:
         self.tp_group = pg_collection.expt_tp
         self.tp_ep_group = pg_collection.tp_ep
         self.local_experts = slice(local_expert_indices[0], local_expert_indices[-1] + 1)
-        self.meter = ExchangeMeter()
 
         chunks = torch.arange(self.tp_ep_group.size() * len(local_expert_indices))
         # Received chunks lie rank by rank, each rank's by expert; experts want the opposite.
@@ -90,7 +89,11 @@ class AllToAllDispatcher:
         self._by_rank = chunks.view(-1, self.tp_ep_group.size()).T.ravel()
 
     def start_dispatch(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        meter: ExchangeMeter | None = None,
     ) -> DispatchState:
         """Permute the tokens by expert and launch their exchange.
 
@@ -98,6 +101,7 @@ class AllToAllDispatcher:
             hidden_states: what the routed experts read, [s, b, h].
             probs: router weights, zero where not routed, [T, E].
             routing_map: [T, E], bool.
+            meter: collects the times of both exchanges, forward and backward.
         """
         if self.config.moe_router_padding_for_quantization:
             routing_map = pad_routing_map(
@@ -112,7 +116,7 @@ class AllToAllDispatcher:
             group=self.ep_group,
             input_splits=sent.view(self.ep_group.size(), -1).sum(dim=1).tolist(),
             output_splits=received[:, tp_rank].sum(dim=1).tolist(),
-            meter=self.meter,
+            meter=meter,
         )
         rows, row_probs, permutation, _, _ = permute(
             hidden_states.view(-1, hidden_states.shape[-1]),

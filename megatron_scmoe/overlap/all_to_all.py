@@ -37,8 +37,8 @@ class AllToAllPlan:
     """Rows sent to each rank of the group; sums to N."""
     output_splits: list[int]
     """Rows received from each rank of the group; sums to R."""
-    meter: ExchangeMeter
-    """Collects the times of the exchange and of its mirror."""
+    meter: ExchangeMeter | None = None
+    """Collects the times of the exchange and of its mirror, if wanted."""
 
     def mirrored(self) -> "AllToAllPlan":
         """The exchange that carries the gradients (or the experts' outputs) back."""
@@ -103,7 +103,8 @@ class _Transfer:
 
     def complete(self) -> tuple[Tensor, ...]:
         self._flight.wait()
-        self._meter.add(self._flight)
+        if self._meter is not None:
+            self._meter.add(self._flight)
         self._sent.clear()
         received, self._received = self._received, ()
         return received
