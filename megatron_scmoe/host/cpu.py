@@ -8,6 +8,7 @@ is replaced. Collectives run over gloo, random numbers come from torch's default
 import functools
 import logging
 import os
+import re
 import resource
 import time
 import warnings
@@ -231,6 +232,10 @@ def apply_cpu_defaults(args: Namespace) -> None:
     """
     if not no_cuda_device():
         return
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            "--context-parallel-size > 1 needs Transformer Engine's attention, and that a GPU"
+        )
     switched = []
     for option in CPU_OPTIONS:
         value = getattr(args, option.dest)
@@ -242,24 +247,43 @@ def apply_cpu_defaults(args: Namespace) -> None:
 
 
 class Noise(NamedTuple):
-    """A message of the host that says nothing on a CPU: regular expression and reason."""
+    """A message that says nothing on a CPU: who says it ("warnings" or a logger), how it begins
+    (a regular expression), and why it may go."""
 
+    source: str
     message: str
     reason: str
 
 
 NOISE = (
-    Noise("Transformer Engine and Apex are not installed", "known; torch's optimizers are used"),
-    Noise("Apex is not installed", "known; torch's norms are used"),
-    Noise("Only transformer-engine", "the local experts are used"),
-    Noise("CPU RNG state changed within GPU RNG context", "there is one generator, the CPU's"),
-    Noise(".*pin_memory", "nothing to pin"),
+    Noise("warnings", "Transformer Engine and Apex are not installed", "torch's optimizers"),
+    Noise("warnings", "Apex is not installed", "torch's norms"),
+    Noise("warnings", "Only transformer-engine", "the local experts are used"),
+    Noise("warnings", "MimoModelConfig is experimental", "imported by the host, not used"),
+    Noise("warnings", "When using async grad allreduce", "about CUDA_DEVICE_MAX_CONNECTIONS"),
+    Noise("warnings", "The .grad attribute of a Tensor", "the optimizer's look at its shards"),
+    Noise("warnings", "'pin_memory' argument", "nothing to pin"),
+    Noise("torch.utils.cpp_extension", "No CUDA runtime", "known: this is the CPU backend"),
+    Noise(
+        "megatron.core.tensor_parallel.random",
+        "CPU RNG state changed",
+        "there is one generator, the CPU's",
+    ),
+    Noise(
+        "megatron.core.models.gpt.gpt_model",
+        "GPTModel IS DEPRECATED",
+        "the package pins megatron-core below 0.20",
+    ),
 )
 
 
 def silence_noise() -> None:
     """Drop the messages of `NOISE`, whether warned or logged."""
     for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise.message)
-    rng_log = logging.getLogger("megatron.core.tensor_parallel.random")
-    rng_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+        if noise.source == "warnings":
+            warnings.filterwarnings("ignore", message=noise.message)
+        else:
+            pattern = re.compile(noise.message)
+            logging.getLogger(noise.source).addFilter(
+                lambda record, pattern=pattern: not pattern.match(record.getMessage())
+            )

@@ -1,0 +1,88 @@
+"""Run the entry script in processes of its own and read what it reports."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = "pretrain_gpt_scmoe.py"
+TIMEOUT_S = 150
+
+LOSS_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
+FIELD = re.compile(r" ([a-z ]+): +([-+0-9.E]+) \|")
+
+# A model that trains in milliseconds; every test adds what it is about.
+TINY_MODEL = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 "
+    "--lr 1e-2 --train-iters 6 --log-interval 1 --eval-interval 3 --eval-iters 1 --num-workers 0 "
+    "--tokenizer-type NullTokenizer --vocab-size 64 --make-vocab-size-divisible-by 64"
+).split()
+TINY_MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-grouped-gemm "
+    "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2"
+).split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def log(self) -> dict[int, dict[str, float]]:
+        """The loss lines: {iteration: {"lm loss": ..., "grad norm": ...}}."""
+        return {
+            int(iteration): {name: float(value) for name, value in FIELD.findall(rest)}
+            for iteration, rest in LOSS_LINE.findall(self.stdout)
+        }
+
+
+def launch(options: list[str], nproc: int = 1) -> Run:
+    """Run the script under torchrun on `nproc` ranks, without any help from the environment."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return _run([*launcher, f"--nproc-per-node={nproc}", SCRIPT, *options])
+
+
+def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
+    """Run one rank without a launcher, for runs that end before ranks meet."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    return _run([sys.executable, SCRIPT, *options], {k: str(v) for k, v in ranks.items()})
+
+
+def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
+    """A time limit ends the whole process group, so that nothing of a hung run stays."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (extra_env or {})
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Run(process.returncode, stdout, stderr)
+
+
+def read_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """A TensorBoard curve in full float32: {iteration: value}."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}

@@ -1,0 +1,104 @@
+"""The entry script trains, saves and resumes on the CPU backend."""
+
+from pathlib import Path
+
+import pytest
+
+from .launch import TINY_MODEL, TINY_MOE, Run, launch, read_scalars
+
+CURVES = ("lm loss", "grad-norm")
+
+
+def options(data: Path, folder: Path, *more: str) -> list[str]:
+    """A tiny MoE run on the test data that writes its curves under `folder`."""
+    data_options = ["--data-path", str(data), "--split", "80,10,10"]
+    caches = ["--data-cache-path", str(data.parent / "cache")]
+    writer = ["--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
+    return [*TINY_MODEL, *TINY_MOE, *data_options, *caches, *writer, *more]
+
+
+def succeeded(run: Run) -> Run:
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run
+
+
+def curves(folder: Path, first: int = 1) -> dict[str, dict[int, float]]:
+    """The curves from iteration `first` on."""
+    return {
+        tag: {step: value for step, value in read_scalars(folder, tag).items() if step >= first}
+        for tag in CURVES
+    }
+
+
+DISTRIBUTED = (
+    "--expert-model-parallel-size 2 --use-distributed-optimizer "
+    "--overlap-grad-reduce --overlap-param-gather"
+).split()
+
+
+@pytest.fixture(scope="module")
+def distributed_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Six iterations on two ranks with everything overlapped, saved after three."""
+    folder = tmp_path_factory.mktemp("distributed")
+    logging = "--log-throughput --log-memory-to-tensorboard --log-timers-to-tensorboard".split()
+    save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
+    run = launch(options(data_prefix, folder, *DISTRIBUTED, *logging, *save), nproc=2)
+    return succeeded(run), folder
+
+
+@pytest.fixture(scope="module")
+def single_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six iterations on one rank, saved after three."""
+    folder = tmp_path_factory.mktemp("single")
+    save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
+    succeeded(launch(options(data_prefix, folder, *save)))
+    return folder
+
+
+def test_training_learns_and_reports(distributed_run: tuple[Run, Path]) -> None:
+    run, folder = distributed_run
+    assert sorted(run.log) == [1, 2, 3, 4, 5, 6]
+    assert run.log[6]["lm loss"] < run.log[1]["lm loss"] - 0.5
+    assert run.stdout.count("No CUDA device: CPU backend.") == 1
+    assert "validation loss at iteration 3" in run.stdout
+    assert run.log[6].keys() >= {"grad norm", "load_balancing_loss"} or "throughput" in run.stdout
+    assert read_scalars(folder, "mem-allocated-bytes")[2] > 0
+    assert len(read_scalars(folder, "iteration-time")) == 6
+
+
+def test_nothing_but_the_host_talks(distributed_run: tuple[Run, Path]) -> None:
+    """No tracebacks at exit, none of the messages that the table calls noise."""
+    run, _ = distributed_run
+    output = run.stdout + run.stderr
+    for unwanted in ("Traceback", "not installed", "CPU RNG", "DEPRECATED", "destroy_process"):
+        assert unwanted not in output
+
+
+def test_resume_with_distributed_optimizer_is_exact(
+    distributed_run: tuple[Run, Path], data_prefix: Path, tmp_path: Path
+) -> None:
+    folder = distributed_run[1]
+    load = ["--load", str(folder / "checkpoints"), "--ckpt-step", "3"]
+    succeeded(launch(options(data_prefix, tmp_path, *DISTRIBUTED, *load), nproc=2))
+    assert curves(tmp_path) == curves(folder, first=4)
+
+
+def test_resume_without_distributed_optimizer_is_exact(
+    single_run: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
+    succeeded(launch(options(data_prefix, tmp_path, *load)))
+    assert curves(tmp_path) == curves(single_run, first=4)
+
+
+@pytest.mark.parametrize("layout", ["expert", "pipeline"])
+def test_two_ranks_continue_as_one(
+    single_run: Path, data_prefix: Path, tmp_path: Path, layout: str
+) -> None:
+    """The same checkpoint, resharded over two ranks, gives the same losses."""
+    load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
+    parallel = [f"--{layout}-model-parallel-size", "2"]
+    succeeded(launch(options(data_prefix, tmp_path, *load, *parallel), nproc=2))
+    expected = curves(single_run, first=4)
+    for tag in CURVES:
+        assert curves(tmp_path)[tag] == pytest.approx(expected[tag], rel=1e-5)

@@ -1,0 +1,40 @@
+"""A mistake on the command line ends in one line from one rank, before any rank waits."""
+
+import pytest
+
+from .launch import SCRIPT, TINY_MODEL, launch, launch_rank
+
+MOCK = [*TINY_MODEL, "--mock-data"]
+
+
+def error_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
+        ([*MOCK, "--global-batch-size", "3"], "global batch size (3)"),
+        ([*MOCK, "--num-attention-heads", "5"], "must be a multiple of"),
+        (
+            [*MOCK, "--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", "/no.model"],
+            "/no.model",
+        ),
+    ],
+)
+def test_one_line(options: list[str], expected: str) -> None:
+    run = launch_rank(options)
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    (line,) = error_lines(run.stderr)
+    assert expected in line
+
+
+def test_too_few_ranks() -> None:
+    """Both ranks leave, one of them speaks."""
+    run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)
+    assert run.returncode != 0
+    (line,) = error_lines(run.stderr)
+    assert "world size (2) is not divisible" in line

@@ -1,0 +1,132 @@
+"""The table of replaced host symbols."""
+
+import importlib.util
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+
+from megatron_scmoe import host
+from megatron_scmoe.host import cpu, table
+
+
+@pytest.fixture
+def originals():
+    """The table taken down before and after the test."""
+    host.restore()
+    yield
+    host.restore()
+
+
+@pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.symbol)
+def test_row_names_what_exists(row: table.Replacement) -> None:
+    owner, name = table._locate(row.symbol)
+    assert hasattr(owner, name)
+    assert row.condition in table.CONDITIONS
+    package = importlib.util.find_spec("megatron").submodule_search_locations[0]
+    assert os.path.exists(os.path.join(package, row.host_file.split(":")[0]))
+
+
+def test_symbols_are_named_once() -> None:
+    symbols = [row.symbol for row in table.TABLE]
+    assert len(symbols) == len(set(symbols))
+
+
+def test_only_bugs_are_replaced_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: False)
+    assert {row.condition for row in table.applicable_rows()} <= {"no Makefile", "no TE or Apex"}
+
+
+def test_sound_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for condition in table.CONDITIONS:
+        monkeypatch.setitem(table.CONDITIONS, condition, lambda: False)
+    assert table.applicable_rows() == []
+
+
+def test_apply_and_restore(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
+    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)
+    before = {row.symbol: _value(row.symbol) for row in table.TABLE}
+    rows = host.apply_replacements()
+    assert "torch.Tensor.type" in {row.symbol for row in rows}
+    assert torch.zeros(2, device="cuda").type() == "torch.cuda.FloatTensor"
+    assert torch.ones(1).cuda().device == cpu.CPU
+    assert not torch.cuda.is_available() or torch.cuda.device_count() > 0
+    assert host.apply_replacements() == []
+    host.restore()
+    assert {row.symbol: _value(row.symbol) for row in table.TABLE} == before
+    assert "type" not in vars(torch.Tensor)
+
+
+def _value(symbol: str) -> object:
+    owner, name = table._locate(symbol)
+    return getattr(owner, name)
+
+
+def test_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
+    gone = table.Replacement("megatron.core.utils.gone", "cpu", "", "", lambda original: None)
+    monkeypatch.setattr(table, "TABLE", (gone,))
+    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)
+    with pytest.raises(AttributeError, match=r"megatron\.core\.utils\.gone does not exist"):
+        host.apply_replacements()
+
+
+def test_table_is_printed_in_columns() -> None:
+    lines = host.format_table().splitlines()
+    assert len(lines) == len(table.TABLE) + 1
+    column = lines[0].index("condition")
+    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
+
+
+def test_random_numbers_of_both_kinds_are_one_stream(originals: None) -> None:
+    if not cpu.no_cuda_device():
+        pytest.skip("needs a machine without CUDA")
+    host.apply_replacements()
+    torch.cuda.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_cpu_options_exist_and_are_announced_once(capsys: pytest.CaptureFixture[str]) -> None:
+    if not cpu.no_cuda_device():
+        pytest.skip("needs a machine without CUDA")
+    args = Namespace(
+        rank=0, context_parallel_size=1, **{option.dest: option.value for option in cpu.CPU_OPTIONS}
+    )
+    args.moe_token_dispatcher_type = "allgather"
+    args.transformer_impl = "transformer_engine"
+    host.apply_cpu_defaults(args)
+    assert (args.transformer_impl, args.moe_token_dispatcher_type) == ("local", "allgather")
+    assert capsys.readouterr().out == (
+        "No CUDA device: CPU backend. Switched: --transformer-impl local\n"
+    )
+    args.rank = 1
+    host.apply_cpu_defaults(args)
+    assert capsys.readouterr().out == ""
+
+
+class TestUserErrors:
+    def test_message(self, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SystemExit) as exit_info, host.user_errors():
+            raise AssertionError("two\n lines")
+        assert exit_info.value.code == 2
+        assert capsys.readouterr().err.endswith(": error: two lines\n")
+
+    def test_bare_assert_shows_its_condition(self, capsys, monkeypatch) -> None:
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(SystemExit), host.user_errors():
+            assert 1 == 2
+        assert "assert 1 == 2" in capsys.readouterr().err
+
+    def test_other_ranks_are_silent(self, capsys, monkeypatch) -> None:
+        monkeypatch.setenv("RANK", "3")
+        with pytest.raises(SystemExit), host.user_errors():
+            raise ValueError("no")
+        assert capsys.readouterr().err == ""
+
+    def test_bugs_keep_their_traceback(self) -> None:
+        with pytest.raises(KeyError), host.user_errors():
+            raise KeyError("bug")
