@@ -14,6 +14,7 @@ from megatron_scmoe.host import cpu, wheel
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "cpu": cpu.no_cuda_device,
     "no Makefile": wheel.makefile_missing,
+    "no TE": wheel.te_missing,
     "no TE or Apex": wheel.te_and_apex_missing,
 }
 
@@ -60,6 +61,13 @@ TABLE: tuple[Replacement, ...] = (
         "core/optimizer/distrib_optimizer.py:1027",
         "shares one step tensor between all parameters: wrong bias correction after a resume",
         wheel.load_state_dict_with_own_steps,
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+        "no TE",
+        "core/tensor_parallel/random.py:740",
+        "reads its default fp8=False as a recipe and calls TE: no --recompute-modules layernorm",
+        wheel.checkpoint_without_fp8,
     ),
     _cpu(
         "megatron.training.training.initialize_megatron",

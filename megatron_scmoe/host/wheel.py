@@ -23,6 +23,26 @@ def te_and_apex_missing() -> bool:
     return not distrib_optimizer.HAVE_APEX_OR_TE
 
 
+def te_missing() -> bool:
+    """True where the host cannot import Transformer Engine, as its recomputation itself decides."""
+    from megatron.core.tensor_parallel import random
+
+    return not random.HAVE_TE
+
+
+def checkpoint_without_fp8(init: Callable[..., None]) -> Callable[..., None]:
+    """`CheckpointWithoutOutput.__init__` that takes fp8=False as "no fp8".
+
+    The host tests `fp8 is not None` against its own default False (tensor_parallel/random.py:740)
+    and then needs Transformer Engine's state manager, which is not imported without TE.
+    """
+
+    def replacement(self: Any, fp8: Any = False) -> None:
+        init(self, fp8 or None)
+
+    return replacement
+
+
 def skip_compiling(compile_helpers: Callable[[], None]) -> Callable[[], None]:
     """The extension is in the wheel; only the Makefile that would rebuild it is not."""
     return lambda: None
