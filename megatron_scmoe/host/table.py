@@ -196,6 +196,18 @@ TABLE: tuple[Replacement, ...] = (
         "gloo's all-to-all wants splits as integers, not as a tensor",
         _use(cpu.maybe_move_tensor_to_cpu),
     ),
+    _cpu(
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+        "core/tensor_parallel/mappings.py:154",
+        "gloo gathers parts of one size only: no --expert-tensor-parallel-size > 1",
+        cpu.gather_padded,
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        "core/tensor_parallel/mappings.py:197",
+        "the same for its backward",
+        cpu.reduce_scatter_padded,
+    ),
     *(
         _cpu(f"torch.{name}", "training/training.py:1131", 'device="cuda" literals', cpu.on_cpu)
         for name in FACTORIES
