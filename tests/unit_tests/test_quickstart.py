@@ -415,6 +415,21 @@ def test_a_loss_that_is_not_finite_is_a_warning() -> None:
         assert report.find_warnings(loss_report) == ["a loss is not finite"]
 
 
+def test_a_run_that_diverged_is_still_reported(run_dir: Path) -> None:
+    """Losses that are not numbers: valid JSON, a figure, a warning, no exception."""
+    write_launch(run_dir / "tensorboard", ".third", range(101, 121), offset=math.nan)
+    assert run_report(run_dir) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=refuse)
+    assert summary["final_loss"] is None
+    assert "a loss is not finite" in summary["warnings"]
+    assert (run_dir / "loss.png").is_file()
+
+
 @pytest.mark.parametrize(("offset", "continuous"), [(2.0, False), (-2.0, False), (0.1, True)])
 def test_a_jump_after_the_resume_is_noticed(offset: float, continuous: bool) -> None:
     before = {step: 9 - 0.02 * step + 0.05 * (-1) ** step for step in range(1, 66)}
@@ -509,9 +524,8 @@ def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:
     line = np.linspace(9.0, 3.0, 200)
     assert report.smooth(line) == pytest.approx(line)
     noisy = line + 0.1 * (-1.0) ** np.arange(200)
-    smoothed = report.smooth(noisy)
-    assert smoothed[[0, -1]] == pytest.approx(noisy[[0, -1]])
-    assert np.abs(smoothed - line)[10:-10].max() < 0.02
+    assert np.abs(report.smooth(noisy) - line).max() < 0.05
+    assert report.smooth(np.array([7.0, 3.0])).tolist() == [7.0, 3.0]
 
 
 def test_defaults_are_below_the_run_dir() -> None:
