@@ -103,9 +103,7 @@ def loss_func(
         rejections += [(torch.isnan, "found NaN in local forward loss calculation", True)]
         rejections += [(torch.isinf, "found Inf in local forward loss calculation", True)]
     if args.check_for_spiky_loss:
-        is_spiky = partial(
-            rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
-        )
+        is_spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         rejections += [(is_spiky, "Spiky loss", False)]
     for rejection_func, message, fatal in rejections:
         # Tolerance 0: on one machine a repeated forward pass gives the same loss.
@@ -178,7 +176,12 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 def check_data(args: Namespace) -> None:
     """Refuse what this script does not read, and missing files, before any rank builds data."""
-    for option in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"):
+    for option in (
+        "sft",
+        "fim_data",
+        "hybrid_context_parallel",
+        "dataloader_inter_document_masking",
+    ):
         if getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} is not supported")
     blend, blend_per_split = get_blend_and_blend_per_split(args)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,18 +19,18 @@ LOSS_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 FIELD = re.compile(r" ([a-z ]+): +([-+0-9.E]+) \|")
 
 # A model that trains in milliseconds; every test adds what it is about.
-TINY_MODEL = (
+TINY_MODEL = shlex.split(
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
     "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 "
     "--lr 1e-2 --train-iters 6 --log-interval 1 --eval-interval 3 --eval-iters 1 --num-workers 0 "
     "--tokenizer-type NullTokenizer --vocab-size 64 --make-vocab-size-divisible-by 64"
-).split()
-TINY_MOE = (
+)
+TINY_MOE = shlex.split(
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-grouped-gemm "
     "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss "
     "--moe-aux-loss-coeff 1e-2"
-).split()
+)
 
 
 @dataclass(frozen=True)

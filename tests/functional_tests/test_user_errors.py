@@ -16,10 +16,19 @@ def error_lines(stderr: str) -> list[str]:
     [
         ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
         ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
-        ([*MOCK, "--global-batch-size", "3"], "global batch size (3)"),
-        ([*MOCK, "--num-attention-heads", "5"], "must be a multiple of"),
+        ([*MOCK, "--global-batch-size", "3"], "must be divisible by"),
         (
-            [*MOCK, "--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", "/no.model"],
+            [*MOCK, "--num-attention-heads", "5"],
+            "assert args.hidden_size % args.num_attention_heads",
+        ),
+        (
+            [
+                *MOCK,
+                "--tokenizer-type",
+                "GPTSentencePieceTokenizer",
+                "--tokenizer-model",
+                "/no.model",
+            ],
             "/no.model",
         ),
     ],
