@@ -3,7 +3,7 @@ equations, and Megatron's routing functions. Nothing here uses the package under
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,15 @@ CONFIG = ReferenceConfig(
     moe_ffn_hidden_size=6,
     moe_shared_expert_intermediate_size=10,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of products of tiny matrices: a second thread only makes them slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def assert_exact(got: Tensor, want: Tensor) -> None:
