@@ -50,10 +50,10 @@ class Run:
         }
 
 
-def launch(options: list[str], nproc: int = 1) -> Run:
-    """Run the script under torchrun on `nproc` ranks, without any help from the environment."""
+def launch(options: list[str], nproc: int = 1, script: str = SCRIPT) -> Run:
+    """Run a script under torchrun on `nproc` ranks, without any help from the environment."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return _run([*launcher, f"--nproc-per-node={nproc}", SCRIPT, *options])
+    return _run([*launcher, f"--nproc-per-node={nproc}", script, *options])
 
 
 def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
@@ -64,7 +64,7 @@ def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
 
 def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
     """A time limit ends the whole process group, so that nothing of a hung run stays."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (extra_env or {})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | (extra_env or {})
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
