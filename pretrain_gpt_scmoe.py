@@ -25,9 +25,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -89,10 +94,11 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the masked losses, number of tokens, and both for the log; losses are [b, s]."""
     args = get_args()
+    assert loss_mask is not None  # the host asks for the loss on the last pipeline stage only
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
@@ -189,6 +195,23 @@ def check_data(args: Namespace) -> None:
         for prefix in prefixes:
             if not is_object_storage_path(prefix) and not IndexedDataset.exists(prefix):
                 raise ValueError(f"no dataset {prefix}.bin and {prefix}.idx")
+    for prefix in blend[0] if blend else []:
+        if not is_object_storage_path(prefix):
+            check_split(prefix, args.split)
+
+
+def check_split(prefix: str, split: str) -> None:
+    """Refuse a split without a document: the host would count its epochs forever
+    (core/datasets/gpt_dataset.py:693)."""
+    documents = len(IndexedDataset(prefix).document_indices) - 1
+    for name, share in zip(
+        Split, convert_split_vector_to_split_matrix(parse_and_normalize_split(split)), strict=True
+    ):
+        if share is not None and round(share[0] * documents) == round(share[1] * documents):
+            raise ValueError(
+                f"--split {split} leaves the {name.name} data none of the {documents} documents of "
+                f"{prefix}: give it a larger share, or 0"
+            )
 
 
 def main() -> None:

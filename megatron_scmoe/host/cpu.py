@@ -300,13 +300,15 @@ NOISE = (
 )
 
 
+def _without(message: str) -> Callable[[logging.LogRecord], bool]:
+    pattern = re.compile(message)
+    return lambda record: not pattern.match(record.getMessage())
+
+
 def silence_noise() -> None:
     """Drop the messages of `NOISE`, whether warned or logged."""
     for noise in NOISE:
         if noise.source == "warnings":
             warnings.filterwarnings("ignore", message=noise.message)
         else:
-            pattern = re.compile(noise.message)
-            logging.getLogger(noise.source).addFilter(
-                lambda record, pattern=pattern: not pattern.match(record.getMessage())
-            )
+            logging.getLogger(noise.source).addFilter(_without(noise.message))

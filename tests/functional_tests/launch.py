@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
 
 
 def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
-    """A time limit ends the whole process group, so that nothing of a hung run stays."""
+    """A time limit ends the launcher, which ends its ranks, so that nothing of a hung run stays."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | (extra_env or {})
     process = subprocess.Popen(
         command,
@@ -72,12 +71,12 @@ def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
     )
     try:
         stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        process.communicate()
         raise
     return Run(process.returncode, stdout, stderr)
 

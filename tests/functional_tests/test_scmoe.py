@@ -89,15 +89,13 @@ def test_overlap_changes_no_bit(
 
 def test_none_is_stock_megatron(data_prefix: Path, tmp_path: Path) -> None:
     """Same seed, same options: the same curves, bit for bit."""
-    options = [*TINY_MODEL, *TINY_MOE, "--data-path", str(data_prefix)]
+    options = [*TINY_MODEL, *TINY_MOE, "--data-path", str(data_prefix), "--split", "80,10,10"]
     options += shlex.split(
         "--moe-shared-expert-intermediate-size 48 --expert-model-parallel-size 2 "
         "--attention-dropout 0.1 --hidden-dropout 0.1"
     )
     ours = train(tmp_path / "ours", *options, "--scmoe-shortcut-position", "none")
-    stock = train(
-        tmp_path / "stock", *options, script="tests/functional_tests/stock_pretrain.py"
-    )
+    stock = train(tmp_path / "stock", *options, script="tests/functional_tests/stock_pretrain.py")
     assert ours == stock
 
 
