@@ -1,4 +1,4 @@
-"""Whole training runs: overlap changes no bit, the loss is the recorded one, none is stock Megatron.
+"""Whole training runs: golden losses, overlap changes no bit, `none` is stock Megatron.
 
 `python -m tests.functional_tests.test_scmoe` records the golden losses anew.
 """
