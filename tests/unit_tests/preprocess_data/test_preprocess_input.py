@@ -8,6 +8,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from megatron_scmoe.data import DataError, corpus
 
 LINES = [b'{"text": "%d"}\n' % number for number in range(5000)]
