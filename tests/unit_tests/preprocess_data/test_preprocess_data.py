@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import struct
+import termios
 from itertools import accumulate
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def test_progress_lines_and_bar(start, tmp_path: Path, null_arguments):
     assert all("docs/s" in line and "MB/s" in line for line in lines)
 
     terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))
     run = start(
         "--input", corpus, *null_arguments, "--overwrite", prepare=lambda: os.dup2(stderr, 2)
     )

@@ -9,6 +9,8 @@ import pytest
 from conftest import TOOL, write_lines
 
 GOOD = b'{"text": "1 2"}\n'
+WRONG_MODEL = ["--tokenizer-model", "c.jsonl"]
+MISSING_MODEL = ["--tokenizer-model", "./none"]
 
 
 def left_over(tmp_path: Path) -> list[Path]:
@@ -120,13 +122,11 @@ def test_nothing_to_write(tool, tmp_path: Path, null_arguments, content, said):
             "--tokenizer-model x: no such file",
         ),
         (
-            ["--input", "c.jsonl", "--tokenizer-type", "Llama2Tokenizer"]
-            + ["--tokenizer-model", "c.jsonl"],
+            ["--input", "c.jsonl", "--tokenizer-type", "Llama2Tokenizer", *WRONG_MODEL],
             "cannot load --tokenizer-type Llama2Tokenizer",
         ),
         (
-            ["--input", "c.jsonl", "--tokenizer-type", "HuggingFaceTokenizer"]
-            + ["--tokenizer-model", "./none"],
+            ["--input", "c.jsonl", "--tokenizer-type", "HuggingFaceTokenizer", *MISSING_MODEL],
             "--tokenizer-model ./none: no such folder",
         ),
     ],
@@ -185,9 +185,9 @@ def test_as_a_user_starts_it(tmp_path: Path):
     """A malformed line costs one line of stderr also where the large imports happen."""
     corpus = tmp_path / "c.jsonl"
     corpus.write_bytes(GOOD + b"bad\n")
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
     done = subprocess.run(
-        [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "x"]
-        + ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"],
+        [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "x", *null],
         capture_output=True,
         text=True,
         cwd="/",
