@@ -49,7 +49,7 @@ SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 stimer = StragglerDetector()
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, Any]  # tensors; None where this stage needs none
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
