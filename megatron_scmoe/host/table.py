@@ -207,8 +207,8 @@ TABLE: tuple[Replacement, ...] = (
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
         "no TE or Apex",
         "core/optimizer/distrib_optimizer.py:1027",
-        "shares one step tensor between all parameters: wrong bias correction after a resume",
-        wheel.load_state_dict_with_own_steps,
+        "loses the step of torch's AdamW: wrong bias correction after a resume",
+        wheel.load_state_dict_with_steps,
     ),
 )
 
