@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 pretrain_gpt_scmoe.py <Megatron options>
 
-Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in what it leaves out:
-SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
+Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in
+what it leaves out: SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
 
 Shapes: b micro-batch, s tokens of a sequence on this rank.
 """
@@ -54,7 +54,7 @@ SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 stimer = StragglerDetector()
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, Any]  # tensors; None where this stage needs none
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:

@@ -286,6 +286,9 @@ NOISE = (
     Noise("warnings", "When using async grad allreduce", "about CUDA_DEVICE_MAX_CONNECTIONS"),
     Noise("warnings", "The .grad attribute of a Tensor", "the optimizer's look at its shards"),
     Noise("warnings", "'pin_memory' argument", "nothing to pin"),
+    Noise("warnings", "Please use DTensor instead", "from torch's checkpoint planner"),
+    Noise("warnings", "The argument order of load", "from torch's checkpoint reader"),
+    Noise("warnings", "torch.distributed is disabled", "each rank reads the common state itself"),
     Noise("torch.utils.cpp_extension", "No CUDA runtime", "known: this is the CPU backend"),
     Noise(
         "megatron.core.tensor_parallel.random",
@@ -300,15 +303,15 @@ NOISE = (
 )
 
 
-def _without(message: str) -> Callable[[logging.LogRecord], bool]:
-    pattern = re.compile(message)
-    return lambda record: not pattern.match(record.getMessage())
-
-
 def silence_noise() -> None:
     """Drop the messages of `NOISE`, whether warned or logged."""
     for noise in NOISE:
         if noise.source == "warnings":
             warnings.filterwarnings("ignore", message=noise.message)
         else:
-            logging.getLogger(noise.source).addFilter(_without(noise.message))
+            logging.getLogger(noise.source).addFilter(functools.partial(_says_more, noise))
+
+
+def _says_more(noise: Noise, record: logging.LogRecord) -> bool:
+    """A logging filter: False drops the record."""
+    return not re.match(noise.message, record.getMessage())

@@ -1,17 +1,20 @@
 """The one table of host symbols replaced at run time.
 
 A row names the symbol, where the host uses it, when and why it is replaced. The condition "cpu"
-is a machine without a CUDA device; the others are defects of the wheel. With a CUDA device and a
-sound installation nothing is replaced. Host lines are those of megatron-core 0.19.2.
+is a machine without a CUDA device; the others are defects of the wheel, "always" one that no
+check at start can see. Host lines are those of megatron-core 0.19.2.
 """
 
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_scmoe.host import cpu, wheel
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
+    "always": lambda: True,
     "cpu": cpu.no_cuda_device,
     "no Makefile": wheel.makefile_missing,
     "no TE": wheel.te_missing,
@@ -194,6 +197,14 @@ TABLE: tuple[Replacement, ...] = (
         wheel.checkpoint_without_fp8,
     ),
     Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+        "._set_main_param_and_optimizer_states",
+        "always",
+        "core/optimizer/distrib_optimizer.py:1225",
+        "loading copies into views of leaves that require grad: fp32 models cannot resume",
+        torch.no_grad(),
+    ),
+    Replacement(
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
         "no TE or Apex",
         "core/optimizer/distrib_optimizer.py:839",
@@ -204,8 +215,8 @@ TABLE: tuple[Replacement, ...] = (
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
         "no TE or Apex",
         "core/optimizer/distrib_optimizer.py:1027",
-        "shares one step tensor between all parameters: wrong bias correction after a resume",
-        wheel.load_state_dict_with_own_steps,
+        "loses the step of torch's AdamW: wrong bias correction after a resume",
+        wheel.load_state_dict_with_steps,
     ),
 )
 
