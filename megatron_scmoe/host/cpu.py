@@ -131,8 +131,26 @@ def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def manual_seed(seed: int) -> None:
-    """Not `torch.manual_seed`, which calls the function this one replaces."""
+    """Not `torch.manual_seed`, which may come back to the function this one replaces."""
     torch.default_generator.manual_seed(seed)
+
+
+def iterate_without_drawing(iter_: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`DataLoader.__iter__` that leaves the generator as it was.
+
+    It draws a seed for its workers. With CUDA that is another generator than the one of dropout;
+    here a resumed run, which makes its iterators after loading the generator's state, would drop
+    other elements than the uninterrupted run.
+    """
+
+    @functools.wraps(iter_)
+    def replacement(self: Any) -> Any:
+        state = torch.get_rng_state()
+        iterator = iter_(self)
+        torch.set_rng_state(state)
+        return iterator
+
+    return replacement
 
 
 # Tensors.
@@ -172,6 +190,11 @@ def maybe_move_tensor_to_cpu(
 ) -> Any:
     """The host converts the all-to-all's splits to numpy only when it moves them off the GPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def run_eagerly(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile` that compiles nothing, as `@compile` and as `@compile(...)`."""
+    return function if function is not None else lambda function: function
 
 
 def allow_no_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,13 +300,15 @@ NOISE = (
 )
 
 
+def _without(message: str) -> Callable[[logging.LogRecord], bool]:
+    pattern = re.compile(message)
+    return lambda record: not pattern.match(record.getMessage())
+
+
 def silence_noise() -> None:
     """Drop the messages of `NOISE`, whether warned or logged."""
     for noise in NOISE:
         if noise.source == "warnings":
             warnings.filterwarnings("ignore", message=noise.message)
         else:
-            pattern = re.compile(noise.message)
-            logging.getLogger(noise.source).addFilter(
-                lambda record, pattern=pattern: not pattern.match(record.getMessage())
-            )
+            logging.getLogger(noise.source).addFilter(_without(noise.message))
