@@ -55,11 +55,11 @@ def load_state_dict_with_steps(
 ) -> Callable[[Any, dict[str, Any]], None]:
     """`DistributedOptimizer.load_state_dict` after which every parameter has the saved `step`.
 
-    The host goes wrong twice for torch's AdamW, and both times the bias correction suffers: it
-    puts one step tensor into the state of all parameters (core/optimizer/distrib_optimizer.py:1027),
-    which AdamW then counts up once per parameter; and it copies into it the step from before the
-    load, which travels with the parameter state as a local object (:1965). The saved step is in
-    the parameter groups.
+    For torch's AdamW core/optimizer/distrib_optimizer.py goes wrong twice, and both times the bias
+    correction suffers. It puts one step tensor into the state of all parameters (:1027), which
+    AdamW then counts up once per parameter; and it copies into it the step from before the load,
+    which travels with the parameter state as a local object (:1953). The saved step is in the
+    parameter groups.
     """
 
     def replacement(self: Any, state_dict: dict[str, Any]) -> None:

@@ -24,7 +24,10 @@ def succeeded(run: Run) -> Run:
 
 
 def curves(folder: Path, first: int = 1) -> dict[str, dict[int, float]]:
-    """The curves from iteration `first` on."""
+    """The curves from iteration `first` on.
+
+    Not the loss lines: the host's second line of a run averages its first two iterations.
+    """
     return {
         tag: {step: value for step, value in read_scalars(folder, tag).items() if step >= first}
         for tag in CURVES
