@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
@@ -61,6 +62,11 @@ class ScMoEConfig:
         Raises:
             ValueError: one line that says what is wrong and what to do.
         """
+        if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+            raise ValueError(
+                "--transformer-impl transformer_engine, the default, needs Transformer Engine, "
+                "which is not installed: install it, or use --transformer-impl local."
+            )
         if not self.enabled:
             return
         position = self.scmoe_shortcut_position
@@ -202,6 +208,11 @@ _UNSUPPORTED: list[tuple[str, Callable[[TransformerConfig], bool], str]] = [
         "--fine-grained-activation-offloading",
         lambda config: config.fine_grained_activation_offloading,
         "the units' steps are not offloading groups",
+    ),
+    (
+        "Kitchen quantization",
+        lambda config: config.use_kitchen or config.use_kitchen_attention,
+        "the linear layer after an unfused norm would not be quantized",
     ),
     (
         "CPU offloading",

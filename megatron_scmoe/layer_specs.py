@@ -6,14 +6,17 @@ is one block layer that holds two attention layers. The translation happens in t
 """
 
 import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import LNImpl, get_gpt_decoder_layer_specs
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
@@ -129,7 +132,8 @@ def scmoe_block_spec(
                 )
             )
         else:
-            specs.append(ModuleSpec(module=NumberedLayer, submodules=last, params=params))
+            plain = _with_disk_names(last)
+            specs.append(ModuleSpec(module=NumberedLayer, submodules=plain, params=params))
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
@@ -155,8 +159,6 @@ def with_sequence_parallel_norms(spec: Any, config: TransformerConfig) -> Any:
 def _norm(config: TransformerConfig) -> LayerNormBuilder:
     """The norm that stands on its own: Transformer Engine's, apex's or torch's."""
     if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
         return TENorm
     # apex has no RMSNorm that the host would use.
     host_norm = WrappedTorchNorm if config.normalization == "RMSNorm" else LNImpl
@@ -169,57 +171,72 @@ def _unit_submodules(
     scmoe: ScMoEConfig,
     norm: LayerNormBuilder,
 ) -> ShortcutLayerSubmodules:
-    own = {field.name: getattr(moe, field.name) for field in fields(moe)}
+    position = scmoe.scmoe_shortcut_position
+    if scmoe.scmoe_shortcut_norm == "shared":
+        if dense is None:
+            moe = _unfused(moe, "input_layernorm", norm)
+        else:
+            tapped = "pre_mlp_layernorm" if position == "pos2" else "input_layernorm"
+            dense = _unfused(dense, tapped, norm)
+    moe = _with_disk_names(moe)
+    values = {field.name: getattr(moe, field.name) for field in fields(moe)}
     # The host's MLP slot is a partial of MoELayer with the submodules bound.
     assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
-    own["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
-    # Only the local spec calls this norm a part of linear_fc1 on disk; in a MoE layer it stands on
-    # its own with Transformer Engine. One name for both.
-    own["sharded_state_dict_keys_map"] = {
-        old: new
-        for old, new in moe.sharded_state_dict_keys_map.items()
-        if old != "pre_mlp_layernorm."
-    }
-    if scmoe.scmoe_shortcut_norm == "shared":
-        if scmoe.scmoe_shortcut_position == "pos1":
-            own.update(_unfused(own, "input_layernorm", norm))
-        elif dense is not None:
-            tapped = "pre_mlp_layernorm"
-            if scmoe.scmoe_shortcut_position == "pos3":
-                tapped = "input_layernorm"
-            values = {field.name: getattr(dense, field.name) for field in fields(dense)}
-            dense = TransformerLayerSubmodules(**{**values, **_unfused(values, tapped, norm)})
+    values["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
     return ShortcutLayerSubmodules(
-        **own,
-        dense_layer=dense,
+        **values,
+        dense_layer=None if dense is None else _with_disk_names(dense),
         shortcut_layernorm=norm if scmoe.scmoe_shortcut_norm == "own" else IdentityOp,
         post_layernorm=norm if scmoe.scmoe_post_norm else IdentityOp,
     )
 
 
-def _unfused(submodules: dict[str, Any], name: str, norm: LayerNormBuilder) -> dict[str, Any]:
+def _unfused(
+    layer: TransformerLayerSubmodules, name: str, norm: LayerNormBuilder
+) -> TransformerLayerSubmodules:
     """Give a layer a separate norm where Transformer Engine fuses it into the next linear layer.
 
     A fused norm's output does not exist as a tensor, so the routed experts could not share it.
-    The name on disk stays that of the fused layer.
     """
-    if submodules[name] is not IdentityOp:
-        return {}
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
+    if getattr(layer, name) is not IdentityOp:
+        return layer
     linear = TESpecProvider().column_parallel_linear()
-    keys = dict(submodules["sharded_state_dict_keys_map"])
-    if name == "input_layernorm":
-        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-        attention = copy.copy(submodules["self_attention"])
-        attention.submodules = copy.copy(attention.submodules)
-        attention.submodules.linear_qkv = linear
-        return {name: norm, "self_attention": attention, "sharded_state_dict_keys_map": keys}
-    keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    mlp_submodules = copy.copy(submodules["mlp"].keywords["submodules"])
-    mlp_submodules.linear_fc1 = linear
-    mlp = partial(submodules["mlp"].func, submodules=mlp_submodules)
-    return {name: norm, "mlp": mlp, "sharded_state_dict_keys_map": keys}
+    if name == "pre_mlp_layernorm":
+        assert isinstance(layer.mlp, partial)
+        submodules = replace(layer.mlp.keywords["submodules"], linear_fc1=linear)
+        mlp = partial(layer.mlp.func, **{**layer.mlp.keywords, "submodules": submodules})
+        return replace(layer, pre_mlp_layernorm=norm, mlp=mlp)
+    assert isinstance(layer.self_attention, ModuleSpec)
+    attention = copy.copy(layer.self_attention)
+    # Latent attention fuses this norm with --mla-down-proj-fusion only.
+    is_mla = isinstance(attention.submodules, MLASelfAttentionSubmodules)
+    first_linear = {"linear_qkv_down_proj" if is_mla else "linear_qkv": linear}
+    attention.submodules = replace(attention.submodules, **first_linear)
+    return replace(layer, input_layernorm=norm, self_attention=attention)
+
+
+def _with_disk_names(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Name every norm on disk as Transformer Engine's layers do, fused or not.
+
+    There most norms are a part of the next linear layer; the norm of a MoE layer is not, and the
+    input norm of latent attention is not. The host's local specs differ in the former, and with
+    latent attention they have no fused names at all.
+    """
+    assert isinstance(layer.mlp, partial) and isinstance(layer.self_attention, ModuleSpec)
+    names = dict(layer.sharded_state_dict_keys_map)
+    if layer.mlp.func is MoELayer:
+        names.pop("pre_mlp_layernorm.", None)
+    else:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    if isinstance(layer.self_attention.submodules, MLASelfAttentionSubmodules):
+        for norm, linear in (
+            ("q_layernorm", "linear_q_up_proj"),
+            ("kv_layernorm", "linear_kv_up_proj"),
+        ):
+            names[f"self_attention.{norm}."] = f"self_attention.{linear}.layer_norm_"
+    else:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    return replace(layer, sharded_state_dict_keys_map=names)
 
 
 def _stages(config: TransformerConfig) -> list[list[range]]:

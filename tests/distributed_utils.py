@@ -1,7 +1,9 @@
 """Run a test function on gloo ranks of this machine."""
 
+import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +17,11 @@ import torch
 import torch.multiprocessing as mp
 from megatron.core import parallel_state, tensor_parallel
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=120)  # of one collective
+LIMIT_S = 240  # of one job
+
+# Ranks are forked from a server that has imported this once, instead of importing it again each.
+multiprocessing.set_forkserver_preload(["tests.models", "tests.distributed_utils"])
 
 
 def initialize(rank: int, world_size: int, store: Path, **parallel_sizes: int) -> None:
@@ -52,14 +58,24 @@ def run_distributed(
 
     Raises:
         Exception: the first rank's failure, with its traceback.
+        TimeoutError: the job took longer than LIMIT_S; no rank is left behind.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
+        job = mp.start_processes(
             _rank,
             args=(world_size, Path(folder), function, args, parallel_sizes),
             nprocs=world_size,
-            start_method="spawn",
+            join=False,
+            start_method="forkserver",
         )
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not job.join(timeout=1):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{function.__name__} on {world_size} ranks: {LIMIT_S} s")
+        finally:
+            for process in job.processes:
+                process.kill()
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)

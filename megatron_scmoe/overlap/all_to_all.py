@@ -128,6 +128,7 @@ class _Wait(torch.autograd.Function):
     def forward(ctx, handle: AllToAllHandle, token: Tensor) -> tuple[Tensor, ...]:
         ctx.handle = handle
         ctx.token = token
+        assert handle._forward is not None
         return handle._forward.complete()
 
     @staticmethod

@@ -33,15 +33,18 @@ def test_symbols_are_named_once() -> None:
     assert len(symbols) == len(set(symbols))
 
 
-def test_only_bugs_are_replaced_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_bugs_are_replaced_with_a_cuda_device(
+    monkeypatch: pytest.MonkeyPatch, originals: None
+) -> None:
     monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: False)
-    assert {row.condition for row in table.applicable_rows()} <= {"no Makefile", "no TE or Apex"}
+    conditions = {row.condition for row in host.apply_replacements()}
+    assert conditions <= {"always", "no Makefile", "no TE or Apex"}
 
 
-def test_sound_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sound_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
     for condition in table.CONDITIONS:
         monkeypatch.setitem(table.CONDITIONS, condition, lambda: False)
-    assert table.applicable_rows() == []
+    assert host.apply_replacements() == []
 
 
 def test_apply_and_restore(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:

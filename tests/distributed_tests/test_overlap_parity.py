@@ -1,0 +1,204 @@
+"""Overlap on equals overlap off, bit for bit: outputs and every gradient."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_scmoe.moe.moe_layer import ScMoELayer
+from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
+from tests.distributed_utils import run_distributed
+from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
+from tests.routing_cases import plan_selection, planned_logits
+
+NUM_EXPERTS = 8
+RECOMPUTE_ALL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+RECOMPUTE_SOME = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["core_attn", "layernorm", "mlp", "shared_experts", "moe"],
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from a dropless top-1 model; the routing is the same on every rank."""
+
+    routing: str = "skewed"
+    topk: int = 1
+    host: dict[str, Any] = field(default_factory=dict)
+    scmoe: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "balanced": Variant("balanced"),
+    "skewed": Variant("skewed"),
+    "skewed, top-2": Variant("skewed", topk=2),
+    "an empty expert, top-2": Variant("empty_expert", topk=2),
+    "all to one": Variant("all_to_one"),
+    "all to two": Variant("all_to_one", topk=2),
+    "capacity": Variant(topk=2, host={"moe_expert_capacity_factor": 1.0}),
+    "padded to capacity": Variant(
+        topk=2,
+        host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    ),
+    "full recompute": Variant(topk=2, host=RECOMPUTE_ALL),
+    "selective recompute": Variant(topk=2, host=RECOMPUTE_SOME),
+    "shared norm, cg2": Variant(scmoe={"scmoe_shortcut_norm": "shared", "scmoe_combine": "cg2"}),
+    "shared norm, selective recompute": Variant(
+        host=RECOMPUTE_SOME, scmoe={"scmoe_shortcut_norm": "shared"}
+    ),
+    "post norm, add": Variant(scmoe={"scmoe_post_norm": True, "scmoe_combine": "add"}),
+}
+EVERY_SLOT = ("skewed, top-2", "full recompute", "selective recompute")
+FOUR_RANKS = (*EVERY_SLOT, "balanced", "an empty expert, top-2", "all to one", "capacity")
+
+# One model: position, slot, variant.
+Key = tuple[str, int, str]
+DEFAULT_SLOTS = [(position, default_slot(position)) for position in POSITIONS]
+SLOTS = [(position, slot) for position in POSITIONS for slot in range(len(window(position)) + 1)]
+KEYS: dict[int, list[Key]] = {
+    2: [
+        (position, slot, name)
+        for position, slot in SLOTS
+        for name in VARIANTS
+        if slot == default_slot(position) or name in EVERY_SLOT
+    ],
+    4: [(position, slot, name) for position, slot in DEFAULT_SLOTS for name in FOUR_RANKS],
+}
+IN_FLIGHT = [
+    (position, slot, name)
+    for position, slot in DEFAULT_SLOTS
+    for name in (*EVERY_SLOT, "shared norm, selective recompute")
+]
+
+
+def build(key: Key, overlap: bool) -> TransformerBlock:
+    """Two units with random weights of order one, and a router that selects as planned."""
+    position, slot, name = key
+    variant = VARIANTS[name]
+    case = Case(
+        scmoe={
+            "scmoe_shortcut_position": position,
+            "scmoe_expert_slot": slot,
+            "scmoe_overlap": overlap,
+            **variant.scmoe,
+        },
+        host={
+            "num_moe_experts": NUM_EXPERTS,
+            "moe_router_topk": variant.topk,
+            "expert_model_parallel_size": dist.get_world_size(),
+            **variant.host,
+        },
+    )
+    block = build_block(case)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for parameter in block.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data.copy_(0.3 * noise)
+    for module in block.modules():
+        if isinstance(module, ScMoELayer):
+            _plan_routing(module, variant, generator)
+    return block
+
+
+def _plan_routing(moe: ScMoELayer, variant: Variant, generator: torch.Generator) -> None:
+    selection = plan_selection(variant.routing, SEQUENCE * BATCH, NUM_EXPERTS, variant.topk)
+    planned = planned_logits(selection, NUM_EXPERTS, generator).view(SEQUENCE, BATCH, NUM_EXPERTS)
+    gating = moe.router.gating
+    moe.router.gating = lambda tokens: planned + 0.02 * torch.tanh(gating(tokens))
+
+
+def inputs(number: int) -> Tensor:
+    """A micro-batch of this rank."""
+    generator = torch.Generator().manual_seed(100 * (number + 1) + dist.get_rank())
+    shape = (SEQUENCE, BATCH, 16)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def train(block: TransformerBlock, order: tuple[int, ...], in_flight: bool) -> dict[str, Any]:
+    """Outputs and gradients of micro-batches.
+
+    Args:
+        order: of the backward passes.
+        in_flight: all forward passes first, in the order of their numbers; otherwise one
+            micro-batch after the other, in `order`.
+    """
+    batches = {number: inputs(number) for number in order}
+    outputs = {}
+    for number in sorted(order) if in_flight else order:
+        outputs[number] = run_block(block, batches[number])
+        if not in_flight:
+            _backward(outputs[number])
+    if in_flight:
+        for number in order:
+            _backward(outputs[number])
+    results = {f"output {number}": output.detach() for number, output in outputs.items()}
+    results |= {f"input {number}": batch.grad for number, batch in batches.items()}
+    return results | {name: parameter.grad for name, parameter in block.named_parameters()}
+
+
+def _backward(output: Tensor) -> None:
+    generator = torch.Generator().manual_seed(7)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=output.dtype))
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of the tensors that are not bitwise equal; gradients nobody got must agree too."""
+    assert expected.keys() == found.keys()
+    return [
+        name
+        for name, value in expected.items()
+        if (value is None) != (found[name] is None)
+        or (value is not None and not torch.equal(value, found[name]))
+    ]
+
+
+def compare_overlap(keys: list[Key]) -> dict[Key, list[str]]:
+    """What differs between overlap on and off, by model."""
+    result = {}
+    for key in keys:
+        expected = train(build(key, overlap=False), (0,), in_flight=False)
+        routers = [value for name, value in expected.items() if name.endswith("router.weight")]
+        for value in (expected["output 0"], expected["input 0"], *routers):
+            assert value.abs().max() > 0
+        found = train(build(key, overlap=True), (0,), in_flight=False)
+        result[key] = differences(expected, found)
+    return result
+
+
+def compare_in_flight(keys: list[Key]) -> dict[tuple[Key, tuple[int, ...]], list[str]]:
+    """What differs between two overlapped micro-batches in flight and one after the other.
+
+    The reference runs them in the order of the backward passes, so that gradients are summed in
+    the same order.
+    """
+    result = {}
+    for key in keys:
+        for order in ((1, 0), (0, 1)):
+            expected = train(build(key, overlap=False), order, in_flight=False)
+            found = train(build(key, overlap=True), order, in_flight=True)
+            result[key, order] = differences(expected, found)
+    return result
+
+
+def compare(world_size: int) -> dict[Any, list[str]]:
+    return compare_overlap(KEYS[world_size]) | compare_in_flight(IN_FLIGHT)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_on_equals_off(world_size: int) -> None:
+    results = run_distributed(
+        compare, world_size, world_size, expert_model_parallel_size=world_size
+    )
+    for rank, result in enumerate(results):
+        assert len(result) == len(KEYS[world_size]) + 2 * len(IN_FLIGHT)
+        different = {key: names for key, names in result.items() if names}
+        assert not different, f"rank {rank}"
