@@ -298,6 +298,6 @@ def _cut_message(
     rows[0], rows[-1] = "E" + rows[0], rows[-1] + "L"
     return (
         f"{where} would start at layer {stage.start + 1}, inside the unit of layers {stage.start} "
-        f"and {stage.start + 1}: a unit cannot be cut. Use for example "
-        f"--pipeline-model-parallel-layout '{'|'.join(rows)}'."
+        f"and {stage.start + 1}: a unit cannot be cut. In place of the other options of the split "
+        f"use for example --pipeline-model-parallel-layout '{'|'.join(rows)}'."
     )
