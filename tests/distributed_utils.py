@@ -50,7 +50,7 @@ def run_distributed(
     """Call `function(*args)` on every rank of a fresh job.
 
     Args:
-        function: a module-level function; what it returns must be picklable.
+        function: a module-level function; what it takes and returns must be picklable.
         parallel_sizes: arguments of Megatron's initialize_model_parallel.
 
     Returns:
@@ -61,9 +61,11 @@ def run_distributed(
         TimeoutError: the job took longer than LIMIT_S; no rank is left behind.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # By file: the start method would pass tensors as file descriptors, a few hundred at most.
+        torch.save(args, Path(folder) / "args.pt")
         job = mp.start_processes(
             _rank,
-            args=(world_size, Path(folder), function, args, parallel_sizes),
+            args=(world_size, Path(folder), function, parallel_sizes),
             nprocs=world_size,
             join=False,
             start_method="forkserver",
@@ -87,10 +89,10 @@ def _rank(
     world_size: int,
     folder: Path,
     function: Callable[..., Any],
-    args: tuple[Any, ...],
     parallel_sizes: dict[str, int],
 ) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     initialize(rank, world_size, folder / "store", **parallel_sizes)
+    args = torch.load(folder / "args.pt", weights_only=False)
     torch.save(function(*args), folder / f"{rank}.pt")
     finalize()

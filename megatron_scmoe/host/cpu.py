@@ -269,6 +269,53 @@ def apply_cpu_defaults(args: Namespace) -> None:
         print(f"No CUDA device: CPU backend. Switched: {', '.join(switched) or 'nothing'}")
 
 
+# Collectives over parts of different sizes, which gloo refuses and NCCL takes.
+
+
+def gather_padded(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`_gather_along_first_dim` that pads the parts to the largest one and cuts the result."""
+
+    def replacement(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1 or max(output_split_sizes) == 0:
+            return gather(input_, group, None, use_global_buffer)
+        size = max(output_split_sizes)
+        parts = gather(_padded(input_, size), group).split(size)
+        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
+
+    return replacement
+
+
+def reduce_scatter_padded(
+    reduce_scatter: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """`_reduce_scatter_along_first_dim` that pads the parts to the largest one."""
+
+    def replacement(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1 or max(input_split_sizes) == 0:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        size = max(input_split_sizes)
+        parts = torch.cat([_padded(part, size) for part in input_.split(input_split_sizes)])
+        return reduce_scatter(parts, group)[: input_split_sizes[group.rank()]].contiguous()
+
+    return replacement
+
+
+def _padded(part: torch.Tensor, size: int) -> torch.Tensor:
+    rows = part.new_zeros((size, *part.shape[1:]))
+    rows[: part.shape[0]] = part
+    return rows
+
+
 class Noise(NamedTuple):
     """A message that says nothing on a CPU: who says it ("warnings" or a logger), how it begins
     (a regular expression), and why it may go."""

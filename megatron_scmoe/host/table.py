@@ -182,6 +182,18 @@ TABLE: tuple[Replacement, ...] = (
         "gloo's all-to-all wants splits as integers, not as a tensor",
         _use(cpu.maybe_move_tensor_to_cpu),
     ),
+    _cpu(
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+        "core/tensor_parallel/mappings.py:154",
+        "gloo gathers parts of one size only: no --expert-tensor-parallel-size > 1",
+        cpu.gather_padded,
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        "core/tensor_parallel/mappings.py:197",
+        "the same for its backward",
+        cpu.reduce_scatter_padded,
+    ),
     Replacement(
         "megatron.core.datasets.utils.compile_helpers",
         "no Makefile",

@@ -78,7 +78,7 @@ def load_state_dict_with_steps(
     The host goes wrong twice for torch's AdamW, and both times the bias correction suffers
     (core/optimizer/distrib_optimizer.py): it puts one step tensor into the state of all parameters
     (:1027), which AdamW then counts up once per parameter; and it copies into it the step from
-    before the load, which travels with the parameter state as a local object (:1965). The saved
+    before the load, which travels with the parameter state as a local object (:1953). The saved
     step is in the parameter groups.
     """
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "pretrain_gpt_scmoe.py"
-TIMEOUT_S = 150
+TIMEOUT_S = 240
 
 LOSS_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 FIELD = re.compile(r" ([a-z ]+): +([-+0-9.E]+) \|")

@@ -38,7 +38,7 @@ def test_only_bugs_are_replaced_with_a_cuda_device(
 ) -> None:
     monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: False)
     conditions = {row.condition for row in host.apply_replacements()}
-    assert conditions <= {"always", "no Makefile", "no TE or Apex"}
+    assert conditions <= {"always", "no Makefile", "no TE", "no TE or Apex"}
 
 
 def test_sound_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:

@@ -1,0 +1,221 @@
+"""Experts and tensors spread over ranks: the oracle's outputs and gradients, in every layout."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+from torch import distributed as dist
+
+from tests.distributed_utils import run_distributed
+from tests.models import SEQUENCE, Case, build_block, run_block
+from tests.reference import (
+    Parameters,
+    dense_layer_shapes,
+    gradients,
+    random_parameters,
+    reference_block,
+    unit_shapes,
+)
+
+WORLD_SIZE = 4
+BATCH = 4  # sequences over all ranks
+TOLERANCE = 1e-10
+
+# TP is always with sequence parallelism; what is left of the four ranks is data parallel.
+LAYOUTS = {
+    "EP 1": {},
+    "EP 2": {"expert_model_parallel_size": 2},
+    "EP 4": {"expert_model_parallel_size": 4},
+    "TP 2, EP 2": {
+        "tensor_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "expert_model_parallel_size": 2,
+    },
+    "TP 2, expert TP 2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "TP 2, expert TP 2, EP 2": {
+        "tensor_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+}
+CASES = {
+    "pos1": Case(
+        scmoe={
+            "scmoe_shortcut_position": "pos1",
+            "scmoe_combine": "cg2",
+            "scmoe_shortcut_norm": "shared",
+        },
+        host={"moe_router_topk": 2},
+    ),
+    "pos2": Case(),
+    "pos3": Case(
+        scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
+        host={"moe_router_topk": 2, "normalization": "LayerNorm"},
+    ),
+}
+
+
+@dataclass
+class Problem:
+    """One model over the whole batch, and the oracle's answer."""
+
+    parameters: dict[str, Tensor]
+    """By the block's names, experts numbered over all ranks."""
+    hidden_states: Tensor
+    weights: Tensor
+    """The loss is (output * weights).sum(); like the hidden states [s, b, h]."""
+    output: Tensor
+    gradients: dict[str, Tensor]
+    """Of the parameters, and of "hidden_states"."""
+
+
+def solve(case: Case) -> Problem:
+    """Ask the oracle."""
+    config = case.reference_config()
+    is_pos1 = config.position == "pos1"
+    layers: list[Parameters] = []
+    for layer in range(case.num_layers if is_pos1 else case.num_layers // 2):
+        if is_pos1 and layer % 2 == 0:
+            shapes = dense_layer_shapes(config)
+        else:
+            shapes = unit_shapes(config, dense_half=not is_pos1)
+        layers.append(random_parameters(shapes, seed=layer))
+    norm = {"final_layernorm.weight": (config.hidden_size,)}
+    if config.normalization == "LayerNorm":
+        norm["final_layernorm.bias"] = (config.hidden_size,)
+    final = random_parameters(norm, seed=100)
+
+    generator = torch.Generator().manual_seed(200)
+    hidden_states, weights = torch.randn(
+        2, SEQUENCE, BATCH, config.hidden_size, generator=generator, dtype=torch.float64
+    )
+    hidden_states.requires_grad_()
+    output = reference_block(layers, hidden_states, config, case.moe_frequency, final)
+    parameters = {f"layers.{i}.{name}": p for i, ps in enumerate(layers) for name, p in ps.items()}
+    parameters |= final
+    found = gradients((output * weights).sum(), {"hidden_states": hidden_states, **parameters})
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    return Problem(values, hidden_states.detach(), weights, output.detach(), found)
+
+
+def own_part(name: str, whole: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, as Megatron's layers split it."""
+    if ".experts." in name:
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+    else:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+    if "linear_qkv" in name:
+        return whole.chunk(size)[rank]
+    if "linear_fc1" in name:  # SwiGLU's gate and up projection, one above the other
+        return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+    if "linear_proj" in name or "linear_fc2" in name:
+        return whole.chunk(size, dim=1)[rank]
+    return whole
+
+
+def global_name(name: str, num_local_experts: int) -> str:
+    """A parameter's name with its expert numbered over all ranks."""
+    first = parallel_state.get_expert_model_parallel_rank() * num_local_experts
+    return re.sub(
+        r"local_experts\.(\d+)", lambda m: f"local_experts.{first + int(m.group(1))}", name
+    )
+
+
+def own_tokens(whole: Tensor) -> Tensor:
+    """This rank's part of [s, b, h]: samples over data parallel ranks, sequence over TP."""
+    whole = whole.chunk(parallel_state.get_data_parallel_world_size(), dim=1)[
+        parallel_state.get_data_parallel_rank()
+    ]
+    return whole.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+        parallel_state.get_tensor_model_parallel_rank()
+    ]
+
+
+def summed(name: str, parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient over all tokens, as the host's reductions make it (with sums, no means)."""
+    grad = parameter.grad.clone()
+    if getattr(parameter, "sequence_parallel", False):
+        dist.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+    if ".experts." in name:
+        dist.all_reduce(grad, group=parallel_state.get_expert_data_parallel_group())
+    else:
+        dist.all_reduce(grad, group=parallel_state.get_data_parallel_group())
+    return grad
+
+
+def errors(case: Case, problem: Problem, layout: dict[str, int]) -> dict[str, float]:
+    """Largest differences from the oracle by name: output, input gradient, every parameter.
+
+    layout: that of the current process groups.
+    """
+    sequence_parallel = layout.get("tensor_model_parallel_size", 1) > 1
+    host = {**case.host, **layout, "sequence_parallel": sequence_parallel}
+    block = build_block(Case(case.scmoe, host, case.moe_frequency, case.num_layers))
+    num_local_experts = block.config.num_moe_experts // layout.get("expert_model_parallel_size", 1)
+    names = {name: global_name(name, num_local_experts) for name, _ in block.named_parameters()}
+    for name, parameter in block.named_parameters():
+        parameter.data.copy_(own_part(name, problem.parameters[names[name]]))
+
+    hidden_states = own_tokens(problem.hidden_states).contiguous().requires_grad_()
+    output = run_block(block, hidden_states)
+    (output * own_tokens(problem.weights)).sum().backward()
+
+    def error(found: Tensor, expected: Tensor) -> float:
+        assert found.shape == expected.shape
+        return (found - expected).abs().max().item()
+
+    result = {
+        "output": error(output, own_tokens(problem.output)),
+        "hidden_states": error(hidden_states.grad, own_tokens(problem.gradients["hidden_states"])),
+    }
+    for name, parameter in block.named_parameters():
+        expected = own_part(name, problem.gradients[names[name]])
+        result[names[name]] = error(summed(name, parameter), expected)
+    return result
+
+
+def all_errors(problems: dict[str, Problem]) -> dict[tuple[str, str], dict[str, float]]:
+    result = {}
+    for layout, sizes in LAYOUTS.items():
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(**sizes)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+        for name, problem in problems.items():
+            result[name, layout] = errors(CASES[name], problem, sizes)
+    return result
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, Problem]:
+    return {name: solve(case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def found(problems: dict[str, Problem]) -> list[dict[tuple[str, str], dict[str, float]]]:
+    """The errors of every rank."""
+    return run_distributed(all_errors, WORLD_SIZE, problems)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_layout_equals_oracle(
+    problems: dict[str, Problem],
+    found: list[dict[tuple[str, str], dict[str, float]]],
+    case: str,
+    layout: str,
+) -> None:
+    ranks = [rank[case, layout] for rank in found]
+    compared = {name for errors in ranks for name in errors}
+    assert compared == {"output", *problems[case].gradients}
+    wrong = {
+        f"rank {rank}, {name}": error
+        for rank, errors in enumerate(ranks)
+        for name, error in errors.items()
+        if not error <= TOLERANCE
+    }
+    assert not wrong
