@@ -90,6 +90,10 @@ def model_config_from_args(args: Namespace) -> ScMoEModelConfig:
     config = core_transformer_config_from_args(args)
     scmoe.check(config)
     if scmoe.enabled:
+        if args.spec is not None:
+            raise ValueError(
+                "--spec does not work with a shortcut: the units are the layers; drop it."
+            )
         block_config(config, scmoe)
     model_config = gpt_config_from_args(args, config=config, model_config_cls=ScMoEModelConfig)
     model_config.scmoe = scmoe
