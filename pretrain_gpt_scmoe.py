@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 pretrain_gpt_scmoe.py <Megatron options>
 
-Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in what it leaves out:
-SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
+Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in
+what it leaves out: SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
 
 Shapes: b micro-batch, s tokens of a sequence on this rank.
 """
@@ -25,9 +25,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -49,7 +54,7 @@ SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 stimer = StragglerDetector()
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, Any]  # tensors; None where this stage needs none
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
@@ -89,10 +94,11 @@ def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Ba
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor | None, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the masked losses, number of tokens, and both for the log; losses are [b, s]."""
     args = get_args()
+    assert loss_mask is not None  # the host asks for the loss on the last pipeline stage only
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
@@ -103,9 +109,7 @@ def loss_func(
         rejections += [(torch.isnan, "found NaN in local forward loss calculation", True)]
         rejections += [(torch.isinf, "found Inf in local forward loss calculation", True)]
     if args.check_for_spiky_loss:
-        is_spiky = partial(
-            rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
-        )
+        is_spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         rejections += [(is_spiky, "Spiky loss", False)]
     for rejection_func, message, fatal in rejections:
         # Tolerance 0: on one machine a repeated forward pass gives the same loss.
@@ -178,7 +182,12 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 def check_data(args: Namespace) -> None:
     """Refuse what this script does not read, and missing files, before any rank builds data."""
-    for option in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"):
+    for option in (
+        "sft",
+        "fim_data",
+        "hybrid_context_parallel",
+        "dataloader_inter_document_masking",
+    ):
         if getattr(args, option):
             raise ValueError(f"--{option.replace('_', '-')} is not supported")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -186,6 +195,23 @@ def check_data(args: Namespace) -> None:
         for prefix in prefixes:
             if not is_object_storage_path(prefix) and not IndexedDataset.exists(prefix):
                 raise ValueError(f"no dataset {prefix}.bin and {prefix}.idx")
+    for prefix in blend[0] if blend else []:
+        if not is_object_storage_path(prefix):
+            check_split(prefix, args.split)
+
+
+def check_split(prefix: str, split: str) -> None:
+    """Refuse a split without a document: the host would count its epochs forever
+    (core/datasets/gpt_dataset.py:693)."""
+    documents = len(IndexedDataset(prefix).document_indices) - 1
+    for name, share in zip(
+        Split, convert_split_vector_to_split_matrix(parse_and_normalize_split(split)), strict=True
+    ):
+        if share is not None and round(share[0] * documents) == round(share[1] * documents):
+            raise ValueError(
+                f"--split {split} leaves the {name.name} data none of the {documents} documents of "
+                f"{prefix}: give it a larger share, or 0"
+            )
 
 
 def main() -> None:

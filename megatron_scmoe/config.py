@@ -7,8 +7,9 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
@@ -61,23 +62,31 @@ class ScMoEConfig:
         Raises:
             ValueError: one line that says what is wrong and what to do.
         """
+        check_transformer_impl(config.transformer_impl)
         if not self.enabled:
             return
         position = self.scmoe_shortcut_position
         assert position in POSITIONS
-        for option, is_set, reason in _UNSUPPORTED:
-            if is_set(config):
-                raise ValueError(f"{option} does not work with a shortcut: {reason}.")
+        for row in _UNSUPPORTED:
+            if row.is_set(config):
+                raise ValueError(
+                    f"{row.option} does not work with a shortcut: {row.reason}; {row.remedy}."
+                )
         if not 0 <= self.expert_slot <= len(window(position)):
             operators = ", ".join(step.value for step in window(position))
             raise ValueError(
                 f"--scmoe-expert-slot {self.expert_slot} is outside 0..{len(window(position))}, "
                 f"the window of {position} ({operators})."
             )
-        if config.moe_shared_expert_gate != (self.scmoe_combine == "cg1"):
+        if config.moe_shared_expert_gate and self.scmoe_combine != "cg1":
             raise ValueError(
                 f"--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use "
                 f"{self.scmoe_combine}."
+            )
+        if self.scmoe_combine == "cg1" and not config.moe_shared_expert_gate:
+            raise ValueError(
+                "--scmoe-combine cg1 is the host's gate: add --moe-shared-expert-gate, or use "
+                "--scmoe-combine add or cg2."
             )
         if _router_has_no_gradient(config):
             raise ValueError(
@@ -85,6 +94,22 @@ class ScMoEConfig:
                 "and the router no gradient: add --moe-router-pre-softmax."
             )
         _check_layer_pattern(position, config)
+
+
+def check_transformer_impl(transformer_impl: str) -> None:
+    """Refuse Transformer Engine where it cannot be imported.
+
+    The command line asks this before the host looks at its options: the host complains about the
+    first fusion that it misses instead.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    if transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "--transformer-impl transformer_engine, the default, needs Transformer Engine, which "
+            "is not installed: install it, or use --transformer-impl local."
+        )
 
 
 def _router_has_no_gradient(config: TransformerConfig) -> bool:
@@ -109,103 +134,136 @@ def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
             f"--moe-layer-freq {freq} puts the MoE first; a shortcut needs the dense layer first: "
             f"{advice}."
         )
+    pattern = [1] * config.num_layers if isinstance(freq, int) else freq
+    if len(pattern) != config.num_layers:
+        raise ValueError(
+            f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is "
+            f"{config.num_layers}: make them equal."
+        )
     if position == "pos1":
         return
-    pattern = [1] * config.num_layers if isinstance(freq, int) else freq
-    for layer, (before, here) in enumerate(zip([1, *pattern], pattern, strict=False)):
+    for layer, (before, here) in enumerate(zip([1, *pattern[:-1]], pattern, strict=True)):
         if here and before:
-            where = f"a dense layer in front of every MoE layer, and layer {layer + 1} has none"
+            advice = "use pos1, which reads the MoE layer's own input"
+            pairs, rest = divmod(config.num_layers, 2)
+            if pairs:
+                # An odd layer comes first and is dense.
+                pattern_of_pairs = "([0]+[0,1]*" if rest else "([0,1]*"
+                advice += f", or --moe-layer-freq '{pattern_of_pairs}{pairs})'"
             raise ValueError(
-                f"--scmoe-shortcut-position {position} needs {where}: use pos1, which reads the "
-                f"MoE layer's own input, or --moe-layer-freq '([0,1]*{config.num_layers // 2})'."
+                f"--scmoe-shortcut-position {position} needs a dense layer in front of every MoE "
+                f"layer, and layer {layer + 1} has none: {advice}."
             )
 
 
-# What the host offers and a shortcut unit does not support: option, whether it is set, reason.
-_UNSUPPORTED: list[tuple[str, Callable[[TransformerConfig], bool], str]] = [
-    (
+class _Unsupported(NamedTuple):
+    option: str
+    is_set: Callable[[TransformerConfig], bool]
+    reason: str
+    remedy: str = "drop it"
+
+
+# What the host offers and a shortcut unit does not support.
+_UNSUPPORTED = (
+    _Unsupported(
         "A model without --num-experts",
         lambda config: config.num_moe_experts is None,
-        "there are no routed experts to move; drop --scmoe-shortcut-position or add experts",
+        "there are no routed experts to move",
+        "add experts, or drop --scmoe-shortcut-position",
     ),
-    (
+    _Unsupported(
+        "A model without --moe-shared-expert-intermediate-size",
+        lambda config: config.moe_shared_expert_intermediate_size is None,
+        "a shared expert reads the current representation",
+        "add it, for example with the size of --ffn-hidden-size",
+    ),
+    _Unsupported(
         "Leaving out --disable-bias-linear",
         lambda config: config.add_bias_linear,
         "the host's shared and routed experts have no biases",
+        "add it",
     ),
-    (
+    _Unsupported(
         "--tensor-model-parallel-size > 1 without --sequence-parallel",
         lambda config: config.tensor_model_parallel_size > 1 and not config.sequence_parallel,
-        "every token would be sent once per tensor parallel rank; add --sequence-parallel",
+        "every token would be sent once per tensor parallel rank",
+        "add --sequence-parallel",
     ),
-    (
+    _Unsupported(
         "--moe-token-dispatcher-type other than alltoall",
         lambda config: config.moe_token_dispatcher_type != "alltoall",
         "only the all-to-all is split in start and wait",
+        "use alltoall",
     ),
-    (
+    _Unsupported(
         "--moe-shared-expert-overlap",
         lambda config: config.moe_shared_expert_overlap,
         "the unit already runs the shared expert beside the all-to-all",
     ),
-    (
+    _Unsupported(
         "--overlap-moe-expert-parallel-comm",
         lambda config: config.overlap_moe_expert_parallel_comm,
         "its schedule knows single layers only and would run the unit in the wrong order",
     ),
-    (
+    _Unsupported(
         "--delay-wgrad-compute",
         lambda config: config.delay_wgrad_compute,
         "it belongs to --overlap-moe-expert-parallel-comm",
     ),
-    (
+    _Unsupported(
         "--overlap-dispatch-backward-with-experts-wgrad",
         lambda config: config.overlap_dispatch_backward_with_experts_wgrad,
         "it is wired into the host's dispatch, which the unit replaces",
     ),
-    (
+    _Unsupported(
         "--cuda-graph-impl",
         lambda config: config.cuda_graph_impl != "none",
         "the number of exchanged rows changes from step to step",
     ),
-    (
+    _Unsupported(
         "--mtp-num-layers",
         lambda config: bool(config.mtp_num_layers),
         "the host builds its multi-token prediction layers without the shortcut",
     ),
-    (
+    _Unsupported(
         "--moe-latent-size",
         lambda config: config.moe_latent_size is not None,
         "latent projections are not part of the unit's stages",
     ),
-    (
+    _Unsupported(
         "--heterogeneous-layers-config-path",
         lambda config: config.heterogeneous_block_specs,
         "layers of one unit would have different shapes",
     ),
-    (
+    _Unsupported(
         "--experimental-attention-variant",
         lambda config: config.experimental_attention_variant is not None,
         "the host builds its layers by another path",
     ),
-    (
+    _Unsupported(
         "--transformer-impl inference_optimized",
         lambda config: config.transformer_impl == "inference_optimized",
-        "it replaces the dispatcher; use local or transformer_engine",
+        "it replaces the dispatcher",
+        "use local or transformer_engine",
     ),
-    (
+    _Unsupported(
         "--fused-residual-rmsnorm",
         lambda config: config.fused_residual_rmsnorm,
         "the tapped tensor would not exist as a tensor",
     ),
-    (
+    _Unsupported(
         "--fine-grained-activation-offloading",
         lambda config: config.fine_grained_activation_offloading,
         "the units' steps are not offloading groups",
     ),
-    (
+    _Unsupported(
+        "Kitchen quantization",
+        lambda config: config.use_kitchen or config.use_kitchen_attention,
+        "the linear layer after an unfused norm would not be quantized",
+    ),
+    _Unsupported(
         "CPU offloading",
         lambda config: config.cpu_offloading,
         "the host counts its layers, not units",
     ),
-]
+)

@@ -6,14 +6,18 @@ is one block layer that holds two attention layers. The translation happens in t
 """
 
 import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import LNImpl, get_gpt_decoder_layer_specs
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
@@ -25,6 +29,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_scmoe.attention import LatentDotProductAttention
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.norm import SequenceParallelTorchNorm
@@ -103,7 +108,7 @@ def scmoe_block_spec(
 
     use_te = config.transformer_impl == "transformer_engine"
     # The host's own specs, one per attention layer; the pattern was checked, every entry is used.
-    host_specs = with_sequence_parallel_norms(
+    host_specs = with_local_replacements(
         get_gpt_decoder_layer_specs(
             config,
             use_transformer_engine=use_te,
@@ -129,38 +134,43 @@ def scmoe_block_spec(
                 )
             )
         else:
-            specs.append(ModuleSpec(module=NumberedLayer, submodules=last, params=params))
+            plain = _with_disk_names(last)
+            specs.append(ModuleSpec(module=NumberedLayer, submodules=plain, params=params))
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def with_sequence_parallel_norms(spec: Any, config: TransformerConfig) -> Any:
-    """Replace the local spec's torch norms, which refuse sequence parallelism, in a (nested) spec.
+def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
+    """Replace what the local spec cannot do in a (nested) spec; see norm.py and attention.py.
 
-    Without sequence parallelism the spec is returned as it is.
+    Without sequence parallelism and latent attention the spec is returned as it is.
     """
-    if not config.sequence_parallel:
-        return spec
-    if spec is WrappedTorchNorm:
-        return SequenceParallelTorchNorm
+    replacements: dict[Any, Any] = {}
+    if config.sequence_parallel:
+        replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
+    if config.multi_latent_attention:
+        replacements[DotProductAttention] = LatentDotProductAttention
+    return _replaced(spec, replacements) if replacements else spec
+
+
+def _replaced(spec: Any, replacements: dict[Any, Any]) -> Any:
+    if isinstance(spec, type):
+        return replacements.get(spec, spec)
     if isinstance(spec, list):
-        return [with_sequence_parallel_norms(item, config) for item in spec]
-    if is_dataclass(spec) and not isinstance(spec, type):
+        return [_replaced(item, replacements) for item in spec]
+    if is_dataclass(spec):
         spec = copy.copy(spec)
         for field in fields(spec):
-            value = getattr(spec, field.name)
-            setattr(spec, field.name, with_sequence_parallel_norms(value, config))
+            setattr(spec, field.name, _replaced(getattr(spec, field.name), replacements))
     return spec
 
 
 def _norm(config: TransformerConfig) -> LayerNormBuilder:
     """The norm that stands on its own: Transformer Engine's, apex's or torch's."""
     if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
         return TENorm
     # apex has no RMSNorm that the host would use.
     host_norm = WrappedTorchNorm if config.normalization == "RMSNorm" else LNImpl
-    return with_sequence_parallel_norms(host_norm, config)
+    return with_local_replacements(host_norm, config)
 
 
 def _unit_submodules(
@@ -169,57 +179,72 @@ def _unit_submodules(
     scmoe: ScMoEConfig,
     norm: LayerNormBuilder,
 ) -> ShortcutLayerSubmodules:
-    own = {field.name: getattr(moe, field.name) for field in fields(moe)}
+    position = scmoe.scmoe_shortcut_position
+    if scmoe.scmoe_shortcut_norm == "shared":
+        if dense is None:
+            moe = _unfused(moe, "input_layernorm", norm)
+        else:
+            tapped = "pre_mlp_layernorm" if position == "pos2" else "input_layernorm"
+            dense = _unfused(dense, tapped, norm)
+    moe = _with_disk_names(moe)
+    values = {field.name: getattr(moe, field.name) for field in fields(moe)}
     # The host's MLP slot is a partial of MoELayer with the submodules bound.
     assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
-    own["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
-    # Only the local spec calls this norm a part of linear_fc1 on disk; in a MoE layer it stands on
-    # its own with Transformer Engine. One name for both.
-    own["sharded_state_dict_keys_map"] = {
-        old: new
-        for old, new in moe.sharded_state_dict_keys_map.items()
-        if old != "pre_mlp_layernorm."
-    }
-    if scmoe.scmoe_shortcut_norm == "shared":
-        if scmoe.scmoe_shortcut_position == "pos1":
-            own.update(_unfused(own, "input_layernorm", norm))
-        elif dense is not None:
-            tapped = "pre_mlp_layernorm"
-            if scmoe.scmoe_shortcut_position == "pos3":
-                tapped = "input_layernorm"
-            values = {field.name: getattr(dense, field.name) for field in fields(dense)}
-            dense = TransformerLayerSubmodules(**{**values, **_unfused(values, tapped, norm)})
+    values["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
     return ShortcutLayerSubmodules(
-        **own,
-        dense_layer=dense,
+        **values,
+        dense_layer=None if dense is None else _with_disk_names(dense),
         shortcut_layernorm=norm if scmoe.scmoe_shortcut_norm == "own" else IdentityOp,
         post_layernorm=norm if scmoe.scmoe_post_norm else IdentityOp,
     )
 
 
-def _unfused(submodules: dict[str, Any], name: str, norm: LayerNormBuilder) -> dict[str, Any]:
+def _unfused(
+    layer: TransformerLayerSubmodules, name: str, norm: LayerNormBuilder
+) -> TransformerLayerSubmodules:
     """Give a layer a separate norm where Transformer Engine fuses it into the next linear layer.
 
     A fused norm's output does not exist as a tensor, so the routed experts could not share it.
-    The name on disk stays that of the fused layer.
     """
-    if submodules[name] is not IdentityOp:
-        return {}
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
+    if getattr(layer, name) is not IdentityOp:
+        return layer
     linear = TESpecProvider().column_parallel_linear()
-    keys = dict(submodules["sharded_state_dict_keys_map"])
-    if name == "input_layernorm":
-        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-        attention = copy.copy(submodules["self_attention"])
-        attention.submodules = copy.copy(attention.submodules)
-        attention.submodules.linear_qkv = linear
-        return {name: norm, "self_attention": attention, "sharded_state_dict_keys_map": keys}
-    keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    mlp_submodules = copy.copy(submodules["mlp"].keywords["submodules"])
-    mlp_submodules.linear_fc1 = linear
-    mlp = partial(submodules["mlp"].func, submodules=mlp_submodules)
-    return {name: norm, "mlp": mlp, "sharded_state_dict_keys_map": keys}
+    if name == "pre_mlp_layernorm":
+        assert isinstance(layer.mlp, partial)
+        submodules = replace(layer.mlp.keywords["submodules"], linear_fc1=linear)
+        mlp = partial(layer.mlp.func, **{**layer.mlp.keywords, "submodules": submodules})
+        return replace(layer, pre_mlp_layernorm=norm, mlp=mlp)
+    assert isinstance(layer.self_attention, ModuleSpec)
+    attention = copy.copy(layer.self_attention)
+    # Latent attention fuses this norm with --mla-down-proj-fusion only.
+    is_mla = isinstance(attention.submodules, MLASelfAttentionSubmodules)
+    first_linear = {"linear_qkv_down_proj" if is_mla else "linear_qkv": linear}
+    attention.submodules = replace(attention.submodules, **first_linear)
+    return replace(layer, input_layernorm=norm, self_attention=attention)
+
+
+def _with_disk_names(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Name every norm on disk as Transformer Engine's layers do, fused or not.
+
+    There most norms are a part of the next linear layer; the norm of a MoE layer is not, and the
+    input norm of latent attention is not. The host's local specs differ in the former, and with
+    latent attention they have no fused names at all.
+    """
+    assert isinstance(layer.mlp, partial) and isinstance(layer.self_attention, ModuleSpec)
+    names = dict(layer.sharded_state_dict_keys_map)
+    if layer.mlp.func is MoELayer:
+        names.pop("pre_mlp_layernorm.", None)
+    else:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    if isinstance(layer.self_attention.submodules, MLASelfAttentionSubmodules):
+        for norm, linear in (
+            ("q_layernorm", "linear_q_up_proj"),
+            ("kv_layernorm", "linear_kv_up_proj"),
+        ):
+            names[f"self_attention.{norm}."] = f"self_attention.{linear}.layer_norm_"
+    else:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    return replace(layer, sharded_state_dict_keys_map=names)
 
 
 def _stages(config: TransformerConfig) -> list[list[range]]:
@@ -281,6 +306,6 @@ def _cut_message(
     rows[0], rows[-1] = "E" + rows[0], rows[-1] + "L"
     return (
         f"{where} would start at layer {stage.start + 1}, inside the unit of layers {stage.start} "
-        f"and {stage.start + 1}: a unit cannot be cut. Use for example "
-        f"--pipeline-model-parallel-layout '{'|'.join(rows)}'."
+        f"and {stage.start + 1}: a unit cannot be cut. In place of the other options of the split "
+        f"use for example --pipeline-model-parallel-layout '{'|'.join(rows)}'."
     )

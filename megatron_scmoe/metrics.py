@@ -29,9 +29,7 @@ def log_exchanges(model: GPTModel) -> None:
     if not isinstance(tracker, ExchangeTracker):
         tracker = ExchangeTracker()
         set_moe_metrics_tracker(tracker)
-    tracker.meters += [
-        module.meter for module in model.modules() if isinstance(module, ScMoELayer)
-    ]
+    tracker.meters += [module.meter for module in model.modules() if isinstance(module, ScMoELayer)]
 
 
 class ExchangeTracker(MoEMetricsTracker):

@@ -32,7 +32,9 @@ class SequenceParallelTorchNorm:
                 )
         norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in norms:
-            raise ValueError(f"--normalization {config.normalization}: choose LayerNorm or RMSNorm.")
+            raise ValueError(
+                f"--normalization {config.normalization}: choose LayerNorm or RMSNorm."
+            )
         norm = norms[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

@@ -5,7 +5,9 @@
     pos3             pos2       pos1   (tap)                                  |
     +---> norm > router > dispatch ......... experts ......... combine -------+
 
-    H_{l+1} = H_{l+1}^MH + c_s SE(H_{l+1}^MH) + c_r sum_i G(z)_i E_i(z)   [arXiv:2404.05019, (7)-(10)]
+    H_{l+1} = H_{l+1}^MH + c_s SE(H_{l+1}^MH) + c_r sum_i G(z)_i E_i(z)
+
+[arXiv:2404.05019, (7)-(10), (14)-(17)]
 
 The tapped tensor z never leaves the unit, so neither pipeline stages nor recomputation can cut the
 shortcut. To the host's TransformerBlock a unit is one layer: `layer_number` counts the block's

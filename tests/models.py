@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
@@ -68,7 +68,9 @@ class Case:
             "transformer_impl": "local",
             "attention_softmax_in_fp32": False,
         }
-        return TransformerConfig(**{**defaults, **self.host})
+        latent = self.host.get("multi_latent_attention", False)
+        config_type = MLATransformerConfig if latent else TransformerConfig
+        return config_type(**{**defaults, **self.host})
 
     def reference_config(self) -> ReferenceConfig:
         """The same model for the oracle."""
@@ -115,7 +117,9 @@ def build_block(case: Case) -> TransformerBlock:
     return block.to(config.params_dtype)
 
 
-def run_block(block: TransformerBlock, hidden_states: Tensor) -> Tensor:
+def run_block(
+    block: TransformerBlock, hidden_states: Tensor, padding_mask: Tensor | None = None
+) -> Tensor:
     """Causal forward pass with rotary embedding, [s, b, h] -> [s, b, h]."""
     config = block.config
     length = hidden_states.shape[0] * (
@@ -128,4 +132,10 @@ def run_block(block: TransformerBlock, hidden_states: Tensor) -> Tensor:
         use_cpu_initialization=True,
     )(length)
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    return block(hidden_states=hidden_states, attention_mask=mask, rotary_pos_emb=rotary)
+    return block(
+        hidden_states=hidden_states,
+        attention_mask=mask,
+        # Multi-latent attention has a rotary embedding of its own.
+        rotary_pos_emb=None if config.multi_latent_attention else rotary,
+        padding_mask=padding_mask,
+    )

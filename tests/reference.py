@@ -329,24 +329,23 @@ def route_logits(
     logits: Tensor, config: ReferenceConfig, expert_bias: Tensor | None = None
 ) -> Routing:
     """`reference_route` from the logits (T, E) on."""
-    if expert_bias is not None and config.moe_router_score_function != "sigmoid":
-        raise ValueError("expert_bias needs the sigmoid score function")
     num_tokens, num_experts = logits.shape
+    weights, selection = gate(logits, config, expert_bias)
     rows = []
     routing_map = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     for t in range(num_tokens):
-        gate = gate_one_token(logits[t], config, expert_bias)
-        zero = torch.zeros((), dtype=logits.dtype)
-        rows.append(torch.stack([gate.get(e, zero) for e in range(num_experts)]))
-        for e in gate:
+        row = [torch.zeros((), dtype=logits.dtype) for _ in range(num_experts)]
+        for rank, e in enumerate(selection[t]):
+            row[e] = weights[t, rank]
             routing_map[t, e] = True
+        rows.append(torch.stack(row))
     return drop_over_capacity(Routing(torch.stack(rows), routing_map), config)
 
 
-def gate_one_token(
+def gate(
     logits: Tensor, config: ReferenceConfig, expert_bias: Tensor | None = None
-) -> dict[int, Tensor]:
-    """Selected experts of one token and their weights, best first; logits: (E,).
+) -> tuple[Tensor, list[list[int]]]:
+    """Weights (T, K) and experts (T lists of K) of each token, best first. logits: (T, E)
 
     softmax, not pre_softmax: G = Softmax(KeepTopK(H, k)), (2)(3); weight 1 for k = 1
     softmax, pre_softmax: the k largest of Softmax(H), as they are
@@ -354,23 +353,28 @@ def gate_one_token(
     """
     k = config.moe_router_topk
     dtype = config.router_score_dtype or logits.dtype
-    if config.moe_router_score_function == "sigmoid":
+    sigmoid = config.moe_router_score_function == "sigmoid"
+    if expert_bias is not None and not sigmoid:
+        raise ValueError("expert_bias needs the sigmoid score function")
+
+    if sigmoid:
         scores = torch.sigmoid(logits.to(dtype))
-        biased = scores if expert_bias is None else scores + expert_bias.to(dtype)
-        selected = select_top_k(biased, k)
-        weights = torch.stack([scores[e] for e in selected])
-        if k > 1:
-            weights = weights / (weights.sum() + 1e-20)
     elif config.moe_router_pre_softmax:
         scores = torch.softmax(logits.to(dtype), dim=-1)
-        selected = select_top_k(scores, k)
-        weights = torch.stack([scores[e] for e in selected])
     else:
-        selected = select_top_k(logits, k)
-        weights = torch.softmax(torch.stack([logits[e] for e in selected]).to(dtype), dim=-1)
+        scores = logits
+    ranked = scores if expert_bias is None else scores + expert_bias.to(dtype)
+    selection = [select_top_k(row, k) for row in ranked]
+    weights = torch.stack(
+        [torch.stack([scores[t, e] for e in experts]) for t, experts in enumerate(selection)]
+    )
+    if sigmoid and k > 1:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    if not sigmoid and not config.moe_router_pre_softmax:
+        weights = torch.softmax(weights.to(dtype), dim=-1)
     if config.moe_router_topk_scaling_factor:
         weights = weights * config.moe_router_topk_scaling_factor
-    return dict(zip(selected, weights.to(logits.dtype), strict=True))
+    return weights.to(logits.dtype), selection
 
 
 def select_top_k(scores: Tensor, k: int) -> list[int]:
@@ -409,8 +413,8 @@ def drop_over_capacity(routing: Routing, config: ReferenceConfig) -> Routing:
         else:
             queue = [t for t in range(num_tokens) if routing.map[t, e]]
             if by_weight:
-                weight = routing.weights[:, e].tolist()
-                queue.sort(key=lambda t, weight=weight: -weight[t])
+                # The sort is stable, also reversed: of equal weights the earlier token stays.
+                queue.sort(key=routing.weights[:, e].tolist().__getitem__, reverse=True)
         for t in queue[:capacity]:
             kept[t, e] = routing.map[t, e]
     return Routing(torch.where(kept, routing.weights, torch.zeros_like(routing.weights)), kept)
@@ -425,22 +429,19 @@ def load_balancing_loss(logits: Tensor, config: ReferenceConfig, coeff: float) -
     """
     num_tokens, num_experts = logits.shape
     dtype = config.router_score_dtype or logits.dtype
+    if config.moe_router_score_function == "softmax":
+        scores = torch.softmax(logits.to(dtype), dim=-1)
+    else:
+        scores = torch.sigmoid(logits.to(dtype))
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     counts = [0] * num_experts
-    score_sums = [torch.zeros((), dtype=dtype) for _ in range(num_experts)]
     for t in range(num_tokens):
-        if config.moe_router_score_function == "softmax":
-            scores = torch.softmax(logits[t].to(dtype), dim=-1)
-        else:
-            scores = torch.sigmoid(logits[t].to(dtype))
-            scores = scores / (scores.sum() + 1e-20)
-        for e in select_top_k(scores, config.moe_router_topk):
+        for e in select_top_k(scores[t], config.moe_router_topk):
             counts[e] += 1
-        for e in range(num_experts):
-            score_sums[e] = score_sums[e] + scores[e]
     total = torch.zeros((), dtype=dtype)
     for e in range(num_experts):
         fraction = counts[e] / (num_tokens * config.moe_router_topk)
-        total = total + fraction * score_sums[e] / num_tokens
+        total = total + fraction * scores[:, e].mean()
     return coeff * num_experts * total
 
 

@@ -2,7 +2,8 @@
 
     balanced      every expert is selected equally often (to within one token)
     skewed        expert 0 by half of the tokens, expert 1 by a quarter, ... as first choice;
-                  further choices go to the lowest-numbered experts
+                  further choices go to the lowest-numbered experts. From T = 2^(E-1) on
+                  every expert is visited
     empty_expert  balanced over all experts but the last, which gets nothing
     all_to_one    every token selects expert 0 first (K > 1: experts 0..K-1); the rest get nothing
 

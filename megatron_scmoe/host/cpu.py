@@ -131,8 +131,26 @@ def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def manual_seed(seed: int) -> None:
-    """Not `torch.manual_seed`, which calls the function this one replaces."""
+    """Not `torch.manual_seed`, which may come back to the function this one replaces."""
     torch.default_generator.manual_seed(seed)
+
+
+def iterate_without_drawing(iter_: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`DataLoader.__iter__` that leaves the generator as it was.
+
+    It draws a seed for its workers. With CUDA that is another generator than the one of dropout;
+    here a resumed run, which makes its iterators after loading the generator's state, would drop
+    other elements than the uninterrupted run.
+    """
+
+    @functools.wraps(iter_)
+    def replacement(self: Any) -> Any:
+        state = torch.get_rng_state()
+        iterator = iter_(self)
+        torch.set_rng_state(state)
+        return iterator
+
+    return replacement
 
 
 # Tensors.
@@ -172,6 +190,11 @@ def maybe_move_tensor_to_cpu(
 ) -> Any:
     """The host converts the all-to-all's splits to numpy only when it moves them off the GPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def run_eagerly(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile` that compiles nothing, as `@compile` and as `@compile(...)`."""
+    return function if function is not None else lambda function: function
 
 
 def allow_no_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,6 +333,9 @@ NOISE = (
     Noise("warnings", "When using async grad allreduce", "about CUDA_DEVICE_MAX_CONNECTIONS"),
     Noise("warnings", "The .grad attribute of a Tensor", "the optimizer's look at its shards"),
     Noise("warnings", "'pin_memory' argument", "nothing to pin"),
+    Noise("warnings", "Please use DTensor instead", "from torch's checkpoint planner"),
+    Noise("warnings", "The argument order of load", "from torch's checkpoint reader"),
+    Noise("warnings", "torch.distributed is disabled", "each rank reads the common state itself"),
     Noise("torch.utils.cpp_extension", "No CUDA runtime", "known: this is the CPU backend"),
     Noise(
         "megatron.core.tensor_parallel.random",
@@ -330,7 +356,9 @@ def silence_noise() -> None:
         if noise.source == "warnings":
             warnings.filterwarnings("ignore", message=noise.message)
         else:
-            pattern = re.compile(noise.message)
-            logging.getLogger(noise.source).addFilter(
-                lambda record, pattern=pattern: not pattern.match(record.getMessage())
-            )
+            logging.getLogger(noise.source).addFilter(functools.partial(_says_more, noise))
+
+
+def _says_more(noise: Noise, record: logging.LogRecord) -> bool:
+    """A logging filter: False drops the record."""
+    return not re.match(noise.message, record.getMessage())

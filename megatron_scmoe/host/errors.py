@@ -1,13 +1,14 @@
 """User errors: one line from one rank, exit code 2, no traceback.
 
 The host checks options with bare asserts and lets every rank print its own traceback. These
-checks give the same answer on every rank, so rank 0 speaks and all ranks leave together, before
-any process group exists that could hang.
+checks give the same answer on every rank, so rank 0 speaks and all ranks leave, before any process
+group exists that could hang.
 """
 
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ USER_ERRORS = (
     argparse.ArgumentTypeError,
 )
 EXIT_CODE = 2
+SECONDS_TO_SPEAK = 20
 
 
 @contextmanager
@@ -37,6 +39,9 @@ def user_errors() -> Iterator[None]:
     except USER_ERRORS as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr)
+        else:
+            # The launcher ends all ranks when the first one leaves: let rank 0 speak before.
+            time.sleep(SECONDS_TO_SPEAK)
         sys.exit(EXIT_CODE)
 
 

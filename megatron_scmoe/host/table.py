@@ -1,17 +1,20 @@
 """The one table of host symbols replaced at run time.
 
 A row names the symbol, where the host uses it, when and why it is replaced. The condition "cpu"
-is a machine without a CUDA device; the others are defects of the wheel. With a CUDA device and a
-sound installation nothing is replaced. Host lines are those of megatron-core 0.19.2.
+is a machine without a CUDA device; the others are defects of the wheel, "always" one that no
+check at start can see. Host lines are those of megatron-core 0.19.2.
 """
 
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_scmoe.host import cpu, wheel
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
+    "always": lambda: True,
     "cpu": cpu.no_cuda_device,
     "no Makefile": wheel.makefile_missing,
     "no TE": wheel.te_missing,
@@ -41,45 +44,12 @@ def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
 
 TABLE: tuple[Replacement, ...] = (
-    Replacement(
-        "megatron.core.datasets.utils.compile_helpers",
-        "no Makefile",
-        "training/initialize.py:165",
-        "runs make, but the wheel ships no Makefile: rank 0 exits, the others hang",
-        wheel.skip_compiling,
-    ),
-    Replacement(
-        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
-        "no TE or Apex",
-        "core/optimizer/distrib_optimizer.py:839",
-        "asserts one step value, torch's AdamW has none before its first update: no resume",
-        wheel.state_dict_before_first_step,
-    ),
-    Replacement(
-        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
-        "no TE or Apex",
-        "core/optimizer/distrib_optimizer.py:1027",
-        "shares one step tensor between all parameters: wrong bias correction after a resume",
-        wheel.load_state_dict_with_own_steps,
-    ),
-    Replacement(
-        "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
-        "no TE",
-        "core/tensor_parallel/random.py:740",
-        "reads its default fp8=False as a recipe and calls TE: no --recompute-modules layernorm",
-        wheel.checkpoint_without_fp8,
-    ),
+    # torch first: the host is imported when its first row is looked up.
     _cpu(
-        "megatron.training.training.initialize_megatron",
-        "training/initialize.py:66",
-        "pretrain does not pass allow_no_cuda",
-        cpu.allow_no_cuda,
-    ),
-    _cpu(
-        "torch._dynamo.config.disable",
-        "core/jit.py:23",
-        "torch.compile'd fusions: compiling costs minutes and gains nothing here",
-        _use(True),
+        "torch.compile",
+        "core/jit.py:25",
+        "compiling the fused functions takes minutes and gains nothing here",
+        _use(cpu.run_eagerly),
     ),
     _cpu(
         "torch.cuda.current_device",
@@ -161,18 +131,6 @@ TABLE: tuple[Replacement, ...] = (
         _use(cpu.manual_seed),
     ),
     _cpu(
-        "megatron.core.tensor_parallel.random._get_cuda_rng_state",
-        "core/tensor_parallel/random.py:318",
-        "the CPU generator",
-        _use(cpu.get_rng_state),
-    ),
-    _cpu(
-        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
-        "core/tensor_parallel/random.py:323",
-        "the CPU generator",
-        _use(cpu.set_rng_state),
-    ),
-    _cpu(
         "torch.Tensor.cuda",
         "core/tensor_parallel/data.py:84",
         "tensors stay on the CPU",
@@ -189,6 +147,34 @@ TABLE: tuple[Replacement, ...] = (
         "core/optimizer/clip_grads.py:174",
         "clipping and optimizers compare type() with 'torch.cuda.FloatTensor'",
         cpu.cuda_type_name,
+    ),
+    *(
+        _cpu(f"torch.{name}", "training/training.py:1131", 'device="cuda" literals', cpu.on_cpu)
+        for name in FACTORIES
+    ),
+    _cpu(
+        "torch.utils.data.DataLoader.__iter__",
+        "training/training.py:4615",
+        "draws from the generator that dropout uses here: no exact resume",
+        cpu.iterate_without_drawing,
+    ),
+    _cpu(
+        "megatron.training.training.initialize_megatron",
+        "training/initialize.py:66",
+        "pretrain does not pass allow_no_cuda",
+        cpu.allow_no_cuda,
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+        "core/tensor_parallel/random.py:318",
+        "the CPU generator",
+        _use(cpu.get_rng_state),
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        "core/tensor_parallel/random.py:323",
+        "the CPU generator",
+        _use(cpu.set_rng_state),
     ),
     _cpu(
         "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
@@ -208,9 +194,41 @@ TABLE: tuple[Replacement, ...] = (
         "the same for its backward",
         cpu.reduce_scatter_padded,
     ),
-    *(
-        _cpu(f"torch.{name}", "training/training.py:1131", 'device="cuda" literals', cpu.on_cpu)
-        for name in FACTORIES
+    Replacement(
+        "megatron.core.datasets.utils.compile_helpers",
+        "no Makefile",
+        "training/initialize.py:165",
+        "runs make, but the wheel ships no Makefile: rank 0 exits, the others hang",
+        wheel.skip_compiling,
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+        "no TE",
+        "core/tensor_parallel/random.py:740",
+        "reads its default fp8=False as a recipe and calls TE: no --recompute-modules layernorm",
+        wheel.checkpoint_without_fp8,
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+        "._set_main_param_and_optimizer_states",
+        "always",
+        "core/optimizer/distrib_optimizer.py:1225",
+        "loading copies into views of leaves that require grad: fp32 models cannot resume",
+        torch.no_grad(),
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+        "no TE or Apex",
+        "core/optimizer/distrib_optimizer.py:839",
+        "asserts one step value, torch's AdamW has none before its first update: no resume",
+        wheel.state_dict_before_first_step,
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
+        "no TE or Apex",
+        "core/optimizer/distrib_optimizer.py:1027",
+        "loses the step of torch's AdamW: wrong bias correction after a resume",
+        wheel.load_state_dict_with_steps,
     ),
 )
 
@@ -227,8 +245,11 @@ def apply_replacements() -> list[Replacement]:
         return []
     if cpu.no_cuda_device():
         cpu.silence_noise()
-    rows = applicable_rows()
-    for row in rows:
+    rows = []
+    for row in TABLE:
+        if not CONDITIONS[row.condition]():
+            continue
+        rows.append(row)
         owner, name = _locate(row.symbol)
         inherited = isinstance(owner, type) and name not in vars(owner)
         _undo.append((owner, name, _MISSING if inherited else getattr(owner, name)))
@@ -244,12 +265,6 @@ def restore() -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, original)
-
-
-def applicable_rows() -> list[Replacement]:
-    """The rows whose condition holds on this machine."""
-    holds = {name: condition() for name, condition in CONDITIONS.items()}
-    return [row for row in TABLE if holds[row.condition]]
 
 
 def format_table(rows: tuple[Replacement, ...] = TABLE) -> str:

@@ -70,19 +70,22 @@ def state_dict_before_first_step(
     return replacement
 
 
-def load_state_dict_with_own_steps(
+def load_state_dict_with_steps(
     load_state_dict: Callable[[Any, dict[str, Any]], None],
 ) -> Callable[[Any, dict[str, Any]], None]:
-    """`DistributedOptimizer.load_state_dict` that gives every parameter its own `step`.
+    """`DistributedOptimizer.load_state_dict` after which every parameter has the saved `step`.
 
-    The host puts one step tensor into the state of all parameters (distrib_optimizer.py:1027-1031)
-    and torch's AdamW counts it up in place once per parameter: after a resume the bias correction
-    would run ahead by the number of parameters.
+    The host goes wrong twice for torch's AdamW, and both times the bias correction suffers
+    (core/optimizer/distrib_optimizer.py): it puts one step tensor into the state of all parameters
+    (:1027), which AdamW then counts up once per parameter; and it copies into it the step from
+    before the load, which travels with the parameter state as a local object (:1953). The saved
+    step is in the parameter groups.
     """
 
     def replacement(self: Any, state_dict: dict[str, Any]) -> None:
         load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                self.optimizer.state[param]["step"] = torch.tensor(float(group["step"]))
 
     return replacement

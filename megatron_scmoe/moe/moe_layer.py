@@ -127,7 +127,7 @@ class CombineGate(MegatronModule):
         if config.perform_initialization:
             config.init_method(self.weight)
         # Replicated over TP while x is split along the sequence: the host sums its gradient.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[s, b, h] -> shared weight and routed weight, each [s, b, 1]."""

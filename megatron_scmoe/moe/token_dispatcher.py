@@ -12,6 +12,7 @@ K top-k, N rows sent (T*K without dropping), R rows received by this rank's expe
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -104,9 +105,7 @@ class AllToAllDispatcher:
             meter: collects the times of both exchanges, forward and backward.
         """
         if self.config.moe_router_padding_for_quantization:
-            routing_map = pad_routing_map(
-                routing_map, get_align_size_for_quantization(self.config)
-            )
+            routing_map = pad_routing_map(routing_map, get_align_size_for_quantization(self.config))
         # [EP, ETP, E], on the CPU: the splits of a collective are host values.
         counts = self._count_rows(routing_map)
         ep_rank, tp_rank = self.ep_group.rank(), self.tp_group.rank()
@@ -160,7 +159,7 @@ class AllToAllDispatcher:
         """
         rows = expert_output
         if state.rows_per_chunk.shape[1] > 1:
-            rows, _ = self._sort(rows, state.rows_per_chunk.T, self._by_rank, None)
+            rows, _ = self._sort(rows, state.rows_per_chunk.T, self._by_rank)
         if self.tp_group.size() > 1:
             rows = reduce_scatter_to_sequence_parallel_region(
                 rows.to(state.probs_dtype),
@@ -199,8 +198,8 @@ class AllToAllDispatcher:
         return counts.view(ep, tp, num_experts).cpu()
 
     def _sort(
-        self, rows: Tensor, rows_per_chunk: Tensor, order: Tensor, probs: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, rows: Tensor, rows_per_chunk: Tensor, order: Tensor, probs: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         sizes = rows_per_chunk.ravel()
         if self.config.moe_permute_fusion:
             # The fused kernel reads sizes and order on the device.

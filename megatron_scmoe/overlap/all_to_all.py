@@ -52,11 +52,15 @@ class AllToAllHandle:
         self._plan = plan
         self._forward: _Transfer | None = None
         self._backward: _Transfer | None = None
-        self._token = _Start.apply(self, *tensors)
+        self._token: Tensor | None = _Start.apply(self, *tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The received tensors, each [R, ...], in the order in which they were sent."""
-        return _Wait.apply(self, self._token)
+        """The received tensors, each [R, ...], in the order in which they were sent; call it once.
+
+        The graph now holds the token: kept here as well it would hold the graph in a cycle.
+        """
+        token, self._token = self._token, None
+        return _Wait.apply(self, token)
 
 
 class LocalHandle:
@@ -127,11 +131,11 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, handle: AllToAllHandle, token: Tensor) -> tuple[Tensor, ...]:
         ctx.handle = handle
-        ctx.token = token
+        assert handle._forward is not None
         return handle._forward.complete()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.handle._backward = _Transfer(ctx.handle._plan.mirrored(), grads)
-        return None, torch.empty_like(ctx.token)
+        return None, grads[0].new_empty(0)

@@ -74,9 +74,7 @@ def build_schedule(position: str, expert_slot: int, overlap: bool) -> tuple[Step
     return (*before_tap, Step.ROUTE, *dispatch, Step.EXPERTS, *combine, Step.MERGE)
 
 
-def _exchange(
-    start: Step, dense: tuple[Step, ...], wait: Step, overlap: bool
-) -> tuple[Step, ...]:
+def _exchange(start: Step, dense: tuple[Step, ...], wait: Step, overlap: bool) -> tuple[Step, ...]:
     return (start, *dense, wait) if overlap else (start, wait, *dense)
 
 

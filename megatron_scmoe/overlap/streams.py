@@ -49,9 +49,11 @@ class _ThreadFlight:
     def __init__(self, issue: Issue) -> None:
         self._started = perf_counter()
         self._works = [work for work in issue(True) if work is not None]
-        self._completed: list[float] = []
+        self._num_works = len(self._works)
+        completed: list[float] = []
         for work in self._works:
-            work.get_future().add_done_callback(lambda _: self._completed.append(perf_counter()))
+            work.get_future().add_done_callback(lambda _: completed.append(perf_counter()))
+        self._completed = completed
         self._blocked = 0.0
         self._waited = 0.0
 
@@ -61,11 +63,13 @@ class _ThreadFlight:
             work.wait()
         self._waited = perf_counter()
         self._blocked = self._waited - before
+        # A work holds its output, and through it, in training, the graph that holds this flight.
+        self._works.clear()
 
     def seconds(self) -> tuple[float, float]:
         # A callback may still be queued behind the waiting thread: completion is then the wait's
         # own end, never later.
-        complete = len(self._completed) == len(self._works)
+        complete = len(self._completed) == self._num_works
         end = min(max(self._completed), self._waited) if complete else self._waited
         return end - self._started, min(self._blocked, end - self._started)
 

@@ -1,6 +1,8 @@
 """start and wait are one all-to-all: values, gradients, any number in flight, and its meter."""
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -234,3 +236,20 @@ def test_meter_tells_waiting_from_hiding() -> None:
     assert 0 <= busy_blocked < busy_flight / 2
     # The flight ended with the exchange, not with the work that ran on.
     assert busy_flight < worked - DELAY_S
+
+
+def handle_outlives_its_graph() -> bool:
+    """Without the cycle collector, which cannot see through the graph's and gloo's C++ objects."""
+    gc.disable()
+    x = torch.ones(4, WIDTH, requires_grad=True)
+    handle = start(plan_of([[2, 2], [2, 2]]), x * 2)
+    (received,) = handle.wait()
+    (received * received).sum().backward()
+    watched = weakref.ref(handle)
+    del x, handle, received
+    return watched() is not None
+
+
+def test_nothing_outlives_its_graph() -> None:
+    """A handle kept alive by what it carries would leak the graph of every exchange."""
+    assert run_distributed(handle_outlives_its_graph, 2) == [False, False]

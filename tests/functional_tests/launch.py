@@ -2,7 +2,7 @@
 
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "pretrain_gpt_scmoe.py"
-TIMEOUT_S = 150
+TIMEOUT_S = 240
 
 LOSS_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 FIELD = re.compile(r" ([a-z ]+): +([-+0-9.E]+) \|")
 
 # A model that trains in milliseconds; every test adds what it is about.
-TINY_MODEL = (
+TINY_MODEL = shlex.split(
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
     "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 "
     "--lr 1e-2 --train-iters 6 --log-interval 1 --eval-interval 3 --eval-iters 1 --num-workers 0 "
     "--tokenizer-type NullTokenizer --vocab-size 64 --make-vocab-size-divisible-by 64"
-).split()
-TINY_MOE = (
+)
+TINY_MOE = shlex.split(
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-grouped-gemm "
     "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss "
     "--moe-aux-loss-coeff 1e-2"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Run:
         }
 
 
-def launch(options: list[str], nproc: int = 1) -> Run:
-    """Run the script under torchrun on `nproc` ranks, without any help from the environment."""
+def launch(options: list[str], nproc: int = 1, script: str = SCRIPT) -> Run:
+    """Run a script under torchrun on `nproc` ranks, without any help from the environment."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return _run([*launcher, f"--nproc-per-node={nproc}", SCRIPT, *options])
+    return _run([*launcher, f"--nproc-per-node={nproc}", script, *options])
 
 
 def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
@@ -62,8 +62,8 @@ def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
 
 
 def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
-    """A time limit ends the whole process group, so that nothing of a hung run stays."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (extra_env or {})
+    """A time limit ends the launcher, which ends its ranks, so that nothing of a hung run stays."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | (extra_env or {})
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -71,12 +71,12 @@ def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
     )
     try:
         stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        process.communicate()
         raise
     return Run(process.returncode, stdout, stderr)
 

@@ -1,5 +1,6 @@
 """The entry script trains, saves and resumes on the CPU backend."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,24 +24,28 @@ def succeeded(run: Run) -> Run:
 
 
 def curves(folder: Path, first: int = 1) -> dict[str, dict[int, float]]:
-    """The curves from iteration `first` on."""
+    """The curves from iteration `first` on.
+
+    Not the loss lines: the host's second line of a run averages its first two iterations.
+    """
     return {
         tag: {step: value for step, value in read_scalars(folder, tag).items() if step >= first}
         for tag in CURVES
     }
 
 
-DISTRIBUTED = (
+NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
+DISTRIBUTED = shlex.split(
     "--expert-model-parallel-size 2 --use-distributed-optimizer "
     "--overlap-grad-reduce --overlap-param-gather"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
 def distributed_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory):
     """Six iterations on two ranks with everything overlapped, saved after three."""
     folder = tmp_path_factory.mktemp("distributed")
-    logging = "--log-throughput --log-memory-to-tensorboard --log-timers-to-tensorboard".split()
+    logging = ["--log-throughput", "--log-memory-to-tensorboard", "--log-timers-to-tensorboard"]
     save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
     run = launch(options(data_prefix, folder, *DISTRIBUTED, *logging, *save), nproc=2)
     return succeeded(run), folder
@@ -48,10 +53,10 @@ def distributed_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def single_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six iterations on one rank, saved after three."""
+    """Six iterations on one rank, saved after three; no dropout, which differs by layout."""
     folder = tmp_path_factory.mktemp("single")
     save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
-    succeeded(launch(options(data_prefix, folder, *save)))
+    succeeded(launch(options(data_prefix, folder, *NO_DROPOUT, *save)))
     return folder
 
 
@@ -61,9 +66,9 @@ def test_training_learns_and_reports(distributed_run: tuple[Run, Path]) -> None:
     assert run.log[6]["lm loss"] < run.log[1]["lm loss"] - 0.5
     assert run.stdout.count("No CUDA device: CPU backend.") == 1
     assert "validation loss at iteration 3" in run.stdout
-    assert run.log[6].keys() >= {"grad norm", "load_balancing_loss"} or "throughput" in run.stdout
-    assert read_scalars(folder, "mem-allocated-bytes")[2] > 0
-    assert len(read_scalars(folder, "iteration-time")) == 6
+    assert "throughput per GPU (TFLOP/s/GPU)" in run.stdout
+    for tag in ("mem-allocated-bytes", "throughput", "iteration-time"):
+        assert read_scalars(folder, tag)[2] > 0
 
 
 def test_nothing_but_the_host_talks(distributed_run: tuple[Run, Path]) -> None:
@@ -87,18 +92,30 @@ def test_resume_without_distributed_optimizer_is_exact(
     single_run: Path, data_prefix: Path, tmp_path: Path
 ) -> None:
     load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
-    succeeded(launch(options(data_prefix, tmp_path, *load)))
+    succeeded(launch(options(data_prefix, tmp_path, *NO_DROPOUT, *load)))
     assert curves(tmp_path) == curves(single_run, first=4)
 
 
-@pytest.mark.parametrize("layout", ["expert", "pipeline"])
-def test_two_ranks_continue_as_one(
-    single_run: Path, data_prefix: Path, tmp_path: Path, layout: str
+def test_two_pipeline_stages_continue_as_one(
+    single_run: Path, data_prefix: Path, tmp_path: Path
 ) -> None:
-    """The same checkpoint, resharded over two ranks, gives the same losses."""
+    """The same checkpoint, with its optimizer, resharded over two stages."""
     load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
-    parallel = [f"--{layout}-model-parallel-size", "2"]
+    parallel = [*NO_DROPOUT, "--pipeline-model-parallel-size", "2"]
     succeeded(launch(options(data_prefix, tmp_path, *load, *parallel), nproc=2))
     expected = curves(single_run, first=4)
     for tag in CURVES:
         assert curves(tmp_path)[tag] == pytest.approx(expected[tag], rel=1e-5)
+
+
+def test_two_expert_ranks_compute_as_one(
+    single_run: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """One step from the same weights. Without the optimizer: from EP 1 to EP 2 the host splits it
+    in two (dense and expert) and cannot load the one that was saved (optimizer.py:1578)."""
+    load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3", "--no-load-optim"]
+    parallel = [*NO_DROPOUT, "--expert-model-parallel-size", "2", "--exit-interval", "4"]
+    succeeded(launch(options(data_prefix, tmp_path, *load, *parallel), nproc=2))
+    expected = curves(single_run, first=4)
+    for tag in CURVES:
+        assert curves(tmp_path)[tag] == pytest.approx({4: expected[tag][4]}, rel=1e-5)

@@ -1,5 +1,7 @@
 """A mistake on the command line ends in one line from one rank, before any rank waits."""
 
+from pathlib import Path
+
 import pytest
 
 from .launch import SCRIPT, TINY_MODEL, launch, launch_rank
@@ -16,10 +18,19 @@ def error_lines(stderr: str) -> list[str]:
     [
         ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
         ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
-        ([*MOCK, "--global-batch-size", "3"], "global batch size (3)"),
-        ([*MOCK, "--num-attention-heads", "5"], "must be a multiple of"),
+        ([*MOCK, "--global-batch-size", "3"], "must be divisible by"),
         (
-            [*MOCK, "--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", "/no.model"],
+            [*MOCK, "--num-attention-heads", "5"],
+            "assert args.hidden_size % args.num_attention_heads",
+        ),
+        (
+            [
+                *MOCK,
+                "--tokenizer-type",
+                "GPTSentencePieceTokenizer",
+                "--tokenizer-model",
+                "/no.model",
+            ],
             "/no.model",
         ),
     ],
@@ -30,6 +41,14 @@ def test_one_line(options: list[str], expected: str) -> None:
     assert "Traceback" not in run.stderr
     (line,) = error_lines(run.stderr)
     assert expected in line
+
+
+def test_empty_split(data_prefix: Path) -> None:
+    """The host would count epochs of nothing forever."""
+    run = launch_rank([*TINY_MODEL, "--data-path", str(data_prefix), "--split", "98,1,1"])
+    assert run.returncode == 2, run.stderr
+    (line,) = error_lines(run.stderr)
+    assert "--split 98,1,1 leaves the" in line
 
 
 def test_too_few_ranks() -> None:

@@ -90,12 +90,6 @@ def test_same_files_in_another_process(small_corpus: Path, tmp_path: Path) -> No
         assert (tmp_path / name).read_bytes() == (small_corpus / name).read_bytes()
 
 
-def test_seed_changes_the_split(small_corpus: Path, tmp_path: Path) -> None:
-    argv = ["--output-dir", str(tmp_path), "--max-megabytes", "1.5", "--valid-fraction", "0.1"]
-    assert corpus.main([*argv, "--seed", "5"]) == 0
-    assert (tmp_path / "valid.jsonl").read_bytes() != (small_corpus / "valid.jsonl").read_bytes()
-
-
 def words(seed: int, count: int) -> str:
     """Lines of eight pseudo-random words; different seeds share no line."""
     rng = random.Random(seed)
@@ -137,6 +131,18 @@ def test_leaky_and_giant_documents_are_not_held_out(monkeypatch: pytest.MonkeyPa
     assert result.num_leaky_dropped == 1
     assert "giant" in {document.source for document in result.train}
     assert "leaky" not in {document.source for document in result.train}
+
+
+def test_the_split_depends_on_name_and_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [corpus.Document(f"plain{i}", words(i, 400)) for i in range(40)]
+
+    def held_out(seed: int, order: list) -> set[str]:
+        monkeypatch.setattr(corpus, "candidates", lambda seed: iter(order))
+        return {document.source for document in corpus.build_corpus(10**9, 0.5, seed).valid}
+
+    assert 10 < len(held_out(0, documents)) < 30
+    assert held_out(0, documents) == held_out(0, documents[::-1])
+    assert held_out(0, documents) != held_out(1, documents)
 
 
 def test_near_duplicates_are_dropped() -> None:
@@ -307,6 +313,9 @@ def write_launch(
             for tag, value in scalars.items():
                 if tag not in skip:
                     writer.add_scalar(tag, value, step)
+        # The loss on a test set, which Megatron logs under this name too, after the last step.
+        if "lm loss validation" not in skip:
+            writer.add_scalar("lm loss validation", 99.0, steps[-1] // 20 * 20)
 
 
 def write_dataset(prefix: Path) -> None:
@@ -377,6 +386,11 @@ def test_summary_numbers(
     assert len({len(line) - len(line[17:].lstrip()) for line in lines[:-1]}) == 1
 
 
+def test_a_resumed_launch_replaces_what_it_repeats() -> None:
+    merged = report.merge([{1: 5.0, 2: 6.0, 3: 7.0}, {3: 8.0, 4: 9.0}])
+    assert list(merged.items()) == [(1, 5.0), (2, 6.0), (3, 8.0), (4, 9.0)]
+
+
 def test_warm_up_does_not_count_for_the_speed() -> None:
     launch = {
         "lm loss": dict.fromkeys(range(1, 9), 5.0),
@@ -415,9 +429,25 @@ def test_a_loss_that_is_not_finite_is_a_warning() -> None:
         assert report.find_warnings(loss_report) == ["a loss is not finite"]
 
 
+def test_a_run_that_diverged_is_still_reported(run_dir: Path) -> None:
+    """Losses that are not numbers: valid JSON, a figure, a warning, no exception."""
+    write_launch(run_dir / "tensorboard", ".third", range(101, 121), offset=math.nan)
+    assert run_report(run_dir) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=refuse)
+    assert summary["final_loss"] is None
+    assert "a loss is not finite" in summary["warnings"]
+    assert (run_dir / "loss.png").is_file()
+
+
 @pytest.mark.parametrize(("offset", "continuous"), [(2.0, False), (-2.0, False), (0.1, True)])
 def test_a_jump_after_the_resume_is_noticed(offset: float, continuous: bool) -> None:
     before = {step: 9 - 0.02 * step + 0.05 * (-1) ** step for step in range(1, 66)}
+    before |= dict.fromkeys(range(61, 66), 20.0)  # repeated by the resumed launch: no matter
     after = {step: 9 - 0.02 * step + offset for step in range(61, 70)}
     resume = report.check_resume([before], after, 60)
     assert resume.expected_loss == pytest.approx(9 - 0.02 * 61, abs=0.05)
@@ -496,7 +526,8 @@ def test_a_failed_second_report_keeps_the_first(
     run_report(run_dir)
     before = (run_dir / "summary.json").read_bytes()
 
-    def fail(*_: object) -> None:
+    def fail(_: object, path: Path) -> None:
+        path.write_bytes(b"half a figure")
         raise OSError("disk full")
 
     monkeypatch.setattr(report, "plot", fail)
@@ -509,9 +540,8 @@ def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:
     line = np.linspace(9.0, 3.0, 200)
     assert report.smooth(line) == pytest.approx(line)
     noisy = line + 0.1 * (-1.0) ** np.arange(200)
-    smoothed = report.smooth(noisy)
-    assert smoothed[[0, -1]] == pytest.approx(noisy[[0, -1]])
-    assert np.abs(smoothed - line)[10:-10].max() < 0.02
+    assert np.abs(report.smooth(noisy) - line).max() < 0.05
+    assert report.smooth(np.array([7.0, 3.0])).tolist() == [7.0, 3.0]
 
 
 def test_defaults_are_below_the_run_dir() -> None:

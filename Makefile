@@ -1,0 +1,26 @@
+# make setup     .venv with the pinned packages
+# make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, 10 minutes at most
+# make test      lint, types, unit tests, tests on 2 and 4 gloo ranks
+
+PYTHON_BIN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: setup pretrain test
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@python=$$(tools/find_python.sh) && echo "Using $$("$$python" --version)." && \
+	    "$$python" -m venv --clear .venv
+	$(PYTHON_BIN) -m pip install --quiet -c constraints.txt -e '.[data,dev,plot]'
+	@touch $@
+
+pretrain: $(INSTALLED)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh
+
+test: $(INSTALLED)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest

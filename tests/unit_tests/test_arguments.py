@@ -1,0 +1,246 @@
+"""From the command line to the model's config, through the host's own parser."""
+
+import argparse
+import shlex
+import sys
+from argparse import Namespace
+from dataclasses import MISSING, fields
+
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_scmoe.arguments import (
+    add_scmoe_args,
+    apply_scmoe_defaults,
+    model_config_from_args,
+    parse_and_validate_args,
+    scmoe_config_from_args,
+)
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --lr 1e-2 --train-iters 6 "
+    "--tokenizer-type NullTokenizer --vocab-size 64 --transformer-impl local "
+    "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm "
+    "--no-gradient-accumulation-fusion"
+)
+MOE = (
+    "--num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq ([0,1]*2) "
+    "--moe-token-dispatcher-type alltoall --moe-router-topk 1"
+)
+POS2 = "--scmoe-shortcut-position pos2"
+
+# A value other than the default for every option, as typed and as stored.
+TYPED = {
+    "scmoe_shortcut_position": ("--scmoe-shortcut-position pos3", "pos3"),
+    "scmoe_combine": ("--scmoe-combine cg2", "cg2"),
+    "scmoe_shortcut_norm": ("--scmoe-shortcut-norm shared", "shared"),
+    "scmoe_post_norm": ("--scmoe-post-norm", True),
+    "scmoe_overlap": ("--no-scmoe-overlap", False),
+    "scmoe_expert_slot": ("--scmoe-expert-slot 4", 4),
+}
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch):
+    """Parsed and validated by the host, with our options, before apply_scmoe_defaults."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def parse(*options: str) -> Namespace:
+        monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(" ".join(options))])
+        args = parse_args(add_scmoe_args)
+        validate_args(args)
+        args.padded_vocab_size = 128
+        return args
+
+    return parse
+
+
+@pytest.fixture
+def model_config(arguments):
+    """All the way to the model's config."""
+
+    def build(*options: str) -> ScMoEModelConfig:
+        args = arguments(*options)
+        apply_scmoe_defaults(args)
+        return model_config_from_args(args)
+
+    return build
+
+
+# Flags. -----------------------------------------------------------------------------------------
+
+
+def scmoe_actions() -> dict[str, argparse.Action]:
+    parser = argparse.ArgumentParser()
+    add_scmoe_args(parser)
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:
+    actions = scmoe_actions()
+    assert list(actions) == [field.name for field in fields(ScMoEConfig)] == list(TYPED)
+    for field in fields(ScMoEConfig):
+        action = actions[field.name]
+        assert field.default is not MISSING
+        assert action.default == field.default
+        assert action.help and action.help.endswith(".")
+        flag = "--" + field.name.replace("_", "-")
+        assert flag in action.option_strings or field.default is True
+
+
+def test_flags_do_not_collide_with_the_hosts(arguments) -> None:
+    """The host's parser would refuse to add a flag twice."""
+    args = arguments(MODEL)
+    assert scmoe_config_from_args(args) == ScMoEConfig()
+
+
+def test_round_trip(arguments) -> None:
+    typed = " ".join(option for option, _ in TYPED.values())
+    config = scmoe_config_from_args(arguments(MODEL, typed))
+    assert config == ScMoEConfig(**{name: value for name, (_, value) in TYPED.items()})
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_one_flag_sets_one_field(arguments, name: str) -> None:
+    option, value = TYPED[name]
+    config = scmoe_config_from_args(arguments(MODEL, option))
+    assert config == ScMoEConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--scmoe-shortcut-position pos4", "--scmoe-combine cg3", "--scmoe-expert-slot one"],
+)
+def test_wrong_value_is_one_line(arguments, option: str) -> None:
+    with pytest.raises(ValueError, match=r"argument --scmoe-.*: invalid") as error:
+        arguments(MODEL, option)
+    assert "\n" not in str(error.value)
+
+
+# Defaults that a shortcut implies. --------------------------------------------------------------
+
+
+def test_shortcut_completes_the_baselines_command_line(arguments) -> None:
+    args = arguments(MODEL, MOE, POS2)
+    notes = apply_scmoe_defaults(args)
+    assert args.moe_shared_expert_intermediate_size == 64
+    assert args.moe_router_pre_softmax
+    assert args.moe_shared_expert_gate
+    starts = [
+        "--moe-shared-expert-intermediate-size 64",
+        "--moe-router-pre-softmax",
+        "--moe-shared-expert-gate",
+    ]
+    assert [note.split(":")[0].split(" (")[0] for note in notes] == starts
+    assert all("\n" not in note for note in notes)
+    # Nothing is left to complete, and the result passes.
+    assert apply_scmoe_defaults(args) == []
+    model_config_from_args(args)
+
+
+def test_explicit_options_stay(arguments) -> None:
+    args = arguments(
+        MODEL,
+        MOE.replace("--moe-router-topk 1", "--moe-router-topk 2"),
+        POS2,
+        "--moe-shared-expert-intermediate-size 48 --scmoe-combine add",
+    )
+    assert apply_scmoe_defaults(args) == []
+    assert args.moe_shared_expert_intermediate_size == 48
+    assert not args.moe_router_pre_softmax
+    assert not args.moe_shared_expert_gate
+
+
+def test_sigmoid_keeps_its_score(arguments) -> None:
+    args = arguments(MODEL, MOE, POS2, "--moe-router-score-function sigmoid")
+    apply_scmoe_defaults(args)
+    assert not args.moe_router_pre_softmax
+
+
+@pytest.mark.parametrize("options", [f"{MODEL} {MOE}", f"{MODEL} {POS2}"], ids=["none", "dense"])
+def test_nothing_changes_without_shortcut_or_experts(arguments, options: str) -> None:
+    args = arguments(options)
+    before = dict(vars(args))
+    assert apply_scmoe_defaults(args) == []
+    assert vars(args) == before
+
+
+def test_notes_are_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = shlex.split(f"{MODEL} {MOE} {POS2}")
+    monkeypatch.setattr(sys, "argv", ["train.py", *command])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for rank, notes in ((0, 3), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        parse_and_validate_args()
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith(f"{POS2} sets --moe-") for line in lines) == notes
+
+
+# The model's config. ----------------------------------------------------------------------------
+
+
+def test_model_config(model_config) -> None:
+    config = model_config(MODEL, MOE, POS2, "--scmoe-expert-slot 2")
+    assert config.scmoe == ScMoEConfig(scmoe_shortcut_position="pos2", scmoe_expert_slot=2)
+    assert type(config.transformer) is TransformerConfig
+    assert config.transformer.num_layers == 4
+    assert config.transformer.moe_layer_freq == [0, 1, 0, 1]
+    assert config.get_builder_cls() is ScMoEModelBuilder
+
+
+def test_latent_attention_keeps_our_options(model_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host replaces the config's class then, which would drop options of a derived class."""
+    # Transformer Engine's layers are the ones that have latent attention; nothing is built here.
+    monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", True)
+    config = model_config(
+        MODEL.replace("--transformer-impl local", "--transformer-impl transformer_engine"),
+        MOE,
+        "--multi-latent-attention --q-lora-rank 8 --kv-lora-rank 8 --rope-type rope",
+        "--scmoe-shortcut-position pos3 --scmoe-combine cg2 --scmoe-post-norm",
+    )
+    assert type(config.transformer) is MLATransformerConfig
+    assert config.scmoe == ScMoEConfig(
+        scmoe_shortcut_position="pos3", scmoe_combine="cg2", scmoe_post_norm=True
+    )
+
+
+def test_no_shortcut_is_the_stock_config(model_config) -> None:
+    config = model_config(MODEL, "--num-experts 4 --moe-router-topk 2 --moe-layer-freq 2")
+    assert not config.scmoe.enabled
+    assert config.transformer.moe_layer_freq == 2
+    assert config.transformer.moe_shared_expert_intermediate_size is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (f"{POS2} --scmoe-expert-slot 4", "--scmoe-expert-slot 4 is outside 0..3"),
+        (f"{POS2} --moe-layer-freq 2", "--moe-layer-freq 2 puts the MoE first"),
+        (
+            "--scmoe-shortcut-position pos3 --moe-layer-freq 1",
+            "needs a dense layer in front of every MoE layer",
+        ),
+        (f"{POS2} --moe-shared-expert-gate --scmoe-combine add", "drop it to use add"),
+        (f"{POS2} --spec megatron.core.models.gpt.gpt_layer_specs", "--spec does not work"),
+    ],
+)
+def test_refusals_of_the_command_line(model_config, options: str, expected: str) -> None:
+    shared = "--moe-shared-expert-intermediate-size 32"
+    with pytest.raises(ValueError, match=expected) as error:
+        model_config(MODEL, MOE, shared, options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_unit_is_refused_before_any_rank_builds(
+    model_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="inside the unit of layers 1 and 2"):
+        model_config(MODEL, MOE, POS2, "--pipeline-model-parallel-size 4")

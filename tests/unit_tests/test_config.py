@@ -1,0 +1,275 @@
+"""Refusals: one line that names the option and a remedy that works."""
+
+import re
+from typing import Any
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import moe_freq_type
+
+from megatron_scmoe.config import _UNSUPPORTED, ScMoEConfig
+from megatron_scmoe.layer_specs import block_config, block_layers
+from megatron_scmoe.overlap.schedule import POSITIONS
+from tests.models import Case
+
+# What makes each row of the table refuse. The host would refuse some of these itself, or ask for
+# more options, so they are set on the finished config.
+REFUSED: dict[str, dict[str, Any]] = {
+    "A model without --num-experts": {"num_moe_experts": None},
+    "A model without --moe-shared-expert-intermediate-size": {
+        "moe_shared_expert_intermediate_size": None
+    },
+    "Leaving out --disable-bias-linear": {"add_bias_linear": True},
+    "--tensor-model-parallel-size > 1 without --sequence-parallel": {
+        "tensor_model_parallel_size": 2
+    },
+    "--moe-token-dispatcher-type other than alltoall": {"moe_token_dispatcher_type": "flex"},
+    "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
+    "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
+    "--delay-wgrad-compute": {"delay_wgrad_compute": True},
+    "--overlap-dispatch-backward-with-experts-wgrad": {
+        "overlap_dispatch_backward_with_experts_wgrad": True
+    },
+    "--cuda-graph-impl": {"cuda_graph_impl": "local"},
+    "--mtp-num-layers": {"mtp_num_layers": 1},
+    "--moe-latent-size": {"moe_latent_size": 8},
+    "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
+    "--experimental-attention-variant": {"experimental_attention_variant": "dsa"},
+    "--transformer-impl inference_optimized": {"transformer_impl": "inference_optimized"},
+    "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
+    "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
+    "Kitchen quantization": {"use_kitchen": True},
+    "CPU offloading": {"cpu_offloading": True},
+}
+
+
+def host_config(**changes: Any) -> TransformerConfig:
+    config = Case(num_layers=8).host_config()
+    for name, value in changes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+def refusal(config: TransformerConfig, **scmoe: Any) -> str:
+    """The message of a check that must fail."""
+    with pytest.raises(ValueError) as error:
+        ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **scmoe}).check(config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def check(config: TransformerConfig, **scmoe: Any) -> None:
+    ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **scmoe}).check(config)
+
+
+# What the host offers and a unit does not. ------------------------------------------------------
+
+
+def test_every_row_has_a_case() -> None:
+    assert [row.option for row in _UNSUPPORTED] == list(REFUSED)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("row", _UNSUPPORTED, ids=lambda row: row.option)
+def test_unsupported_option_is_refused(row: Any, position: str) -> None:
+    changes = REFUSED[row.option]
+    message = refusal(host_config(**changes), scmoe_shortcut_position=position)
+    assert message == f"{row.option} does not work with a shortcut: {row.reason}; {row.remedy}."
+    check(host_config(), scmoe_shortcut_position=position)
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_without_a_shortcut_nothing_is_refused(option: str) -> None:
+    check(host_config(**REFUSED[option]), scmoe_shortcut_position="none")
+
+
+def test_sequence_parallelism_makes_tensor_parallelism_work() -> None:
+    check(host_config(tensor_model_parallel_size=2, sequence_parallel=True))
+
+
+# Our own options. -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("position", "slots"), [("pos1", 3), ("pos2", 4), ("pos3", 5)])
+def test_expert_slots(position: str, slots: int) -> None:
+    for slot in range(slots):
+        check(host_config(), scmoe_shortcut_position=position, scmoe_expert_slot=slot)
+    for slot in (-1, slots):
+        options = {"scmoe_shortcut_position": position, "scmoe_expert_slot": slot}
+        message = refusal(host_config(), **options)
+        assert message.startswith(f"--scmoe-expert-slot {slot} is outside 0..{slots - 1}")
+        assert "attention, shared_expert)" in message
+
+
+def test_default_slots() -> None:
+    slots = {p: ScMoEConfig(scmoe_shortcut_position=p).expert_slot for p in POSITIONS}
+    assert slots == {"pos1": 1, "pos2": 1, "pos3": 2}
+    assert ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_expert_slot=0).expert_slot == 0
+
+
+def test_shortcut_is_off_by_default() -> None:
+    assert not ScMoEConfig().enabled
+    assert ScMoEConfig(scmoe_shortcut_position="pos1").enabled
+
+
+@pytest.mark.parametrize("combine", ["add", "cg2"])
+def test_hosts_gate_belongs_to_cg1(combine: str) -> None:
+    message = refusal(host_config(moe_shared_expert_gate=True), scmoe_combine=combine)
+    assert "--moe-shared-expert-gate is --scmoe-combine cg1" in message
+    assert f"drop it to use {combine}" in message
+    check(host_config(moe_shared_expert_gate=False), scmoe_combine=combine)
+
+
+def test_cg1_needs_the_hosts_gate() -> None:
+    message = refusal(host_config(moe_shared_expert_gate=False), scmoe_combine="cg1")
+    assert "add --moe-shared-expert-gate" in message
+
+
+def test_router_without_gradient() -> None:
+    message = refusal(host_config(moe_router_pre_softmax=False))
+    assert "--moe-router-topk 1" in message
+    assert "add --moe-router-pre-softmax" in message
+    for remedy in (
+        {"moe_router_pre_softmax": True},
+        {"moe_router_pre_softmax": False, "moe_router_topk": 2},
+        {"moe_router_pre_softmax": False, "moe_router_score_function": "sigmoid"},
+    ):
+        check(host_config(**remedy))
+
+
+# Which layers have experts. ---------------------------------------------------------------------
+
+
+def advised_pattern(message: str) -> list[int]:
+    """The --moe-layer-freq of a message, read as the command line reads it."""
+    (pattern,) = re.findall(r"--moe-layer-freq '([^']*)'", message)
+    return moe_freq_type(pattern)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("freq", [2, 4, 8])
+def test_moe_first_is_refused_and_the_advice_works(position: str, freq: int) -> None:
+    message = refusal(host_config(moe_layer_freq=freq), scmoe_shortcut_position=position)
+    assert message.startswith(f"--moe-layer-freq {freq} puts the MoE first")
+    pattern = advised_pattern(message)
+    assert pattern == ([0] * (freq - 1) + [1]) * (8 // freq)
+    check(host_config(moe_layer_freq=pattern), scmoe_shortcut_position=position)
+
+
+@pytest.mark.parametrize("freq", [3, 9])
+def test_moe_first_without_a_multiple(freq: int) -> None:
+    message = refusal(host_config(moe_layer_freq=freq))
+    assert f"--num-layers 8 is no multiple of {freq}" in message
+    assert "a list with a 0 in front of every 1" in message
+
+
+@pytest.mark.parametrize("position", ["pos2", "pos3"])
+@pytest.mark.parametrize(
+    ("pattern", "layer"),
+    [
+        ([1, 0, 0, 1], 1),
+        ([0, 1, 1, 0], 3),
+        ([0, 0, 1, 1], 4),
+        (1, 1),
+        ([0, 1, 1, 0, 1], 3),
+        ([1, 1], 1),
+    ],
+    ids=str,
+)
+def test_pair_without_a_dense_layer(position: str, pattern: Any, layer: int) -> None:
+    num_layers = 4 if isinstance(pattern, int) else len(pattern)
+    config = host_config(num_layers=num_layers, moe_layer_freq=pattern)
+    message = refusal(config, scmoe_shortcut_position=position)
+    assert f"--scmoe-shortcut-position {position}" in message
+    assert f"layer {layer} has none" in message
+    # Both remedies.
+    check(config, scmoe_shortcut_position="pos1")
+    config.moe_layer_freq = advised_pattern(message)
+    check(config, scmoe_shortcut_position=position)
+    assert sum(config.moe_layer_freq) == num_layers // 2
+
+
+def test_single_layer_has_one_remedy() -> None:
+    message = refusal(host_config(num_layers=1, moe_layer_freq=1))
+    assert "use pos1" in message
+    assert "--moe-layer-freq" not in message
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("pattern", [[0, 1], [0, 1] * 5], ids=["short", "long"])
+def test_pattern_of_another_length(position: str, pattern: list[int]) -> None:
+    config = host_config(moe_layer_freq=pattern)
+    message = refusal(config, scmoe_shortcut_position=position)
+    assert f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is 8" in message
+
+
+# Pipeline stages. -------------------------------------------------------------------------------
+
+
+def pipeline_config(freq: list[int], stages: int, **options: Any) -> TransformerConfig:
+    host = {"moe_layer_freq": freq, "pipeline_model_parallel_size": stages, **options}
+    return Case(host=host, num_layers=len(freq)).host_config()
+
+
+CUTS: dict[str, tuple[TransformerConfig, str]] = {
+    "uniform": (pipeline_config([0, 1] * 3, 2), "stage 1 would start at layer 4"),
+    "one-layer-each": (pipeline_config([0, 1] * 2, 4), "stage 1 would start at layer 2"),
+    "first-stage": (
+        pipeline_config([0, 1] * 3, 2, num_layers_in_first_pipeline_stage=1),
+        "stage 1 would start at layer 2",
+    ),
+    "embedding": (
+        pipeline_config([0, 0, 1, 0, 1], 2, account_for_embedding_in_pipeline_split=True),
+        "stage 1 would start at layer 3",
+    ),
+    "virtual": (
+        pipeline_config([0, 1] * 4, 2, virtual_pipeline_model_parallel_size=4),
+        r"stage 1 \(virtual stage 0\) would start at layer 2",
+    ),
+    "layout": (
+        pipeline_config([0, 1] * 3, 2, pipeline_model_parallel_layout="Et|tttttL"),
+        "stage 1 would start at layer 2",
+    ),
+    "virtual-layout": (
+        pipeline_config([0, 1] * 3, 2, pipeline_model_parallel_layout="Ett|t|tt|tL"),
+        r"stage 0 \(virtual stage 1\) would start at layer 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("position", ["pos2", "pos3"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_cut_unit_is_refused_and_the_advice_works(position: str, cut: str) -> None:
+    config, expected = CUTS[cut]
+    scmoe = ScMoEConfig(scmoe_shortcut_position=position)
+    with pytest.raises(ValueError, match=f"^pipeline {expected}, inside the unit of") as error:
+        block_config(config, scmoe)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "In place of the other options of the split" in message
+    (layout,) = re.findall(r"--pipeline-model-parallel-layout '([^']*)'", message)
+
+    advised = pipeline_config(
+        config.moe_layer_freq,
+        config.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=layout,
+    )
+    assert (
+        advised.virtual_pipeline_model_parallel_size == config.virtual_pipeline_model_parallel_size
+    )
+    block = block_config(advised, scmoe)
+    assert block.num_layers == len(block_layers(config, scmoe))
+    # As even as whole units allow.
+    stages = [layers for rank in block.pipeline_model_parallel_layout.layout for layers in rank]
+    sizes = [sum(layer.name == "decoder" for layer in layers) for layers in stages]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_pos1_units_are_never_cut(cut: str) -> None:
+    config, _ = CUTS[cut]
+    block = block_config(config, ScMoEConfig(scmoe_shortcut_position="pos1"))
+    assert block.num_layers == config.num_layers
