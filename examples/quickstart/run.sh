@@ -74,6 +74,7 @@ LOGGING_ARGS=(
     --tensorboard-log-interval 1
     --log-timers-to-tensorboard
     --save "$RUN_DIR/checkpoints"
+    --save-interval "$TRAIN_ITERS"
 )
 
 launch() {
@@ -99,7 +100,7 @@ for split in train valid; do
 done
 
 echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes"
-launch --train-iters "$TRAIN_ITERS" --save-interval "$TRAIN_ITERS"
+launch --train-iters "$TRAIN_ITERS"
 launch --train-iters "$((TRAIN_ITERS + RESUME_ITERS))" --load "$RUN_DIR/checkpoints"
 
 echo "== 5/5 report"
