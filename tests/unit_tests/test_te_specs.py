@@ -1,4 +1,8 @@
-"""Specs of Transformer Engine layers. Its modules need a GPU; the specs do not."""
+"""Specs of Transformer Engine layers. Its modules need a GPU; the specs do not.
+
+The CPU backend hides Transformer Engine from the host. To run all tests of this file without a GPU,
+import it first: `pytest -p transformer_engine.pytorch tests/unit_tests/test_te_specs.py`.
+"""
 
 from functools import partial
 from typing import Any
@@ -27,9 +31,7 @@ from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.shortcut_layer import NumberedLayer, ShortcutLayer, ShortcutLayerSubmodules
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 
-needs_te = pytest.mark.skipif(
-    not HAVE_TE, reason="transformer_engine.pytorch cannot be imported here"
-)
+needs_te = pytest.mark.skipif(not HAVE_TE, reason="the host has no Transformer Engine here")
 
 POSITIONS = ("pos1", "pos2", "pos3")
 NORMS = ("own", "shared")
