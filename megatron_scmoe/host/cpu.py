@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import sys
 import time
 import warnings
 from argparse import Namespace
@@ -348,6 +349,17 @@ NOISE = (
         "the package pins megatron-core below 0.20",
     ),
 )
+
+
+def hide_gpu_libraries() -> None:
+    """Let imports of Transformer Engine and apex fail, installed or not.
+
+    Where the host can import them it calls their CUDA kernels without asking for the device
+    (router, optimizer, gradient clipping); without them it has code of its own. What was already
+    imported stays: the tests of Transformer Engine's specs need it.
+    """
+    for name in ("apex", "transformer_engine"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def silence_noise() -> None:

@@ -245,6 +245,7 @@ def apply_replacements() -> list[Replacement]:
         return []
     if cpu.no_cuda_device():
         cpu.silence_noise()
+        cpu.hide_gpu_libraries()
     rows = []
     for row in TABLE:
         if not CONDITIONS[row.condition]():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from argparse import Namespace
 
 import pytest
@@ -134,3 +135,20 @@ class TestUserErrors:
     def test_bugs_keep_their_traceback(self) -> None:
         with pytest.raises(KeyError), host.user_errors():
             raise KeyError("bug")
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_gpu_libraries_are_hidden_unless_imported(
+    monkeypatch: pytest.MonkeyPatch, imported: bool
+) -> None:
+    for name in ("apex", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        if imported:
+            monkeypatch.setitem(sys.modules, name, sys)
+        else:
+            monkeypatch.setitem(sys.modules, name, None)
+            monkeypatch.delitem(sys.modules, name)
+    cpu.hide_gpu_libraries()
+    for name in ("apex", "transformer_engine"):
+        assert sys.modules[name] is (sys if imported else None)
+        assert imported or importlib.util.find_spec(name) is None

@@ -1,9 +1,15 @@
-"""Specs of Transformer Engine layers. Its modules need a GPU; the specs do not."""
+"""Specs of Transformer Engine layers, and what they put on disk. Nothing here runs its kernels.
+
+The CPU backend hides Transformer Engine from the host. To run all tests of this file without a GPU,
+import it first: `pytest -p transformer_engine.pytorch tests/unit_tests/test_te_specs.py`.
+"""
 
 from functools import partial
 from typing import Any
 
 import pytest
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.extensions.transformer_engine import (
     HAVE_TE,
     TEColumnParallelGroupedLinear,
@@ -14,22 +20,24 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_scmoe import host
 from megatron_scmoe.arguments import parse_and_validate_args
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import scmoe_block_spec
+from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
+from megatron_scmoe.model import ShortcutBlock
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.shortcut_layer import NumberedLayer, ShortcutLayer, ShortcutLayerSubmodules
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 
-needs_te = pytest.mark.skipif(
-    not HAVE_TE, reason="transformer_engine.pytorch cannot be imported here"
-)
+needs_te = pytest.mark.skipif(not HAVE_TE, reason="the host has no Transformer Engine here")
 
 POSITIONS = ("pos1", "pos2", "pos3")
 NORMS = ("own", "shared")
@@ -240,6 +248,52 @@ def test_norms_have_one_name_on_disk(
     assert norm_names(unit) == expected | {"pre_mlp_layernorm."}
     for layer in filter(None, (unit.dense_layer, plain)):
         assert norm_names(layer) == expected | {"mlp.linear_fc1.layer_norm_"}
+
+
+def names_and_shapes(
+    config: TransformerConfig, scmoe: ScMoEConfig
+) -> set[tuple[str, tuple[int, ...]]]:
+    """What a block of this config puts on disk, apart from quantization state."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    block = TransformerBlock(
+        config=block_config(config, scmoe),
+        spec=scmoe_block_spec(config, scmoe),
+        pg_collection=groups,
+    )
+    block.__class__ = ShortcutBlock
+    metadata = {"dp_cp_group": groups.dp_cp, "singleton_local_shards": False}
+    values = nested_values(block.sharded_state_dict(metadata=metadata))
+    return {
+        (value.key, tuple(value.data.shape))
+        for value in values
+        if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    }
+
+
+@needs_te
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_checkpoints_are_the_local_specs(
+    single_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    position: str,
+    norm: str,
+    attention: str,
+    grouped: bool,
+) -> None:
+    """Real modules of both kinds. Transformer Engine's need the GPU to run, but not to exist: their
+    constructors only ask whether there is one."""
+    options = {"qk_layernorm": True, "gated_linear_unit": True, "moe_grouped_gemm": grouped}
+    options |= {"use_cpu_initialization": True, "attention_backend": AttnBackend.unfused}
+    scmoe = ScMoEConfig(
+        scmoe_shortcut_position=position, scmoe_shortcut_norm=norm, scmoe_post_norm=True
+    )
+    local = names_and_shapes(host_config(attention, transformer_impl="local", **options), scmoe)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert names_and_shapes(host_config(attention, **options), scmoe) == local
+    assert len(local) > 20
 
 
 def test_missing_transformer_engine_on_a_gpu_machine(
