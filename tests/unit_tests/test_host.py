@@ -11,6 +11,15 @@ from megatron_scmoe import host
 from megatron_scmoe.host import cpu, table
 
 
+@pytest.fixture(scope="module", autouse=True)
+def table_is_put_up_again():
+    """Other tests of the same run need it."""
+    applied = bool(table._undo)
+    yield
+    if applied:
+        host.apply_replacements()
+
+
 @pytest.fixture
 def originals():
     """The table taken down before and after the test."""
@@ -92,12 +101,31 @@ def test_random_numbers_of_both_kinds_are_one_stream(originals: None) -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
+def cpu_args() -> Namespace:
+    """A command line that the CPU backend takes as it is."""
+    options = {option.dest: option.value for option in cpu.CPU_OPTIONS}
+    return Namespace(rank=0, context_parallel_size=1, multi_latent_attention=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("dest", "value"), [("context_parallel_size", 2), ("multi_latent_attention", True)]
+)
+def test_what_needs_a_gpu_is_refused(
+    dest: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = cpu_args()
+    setattr(args, dest, value)
+    monkeypatch.setattr(cpu, "no_cuda_device", lambda: True)
+    with pytest.raises(ValueError, match=f"--{dest.replace('_', '-')} .*a GPU"):
+        host.apply_cpu_defaults(args)
+    monkeypatch.setattr(cpu, "no_cuda_device", lambda: False)
+    host.apply_cpu_defaults(args)
+
+
 def test_cpu_options_exist_and_are_announced_once(capsys: pytest.CaptureFixture[str]) -> None:
     if not cpu.no_cuda_device():
         pytest.skip("needs a machine without CUDA")
-    args = Namespace(
-        rank=0, context_parallel_size=1, **{option.dest: option.value for option in cpu.CPU_OPTIONS}
-    )
+    args = cpu_args()
     args.moe_token_dispatcher_type = "allgather"
     args.transformer_impl = "transformer_engine"
     host.apply_cpu_defaults(args)
