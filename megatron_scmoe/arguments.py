@@ -11,7 +11,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_scmoe import host
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, check_transformer_impl
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
 
@@ -24,6 +24,7 @@ def parse_and_validate_args() -> Namespace:
     """
     args = parse_args(add_scmoe_args)
     host.apply_cpu_defaults(args)
+    check_transformer_impl(args.transformer_impl)
     validate_args(args)
     notes = apply_scmoe_defaults(args)
     if args.rank == 0:

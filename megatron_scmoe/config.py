@@ -62,11 +62,7 @@ class ScMoEConfig:
         Raises:
             ValueError: one line that says what is wrong and what to do.
         """
-        if config.transformer_impl == "transformer_engine" and not HAVE_TE:
-            raise ValueError(
-                "--transformer-impl transformer_engine, the default, needs Transformer Engine, "
-                "which is not installed: install it, or use --transformer-impl local."
-            )
+        check_transformer_impl(config.transformer_impl)
         if not self.enabled:
             return
         position = self.scmoe_shortcut_position
@@ -98,6 +94,22 @@ class ScMoEConfig:
                 "and the router no gradient: add --moe-router-pre-softmax."
             )
         _check_layer_pattern(position, config)
+
+
+def check_transformer_impl(transformer_impl: str) -> None:
+    """Refuse Transformer Engine where it cannot be imported.
+
+    The command line asks this before the host looks at its options: the host complains about the
+    first fusion that it misses instead.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    if transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "--transformer-impl transformer_engine, the default, needs Transformer Engine, which "
+            "is not installed: install it, or use --transformer-impl local."
+        )
 
 
 def _router_has_no_gradient(config: TransformerConfig) -> bool:

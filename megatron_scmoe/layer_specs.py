@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import LNImpl, get_gpt_decoder_layer_specs
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -28,6 +29,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_scmoe.attention import LatentDotProductAttention
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.norm import SequenceParallelTorchNorm
@@ -106,7 +108,7 @@ def scmoe_block_spec(
 
     use_te = config.transformer_impl == "transformer_engine"
     # The host's own specs, one per attention layer; the pattern was checked, every entry is used.
-    host_specs = with_sequence_parallel_norms(
+    host_specs = with_local_replacements(
         get_gpt_decoder_layer_specs(
             config,
             use_transformer_engine=use_te,
@@ -137,22 +139,28 @@ def scmoe_block_spec(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def with_sequence_parallel_norms(spec: Any, config: TransformerConfig) -> Any:
-    """Replace the local spec's torch norms, which refuse sequence parallelism, in a (nested) spec.
+def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
+    """Replace what the local spec cannot do in a (nested) spec; see norm.py and attention.py.
 
-    Without sequence parallelism the spec is returned as it is.
+    Without sequence parallelism and latent attention the spec is returned as it is.
     """
-    if not config.sequence_parallel:
-        return spec
-    if spec is WrappedTorchNorm:
-        return SequenceParallelTorchNorm
+    replacements: dict[Any, Any] = {}
+    if config.sequence_parallel:
+        replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
+    if config.multi_latent_attention:
+        replacements[DotProductAttention] = LatentDotProductAttention
+    return _replaced(spec, replacements) if replacements else spec
+
+
+def _replaced(spec: Any, replacements: dict[Any, Any]) -> Any:
+    if isinstance(spec, type):
+        return replacements.get(spec, spec)
     if isinstance(spec, list):
-        return [with_sequence_parallel_norms(item, config) for item in spec]
-    if is_dataclass(spec) and not isinstance(spec, type):
+        return [_replaced(item, replacements) for item in spec]
+    if is_dataclass(spec):
         spec = copy.copy(spec)
         for field in fields(spec):
-            value = getattr(spec, field.name)
-            setattr(spec, field.name, with_sequence_parallel_norms(value, config))
+            setattr(spec, field.name, _replaced(getattr(spec, field.name), replacements))
     return spec
 
 
@@ -162,7 +170,7 @@ def _norm(config: TransformerConfig) -> LayerNormBuilder:
         return TENorm
     # apex has no RMSNorm that the host would use.
     host_norm = WrappedTorchNorm if config.normalization == "RMSNorm" else LNImpl
-    return with_sequence_parallel_norms(host_norm, config)
+    return with_local_replacements(host_norm, config)
 
 
 def _unit_submodules(

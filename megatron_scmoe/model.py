@@ -16,7 +16,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.layer_specs import (
     block_config,
     scmoe_block_spec,
-    with_sequence_parallel_norms,
+    with_local_replacements,
 )
 from megatron_scmoe.metrics import log_exchanges
 
@@ -45,7 +45,7 @@ class ScMoEModelBuilder(GPTModelBuilder):
             spec = scmoe_block_spec(config, scmoe, vp_stage, get_pg_rank(pg_collection.pp))
             model_config.transformer = block_config(config, scmoe)
         else:
-            spec = with_sequence_parallel_norms(default_layer_spec(model_config, vp_stage), config)
+            spec = with_local_replacements(default_layer_spec(model_config, vp_stage), config)
         model_config.transformer_layer_spec = lambda _: spec
         model = GPTModelBuilder(model_config).build_model(
             pg_collection, pre_process, post_process, vp_stage

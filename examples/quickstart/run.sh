@@ -49,7 +49,7 @@ TRAINING_ARGS=(
     --min-lr 2e-4
     --lr-decay-style cosine
     --lr-warmup-iters 30
-    --lr-decay-iters "$((TRAIN_ITERS + RESUME_ITERS))"
+    --train-iters "$((TRAIN_ITERS + RESUME_ITERS))"
     --weight-decay 0.1
     --adam-beta2 0.95
     --clip-grad 1.0
@@ -74,6 +74,7 @@ LOGGING_ARGS=(
     --tensorboard-log-interval 1
     --log-timers-to-tensorboard
     --save "$RUN_DIR/checkpoints"
+    --save-interval "$TRAIN_ITERS"
 )
 
 launch() {
@@ -98,9 +99,9 @@ for split in train valid; do
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$RUN_DIR/tokenizer"
 done
 
-echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes"
-launch --train-iters "$TRAIN_ITERS" --save-interval "$TRAIN_ITERS"
-launch --train-iters "$((TRAIN_ITERS + RESUME_ITERS))" --load "$RUN_DIR/checkpoints"
+echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes for $RESUME_ITERS"
+launch --exit-interval "$TRAIN_ITERS"
+launch --load "$RUN_DIR/checkpoints"
 
 echo "== 5/5 report"
 python examples/quickstart/report.py --run-dir "$RUN_DIR" \

@@ -1,29 +1,31 @@
 """A function applied to a stream on every core, with the results in the stream's order.
 
-A thin layer over concurrent.futures, whose pool, unlike multiprocessing.Pool, notices a worker
-that was killed. Added here: a bounded number of items in flight, quiet workers (they leave SIGINT
-to the parent and never outlive it), and a stop that does not wait for work under way.
+Differs from multiprocessing.Pool and concurrent.futures in that each worker has a pipe of its own,
+whose far end nobody else holds: a worker that is killed, even halfway through sending a result, is
+an end of file to the parent, and a parent that is killed is one to its workers. On a shared queue
+either can wait for ever. A worker gets its next item after its last result was received in full,
+so parent and worker never both wait to send.
 """
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_scmoe.data.interrupt import STOP_SIGNALS
 
-ITEMS_PER_WORKER = 4  # in flight: enough that no worker waits while one item takes long
+ITEMS_PER_WORKER = 4  # encoded or being encoded: enough to work on while one item takes long
 
 
 class WorkerDied(RuntimeError):
     """A worker process ended without an answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a worker process was killed (out of memory?); use fewer --workers or free memory"
+        )
 
 
 def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
@@ -33,33 +35,84 @@ def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: i
     pickled. Close the iterator (contextlib.closing) to stop early: workers are then killed.
     Raises WorkerDied if a worker is killed, and whatever `function` raises.
     """
-    others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(function, os.getpid()),
-    )
-    pending: deque[Future[R]] = deque()
+    source = enumerate(items)
+    team: list[_Worker] = []
+    results: dict[int, R] = {}  # received but not yet yielded
+    following = 0  # number of the item whose result is yielded next
+    more = True
     try:
         with _blocked_signals():  # until a worker has set its own handlers
-            executor.submit(os.getpid).result()
-        for item in items:
-            pending.append(executor.submit(_call, item))
-            if len(pending) == ITEMS_PER_WORKER * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise WorkerDied(
-            "a worker process was killed (out of memory?); use fewer --workers or free memory"
-        ) from None
+            for _ in range(workers):
+                team.append(_Worker(function, team))
+        while True:
+            for worker in team:
+                taken = len(results) + sum(other.number is not None for other in team)
+                if more and worker.number is None and taken < ITEMS_PER_WORKER * workers:
+                    number, item = next(source, (-1, None))
+                    more = number >= 0
+                    if more:
+                        worker.send(number, item)
+            busy = any(worker.number is not None for worker in team)
+            for worker in _answering(team, block=busy and following not in results):
+                number, result = worker.receive()
+                results[number] = result
+            if following in results:
+                yield results.pop(following)
+                following += 1
+            elif not busy:
+                return
     except BaseException:
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()
+        for worker in team:
+            worker.process.kill()
         raise
     finally:
-        executor.shutdown(cancel_futures=True)
+        for worker in team:
+            worker.connection.close()
+        for worker in team:
+            worker.process.join()
+
+
+class _Worker:
+    """A process, the pipe to it, and the number of the item it works on (None: idle)."""
+
+    def __init__(self, function: Callable[[Any], Any], earlier: list["_Worker"]) -> None:
+        context = multiprocessing.get_context("fork")
+        self.number: int | None = None
+        self.connection, far_end = context.Pipe()
+        inherited = [self.connection, *(worker.connection for worker in earlier)]
+        self.process = context.Process(
+            target=_work, args=(function, far_end, inherited), daemon=True
+        )
+        self.process.start()
+        far_end.close()
+
+    def send(self, number: int, item: object) -> None:
+        # Raised outside the handler: CPython 3.12.1 can crash when it collects the half-sent
+        # message that the broken pipe's traceback would keep.
+        with contextlib.suppress(OSError):
+            self.connection.send(item)
+            self.number = number
+            return
+        raise WorkerDied
+
+    def receive(self) -> tuple[int, Any]:
+        answer = None
+        with contextlib.suppress(EOFError, OSError):  # the end, between two results or within one
+            answer = self.connection.recv()
+        if answer is None:
+            raise WorkerDied
+        result, error = answer
+        if error is not None:
+            raise error
+        assert self.number is not None, "only a worker at work answers"
+        number, self.number = self.number, None
+        return number, result
+
+
+def _answering(team: list[_Worker], block: bool) -> list[_Worker]:
+    """The workers that have an answer, or have died; with `block` at least one."""
+    ready = wait([worker.connection for worker in team], timeout=None if block else 0)
+    return [worker for worker in team if worker.connection in ready]
 
 
 @contextlib.contextmanager
@@ -71,25 +124,21 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-_function: Callable[[Any], Any]
-
-
-def _start_worker(function: Callable[[Any], Any], parent: int) -> None:
-    global _function
-    _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _work(
+    function: Callable[[Any], Any], connection: Connection, inherited: list[Connection]
+) -> None:
+    """What a worker does until its parent closes the pipe or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """Forked siblings hold each other's pipes open, so a worker whose parent was killed would
-    wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _call(item: Any) -> Any:
-    return _function(item)
+    for other in inherited:
+        other.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            item = connection.recv()
+            result, failure = None, None
+            try:
+                result = function(item)
+            except Exception as error:  # raised again in the parent
+                failure = error
+            connection.send((result, failure))

@@ -7,6 +7,7 @@ group exists that could hang.
 
 import argparse
 import os
+import re
 import sys
 import time
 import traceback
@@ -55,9 +56,16 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """The error's text on one line; for a bare assert, the condition that did not hold."""
+    """The error's text on one line; for a bare assert of the host, its condition and the options
+    that it speaks of."""
     text = " ".join(str(error).split())
     if text:
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+    where = f"({Path(frame.filename).name}:{frame.lineno})"
+    condition = (frame.line or "").removeprefix("assert ").rstrip(" \\(,")
+    names = dict.fromkeys(re.findall(r"args\.(\w+)", condition))
+    if not names:
+        return f"{type(error).__name__}: {frame.line} {where}"
+    flags = ", ".join("--" + name.replace("_", "-") for name in names)
+    return f"Megatron requires `{condition}` {where}: check {flags}"

@@ -41,6 +41,8 @@ LAYOUTS = {
         "expert_model_parallel_size": 2,
     },
 }
+# Two experts on two ranks would not tell an order of chunks from its inverse.
+NUM_EXPERTS = 8
 CASES = {
     "pos1": Case(
         scmoe={
@@ -48,12 +50,16 @@ CASES = {
             "scmoe_combine": "cg2",
             "scmoe_shortcut_norm": "shared",
         },
-        host={"moe_router_topk": 2},
+        host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 2},
     ),
-    "pos2": Case(),
+    "pos2": Case(host={"num_moe_experts": NUM_EXPERTS}),
     "pos3": Case(
         scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
-        host={"moe_router_topk": 2, "normalization": "LayerNorm"},
+        host={
+            "num_moe_experts": NUM_EXPERTS,
+            "moe_router_topk": 2,
+            "normalization": "LayerNorm",
+        },
     ),
 }
 

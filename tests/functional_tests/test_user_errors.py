@@ -21,7 +21,7 @@ def error_lines(stderr: str) -> list[str]:
         ([*MOCK, "--global-batch-size", "3"], "must be divisible by"),
         (
             [*MOCK, "--num-attention-heads", "5"],
-            "assert args.hidden_size % args.num_attention_heads",
+            "check --hidden-size, --num-attention-heads",
         ),
         (
             [

@@ -22,10 +22,11 @@ def table_is_put_up_again():
 
 @pytest.fixture
 def originals():
-    """The table taken down before and after the test."""
+    """The table taken down for the test; name it before monkeypatch, which then ends first."""
     host.restore()
     yield
     host.restore()
+    host.apply_replacements()
 
 
 @pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.symbol)
@@ -43,20 +44,20 @@ def test_symbols_are_named_once() -> None:
 
 
 def test_only_bugs_are_replaced_with_a_cuda_device(
-    monkeypatch: pytest.MonkeyPatch, originals: None
+    originals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: False)
     conditions = {row.condition for row in host.apply_replacements()}
     assert conditions <= {"always", "no Makefile", "no TE", "no TE or Apex"}
 
 
-def test_sound_installation_is_left_alone(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
+def test_sound_installation_is_left_alone(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for condition in table.CONDITIONS:
         monkeypatch.setitem(table.CONDITIONS, condition, lambda: False)
     assert host.apply_replacements() == []
 
 
-def test_apply_and_restore(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
+def test_apply_and_restore(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)
     before = {row.symbol: _value(row.symbol) for row in table.TABLE}
     rows = host.apply_replacements()
@@ -75,7 +76,7 @@ def _value(symbol: str) -> object:
     return getattr(owner, name)
 
 
-def test_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch, originals: None) -> None:
+def test_missing_symbol_is_named(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = table.Replacement("megatron.core.utils.gone", "cpu", "", "", lambda original: None)
     monkeypatch.setattr(table, "TABLE", (gone,))
     monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)

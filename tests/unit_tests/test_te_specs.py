@@ -19,10 +19,13 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_scmoe import host
+from megatron_scmoe.arguments import parse_and_validate_args
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.layer_specs import scmoe_block_spec
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.shortcut_layer import NumberedLayer, ShortcutLayer, ShortcutLayerSubmodules
+from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 
 needs_te = pytest.mark.skipif(
     not HAVE_TE, reason="transformer_engine.pytorch cannot be imported here"
@@ -237,6 +240,22 @@ def test_norms_have_one_name_on_disk(
     assert norm_names(unit) == expected | {"pre_mlp_layernorm."}
     for layer in filter(None, (unit.dense_layer, plain)):
         assert norm_names(layer) == expected | {"mlp.linear_fc1.layer_norm_"}
+
+
+def test_missing_transformer_engine_on_a_gpu_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way from the command line, where the CPU backend does not switch the option."""
+    monkeypatch.setattr("megatron_scmoe.host.cpu.no_cuda_device", lambda: False)
+    monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", False)
+    options = [*TINY_MODEL, *TINY_MOE, "--mock-data", "--scmoe-shortcut-position", "pos1"]
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt_scmoe.py", *options])
+    with pytest.raises(SystemExit), host.user_errors():
+        parse_and_validate_args()
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if "error: " in line)
+    assert "needs Transformer Engine" in line
+    assert "use --transformer-impl local" in line
 
 
 def test_missing_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
