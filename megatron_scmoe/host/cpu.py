@@ -259,11 +259,6 @@ def apply_cpu_defaults(args: Namespace) -> None:
         raise ValueError(
             "--context-parallel-size > 1 needs Transformer Engine's attention, and that a GPU"
         )
-    if args.multi_latent_attention:
-        raise ValueError(
-            "--multi-latent-attention needs Transformer Engine's attention, and that a GPU: the "
-            "host's local attention knows one head size only"
-        )
     switched = []
     for option in CPU_OPTIONS:
         value = getattr(args, option.dest)

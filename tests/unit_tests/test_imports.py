@@ -19,9 +19,10 @@ ALLOWED = {
     "overlap": {"overlap"},
     "config": {"overlap"},
     "norm": set(),
+    "attention": set(),
     "moe": {"moe", "overlap", "config"},
     "shortcut_layer": {"moe", "overlap", "config"},
-    "layer_specs": {"shortcut_layer", "moe", "config", "norm"},
+    "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
     "host": {"host"},
     "data": {"data"},
 }
