@@ -195,12 +195,10 @@ def test_model_config(model_config) -> None:
     assert config.get_builder_cls() is ScMoEModelBuilder
 
 
-def test_latent_attention_keeps_our_options(model_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latent_attention_keeps_our_options(model_config) -> None:
     """The host replaces the config's class then, which would drop options of a derived class."""
-    # Transformer Engine's layers are the ones that have latent attention; nothing is built here.
-    monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", True)
     config = model_config(
-        MODEL.replace("--transformer-impl local", "--transformer-impl transformer_engine"),
+        MODEL,
         MOE,
         "--multi-latent-attention --q-lora-rank 8 --kv-lora-rank 8 --rope-type rope",
         "--scmoe-shortcut-position pos3 --scmoe-combine cg2 --scmoe-post-norm",

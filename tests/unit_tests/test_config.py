@@ -221,6 +221,10 @@ CUTS: dict[str, tuple[TransformerConfig, str]] = {
         pipeline_config([0, 1] * 3, 2, num_layers_in_first_pipeline_stage=1),
         "stage 1 would start at layer 2",
     ),
+    "plain-layers-first": (
+        pipeline_config([0, 0, 0, 1, 0, 1], 2),
+        "stage 1 would start at layer 4",
+    ),
     "embedding": (
         pipeline_config([0, 0, 1, 0, 1], 2, account_for_embedding_in_pipeline_split=True),
         "stage 1 would start at layer 3",
@@ -262,7 +266,7 @@ def test_cut_unit_is_refused_and_the_advice_works(position: str, cut: str) -> No
     )
     block = block_config(advised, scmoe)
     assert block.num_layers == len(block_layers(config, scmoe))
-    # As even as whole units allow.
+    # As even as whole block layers allow.
     stages = [layers for rank in block.pipeline_model_parallel_layout.layout for layers in rank]
     sizes = [sum(layer.name == "decoder" for layer in layers) for layers in stages]
     assert max(sizes) - min(sizes) <= 1

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_logging
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -322,31 +320,17 @@ def test_padding_reaches_nothing_but_the_losses() -> None:
 
 # Multi-latent attention. ------------------------------------------------------------------------
 
-# Keys of 2 + 2, values of 4 features: the head size of the local core attention.
+# Keys of 2 + 2 features, values of 3.
 MLA = {
     "multi_latent_attention": True,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
     "qk_head_dim": 2,
     "qk_pos_emb_head_dim": 2,
-    "v_head_dim": 4,
+    "v_head_dim": 3,
     "rope_type": "rope",
     "num_query_groups": 4,
 }
-
-
-class OneHeadSizeAttention(DotProductAttention):
-    """The local core attention, which takes the sizes that only Transformer Engine's knows."""
-
-    def __init__(self, *args: Any, k_channels: int = 4, v_channels: int = 4, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        assert k_channels == v_channels == self.config.kv_channels
-
-
-@pytest.fixture
-def local_latent_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the local spec build multi-latent attention, for which the host wants TE."""
-    monkeypatch.setattr(LocalSpecProvider, "core_attention", lambda self: OneHeadSizeAttention)
 
 
 # Schedule. --------------------------------------------------------------------------------------
@@ -355,7 +339,6 @@ SLOTS = [(position, slot) for position in POSITIONS for slot in range(len(window
 
 
 @pytest.mark.parametrize(("position", "slot"), SLOTS)
-@pytest.mark.usefixtures("local_latent_attention")
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 def test_slot_changes_order_only(position: str, slot: int, attention: str) -> None:
     """Off equals on bit for bit. Between slots the sum of the tap's gradients, one from every
@@ -497,7 +480,6 @@ def test_recomputation_takes_place(recompute: str) -> None:
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.usefixtures("local_latent_attention")
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 def test_no_token_sees_a_later_one(position: str, attention: str) -> None:
     """Dropless routing decides token by token, and every path around it is causal."""

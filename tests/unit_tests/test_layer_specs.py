@@ -247,6 +247,11 @@ def test_stages_hold_the_attention_layers_that_the_host_gives_them(
     config, scmoe = split_config(split), scmoe_config(position)
     scmoe.check(config)
     block = block_config(config, scmoe)
+    # The layout is the whole truth: the host takes no other option beside it.
+    assert block.num_layers_in_first_pipeline_stage is None
+    assert block.num_layers_in_last_pipeline_stage is None
+    assert not block.account_for_embedding_in_pipeline_split
+    assert not block.account_for_loss_in_pipeline_split
     covered = 0
     for rank, vp_stage in all_stages(config):
         with pipeline_rank(rank, config.virtual_pipeline_model_parallel_size):
@@ -363,6 +368,11 @@ def test_stages_save_what_one_stage_saves(split: str, position: str) -> None:
             )
             stage.__class__ = ShortcutBlock
             own = shards(stage.double())
+            assert stage.sharded_state_dict().keys() >= dict(stage.named_parameters()).keys()
+            first = get_transformer_layer_offset(block, vp_stage, rank) + 1
+        assert [layer.layer_number for layer in stage.layers] == list(
+            range(first, first + len(stage.layers))
+        )
         assert not own.keys() & saved.keys()
         saved |= own
     assert saved == shards(whole)
