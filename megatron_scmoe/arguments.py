@@ -9,9 +9,10 @@ from megatron.training.argument_utils import (
     gpt_config_from_args,
 )
 from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_scmoe import host
-from megatron_scmoe.config import ScMoEConfig, check_transformer_impl
+from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_has_no_gradient
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
 
@@ -23,6 +24,10 @@ def parse_and_validate_args() -> Namespace:
         ValueError, AssertionError: what the host or we refuse; see host.user_errors.
     """
     args = parse_args(add_scmoe_args)
+    if args.yaml_cfg is not None:
+        raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
+    if args.use_checkpoint_args:
+        restore_args(args)
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
     validate_args(args)
@@ -38,6 +43,22 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     host.one_line_usage_errors(parser)
     ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
     return parser
+
+
+def restore_args(args: Namespace) -> None:
+    """--use-checkpoint-args: the options that the host restores, and ours, which it does not know.
+
+    Raises:
+        ValueError: there is no checkpoint to take options from.
+    """
+    restored = load_args_from_checkpoint(args) if args.load is not None else None
+    if not isinstance(restored, tuple):  # what the host returns when it has read a checkpoint
+        raise ValueError(
+            f"--use-checkpoint-args: no options of a checkpoint in --load {args.load}."
+        )
+    _, saved = restored
+    for option in fields(ScMoEConfig):
+        setattr(args, option.name, getattr(saved, option.name, option.default))
 
 
 def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
@@ -64,11 +85,7 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
             f"--moe-shared-expert-intermediate-size {args.ffn_hidden_size} (--ffn-hidden-size): "
             "the shared expert on the current representation"
         )
-    if (
-        args.moe_router_topk == 1
-        and args.moe_router_score_function == "softmax"
-        and not args.moe_router_pre_softmax
-    ):
+    if router_has_no_gradient(args):
         args.moe_router_pre_softmax = True
         notes.append(
             "--moe-router-pre-softmax: with top-1 a softmax over the selected expert is always 1 "
@@ -89,11 +106,8 @@ def model_config_from_args(args: Namespace) -> ScMoEModelConfig:
     scmoe = scmoe_config_from_args(args)
     config = core_transformer_config_from_args(args)
     scmoe.check(config)
+    scmoe.check_options(args)
     if scmoe.enabled:
-        if args.spec is not None:
-            raise ValueError(
-                "--spec does not work with a shortcut: the units are the layers; drop it."
-            )
         block_config(config, scmoe)
     model_config = gpt_config_from_args(args, config=config, model_config_cls=ScMoEModelConfig)
     model_config.scmoe = scmoe

@@ -5,6 +5,7 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 --multi-latent-attention (megatron/training/argument_utils.py:292).
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -36,8 +37,8 @@ class ScMoEConfig:
     """Normalise the sum of shared and routed outputs before the residual add."""
 
     scmoe_overlap: bool = True
-    """Run the same steps, but wait for every all-to-all where it starts. Results are bitwise the
-    same."""
+    """Run the all-to-alls beside dense work. Without it the same steps run, but every all-to-all is
+    awaited where it starts; results are bitwise the same."""
 
     scmoe_expert_slot: int | None = None
     """Number of dense operators of the window that run before the routed experts. Pos-1: attention,
@@ -88,12 +89,24 @@ class ScMoEConfig:
                 "--scmoe-combine cg1 is the host's gate: add --moe-shared-expert-gate, or use "
                 "--scmoe-combine add or cg2."
             )
-        if _router_has_no_gradient(config):
+        if router_has_no_gradient(config):
             raise ValueError(
                 "--moe-router-topk 1 with a softmax over the selected expert gives every weight 1 "
                 "and the router no gradient: add --moe-router-pre-softmax."
             )
         _check_layer_pattern(position, config)
+
+    def check_options(self, args: Namespace) -> None:
+        """Refuse what cannot work and stands on the command line only, not in the config.
+
+        Raises:
+            ValueError: one line that says what is wrong and what to do.
+        """
+        for dest, reason in _UNSUPPORTED_OPTIONS.items():
+            if self.enabled and getattr(args, dest):
+                raise ValueError(
+                    f"--{dest.replace('_', '-')} does not work with a shortcut: {reason}; drop it."
+                )
 
 
 def check_transformer_impl(transformer_impl: str) -> None:
@@ -112,11 +125,13 @@ def check_transformer_impl(transformer_impl: str) -> None:
         )
 
 
-def _router_has_no_gradient(config: TransformerConfig) -> bool:
+def router_has_no_gradient(config: TransformerConfig | Namespace) -> bool:
+    """Whether every router weight is 1: a softmax over one selected expert, (2)(3) with K = 1."""
     return (
         config.moe_router_topk == 1
         and config.moe_router_score_function == "softmax"
         and not config.moe_router_pre_softmax
+        and config.moe_router_load_balancing_type != "sinkhorn"  # its weights are sigmoids
     )
 
 
@@ -140,6 +155,11 @@ def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
             f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is "
             f"{config.num_layers}: make them equal."
         )
+    if not any(pattern):
+        raise ValueError(
+            "--moe-layer-freq lists no MoE layer, so there is nothing to connect: put a 1 behind a "
+            "0, for example '([0,1]*12)'."
+        )
     if position == "pos1":
         return
     for layer, (before, here) in enumerate(zip([1, *pattern[:-1]], pattern, strict=True)):
@@ -154,6 +174,15 @@ def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
                 f"--scmoe-shortcut-position {position} needs a dense layer in front of every MoE "
                 f"layer, and layer {layer + 1} has none: {advice}."
             )
+
+
+_UNSUPPORTED_OPTIONS = {
+    "spec": "the units are the layers",
+    "hybrid_layer_pattern": "it belongs to the host's HybridModel",
+    "use_megatron_fsdp": "it gathers weights layer by layer, in the order of stock layers",
+    "use_torch_fsdp2": "it gathers weights layer by layer, in the order of stock layers",
+    "moe_use_upcycling": "a dense checkpoint has no shared experts and no shortcut",
+}
 
 
 class _Unsupported(NamedTuple):

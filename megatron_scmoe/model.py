@@ -62,8 +62,9 @@ class ShortcutBlock(TransformerBlock):
     """A block whose checkpoints have the baseline's names.
 
     On disk every attention layer is `layers.<its number - 1>`, in whichever unit, stage or
-    position it runs, so that a checkpoint loads at another pipeline split, at another shortcut
-    position, and from the stock baseline. In memory a unit is one layer.
+    position it runs, so that a checkpoint loads at another pipeline split and at another shortcut
+    position. Norms have the names of Transformer Engine's layers (layer_specs.py). In memory a
+    unit is one layer.
     """
 
     def sharded_state_dict(

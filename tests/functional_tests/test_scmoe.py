@@ -87,6 +87,21 @@ def test_overlap_changes_no_bit(
     assert train(tmp_path, *options) == overlapped_run
 
 
+def test_resume_is_exact_and_restores_our_options(
+    overlapped_run: dict[str, dict[int, float]], text_prefix: Path, tmp_path: Path
+) -> None:
+    """Stopped after 5 iterations and gone on from the checkpoint's options: bit for bit the curve
+    of the run that never stopped."""
+    checkpoints = str(tmp_path / "checkpoints")
+    stopped = ["--save", checkpoints, "--save-interval", "5", "--exit-interval", "5"]
+    train(tmp_path / "stopped", *scmoe_options(text_prefix), *stopped)
+
+    options = [*TEXT_MODEL, *TEXT_MOE, "--data-path", str(text_prefix)]
+    resumed = train(tmp_path / "resumed", *options, "--load", checkpoints, "--use-checkpoint-args")
+    for tag in CURVES:
+        assert resumed[tag] == {i: v for i, v in overlapped_run[tag].items() if i > 5}
+
+
 def test_none_is_stock_megatron(data_prefix: Path, tmp_path: Path) -> None:
     """Same seed, same options: the same curves, bit for bit."""
     options = [*TINY_MODEL, *TINY_MOE, "--data-path", str(data_prefix), "--split", "80,10,10"]

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
 from megatron_scmoe.arguments import (
     add_scmoe_args,
@@ -17,7 +17,7 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, ScMoEConfig
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
 
 MODEL = (
@@ -227,6 +227,8 @@ def test_no_shortcut_is_the_stock_config(model_config) -> None:
         ),
         (f"{POS2} --moe-shared-expert-gate --scmoe-combine add", "drop it to use add"),
         (f"{POS2} --spec megatron.core.models.gpt.gpt_layer_specs", "--spec does not work"),
+        (f"{POS2} --moe-use-upcycling --save x --load y", "--moe-use-upcycling does not work"),
+        (f"{POS2} --moe-layer-freq ([0]*4)", "lists no MoE layer"),
     ],
 )
 def test_refusals_of_the_command_line(model_config, options: str, expected: str) -> None:
@@ -234,6 +236,12 @@ def test_refusals_of_the_command_line(model_config, options: str, expected: str)
     with pytest.raises(ValueError, match=expected) as error:
         model_config(MODEL, MOE, shared, options)
     assert "\n" not in str(error.value)
+
+
+def test_every_refused_option_exists() -> None:
+    """A misspelt row would stop every run, not one."""
+    names = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
+    assert set(_UNSUPPORTED_OPTIONS) <= names
 
 
 def test_a_cut_unit_is_refused_before_any_rank_builds(
