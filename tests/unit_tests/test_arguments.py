@@ -227,7 +227,6 @@ def test_no_shortcut_is_the_stock_config(model_config) -> None:
         ),
         (f"{POS2} --moe-shared-expert-gate --scmoe-combine add", "drop it to use add"),
         (f"{POS2} --spec megatron.core.models.gpt.gpt_layer_specs", "--spec does not work"),
-        (f"{POS2} --moe-use-upcycling --save x --load y", "--moe-use-upcycling does not work"),
         (f"{POS2} --moe-layer-freq ([0]*4)", "lists no MoE layer"),
     ],
 )

@@ -1,13 +1,14 @@
 """Refusals: one line that names the option and a remedy that works."""
 
 import re
+from argparse import Namespace
 from typing import Any
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import moe_freq_type
 
-from megatron_scmoe.config import _UNSUPPORTED, ScMoEConfig
+from megatron_scmoe.config import _UNSUPPORTED, _UNSUPPORTED_OPTIONS, ScMoEConfig
 from megatron_scmoe.layer_specs import block_config, block_layers
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tests.models import Case
@@ -277,3 +278,13 @@ def test_pos1_units_are_never_cut(cut: str) -> None:
     config, _ = CUTS[cut]
     block = block_config(config, ScMoEConfig(scmoe_shortcut_position="pos1"))
     assert block.num_layers == config.num_layers
+
+
+@pytest.mark.parametrize("dest", _UNSUPPORTED_OPTIONS)
+def test_options_outside_the_config_are_refused(dest: str) -> None:
+    """Each by its name, in one line; without a shortcut they stay Megatron's."""
+    args = Namespace(**(dict.fromkeys(_UNSUPPORTED_OPTIONS) | {dest: "set"}))
+    flag = "--" + dest.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag} does not work with a shortcut: .*; drop it.$"):
+        ScMoEConfig(scmoe_shortcut_position="pos1").check_options(args)
+    ScMoEConfig().check_options(args)
