@@ -16,6 +16,14 @@ from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_ha
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
 
+# Our options that belong to the model and not to the run.
+ARCHITECTURE = (
+    "scmoe_shortcut_position",
+    "scmoe_combine",
+    "scmoe_shortcut_norm",
+    "scmoe_post_norm",
+)
+
 
 def parse_and_validate_args() -> Namespace:
     """Parse the command line, adapt it to this machine, and let the host check it.
@@ -57,8 +65,11 @@ def restore_args(args: Namespace) -> None:
             f"--use-checkpoint-args: no options of a checkpoint in --load {args.load}."
         )
     _, saved = restored
-    for option in fields(ScMoEConfig):
-        setattr(args, option.name, getattr(saved, option.name, option.default))
+    for name in ARCHITECTURE:
+        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
+            setattr(args, name, getattr(saved, name))
+            if args.rank == 0:
+                print(f"Setting {name} to {getattr(args, name)} from checkpoint")
 
 
 def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:

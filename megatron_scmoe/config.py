@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import LNImpl
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
@@ -64,6 +66,7 @@ class ScMoEConfig:
             ValueError: one line that says what is wrong and what to do.
         """
         check_transformer_impl(config.transformer_impl)
+        _check_norms(config)
         if not self.enabled:
             return
         position = self.scmoe_shortcut_position
@@ -123,6 +126,19 @@ def check_transformer_impl(transformer_impl: str) -> None:
             "--transformer-impl transformer_engine, the default, needs Transformer Engine, which "
             "is not installed: install it, or use --transformer-impl local."
         )
+
+
+def _check_norms(config: TransformerConfig) -> None:
+    uses_torch = LNImpl is WrappedTorchNorm or config.normalization == "RMSNorm"
+    if config.transformer_impl != "local" or not uses_torch:
+        return
+    for is_set, remedy in (
+        (config.layernorm_zero_centered_gamma, "drop --apply-layernorm-1p"),
+        (config.persist_layer_norm, "add --no-persist-layer-norm"),
+        (config.memory_efficient_layer_norm, "drop --memory-efficient-layer-norm"),
+    ):
+        if is_set:
+            raise ValueError(f"--transformer-impl local uses torch's norms: {remedy}.")
 
 
 def router_has_no_gradient(config: TransformerConfig | Namespace) -> bool:
@@ -289,6 +305,36 @@ _UNSUPPORTED = (
         "Kitchen quantization",
         lambda config: config.use_kitchen or config.use_kitchen_attention,
         "the linear layer after an unfused norm would not be quantized",
+    ),
+    _Unsupported(
+        "--recompute-modules moe with FP8 or FP4",
+        lambda config: bool(
+            (config.fp8 or config.fp4)
+            and config.recompute_granularity == "selective"
+            and "moe" in config.recompute_modules
+        ),
+        "the experts would be recomputed in another precision",
+        "use moe_act, or --recompute-granularity full",
+    ),
+    _Unsupported(
+        "--first-last-layers-bf16",
+        lambda config: config.first_last_layers_bf16,
+        "the host counts block layers, and a unit is one block layer with two attention layers",
+    ),
+    _Unsupported(
+        "--qk-clip",
+        lambda config: config.qk_clip,
+        "the host clips one attention for each block layer, and a unit has two",
+    ),
+    _Unsupported(
+        "--log-max-attention-logit",
+        lambda config: config.log_max_attention_logit,
+        "the host looks at one attention for each block layer, and a unit has two",
+    ),
+    _Unsupported(
+        "--mlp-chunks-for-training",
+        lambda config: config.mlp_chunks_for_training > 1,
+        "the unit's MoE is not cut into chunks",
     ),
     _Unsupported(
         "CPU offloading",

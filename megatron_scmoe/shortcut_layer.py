@@ -142,6 +142,9 @@ class ShortcutLayer(NumberedLayer):
                 vp_stage=vp_stage,
                 add_layer_offset=False,
             )
+            # In front, as it runs: the host fills gradient buckets in the order of modules.
+            for name in [name for name in self._modules if name != "dense_layer"]:
+                self._modules[name] = self._modules.pop(name)
         self.shortcut_layernorm = submodules.shortcut_layernorm(
             config=layer_config,
             hidden_size=layer_config.hidden_size,
@@ -261,7 +264,8 @@ class ShortcutLayer(NumberedLayer):
 
     def _shortcut_norm(self, tapped: Tensor) -> Tensor:
         """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
-        which is the norm that the main branch applies to the same tensor."""
+        which is the norm that the main branch applies to the same tensor. A shared norm is
+        evaluated twice, here and inside the host's attention or MLP."""
         if not self._shared_norm:
             return self.shortcut_layernorm(tapped)
         if self._position == "pos1":

@@ -21,7 +21,9 @@ TIMEOUT = timedelta(seconds=120)  # of one collective
 LIMIT_S = 240  # of one job
 
 # Ranks are forked from a server that has imported this once, instead of importing it again each.
-multiprocessing.set_forkserver_preload(["tests.models", "tests.distributed_utils"])
+multiprocessing.set_forkserver_preload(
+    ["tests.models", "tests.distributed_utils", "pretrain_gpt_scmoe"]
+)
 
 
 def initialize(rank: int, world_size: int, store: Path, **parallel_sizes: int) -> None:

@@ -2,7 +2,7 @@
 
 The host checks options with bare asserts and lets every rank print its own traceback. These
 checks give the same answer on every rank, so rank 0 speaks and all ranks leave, before any process
-group exists that could hang.
+group exists that could hang; what is wrong on one node only, its first rank says.
 """
 
 import argparse
@@ -38,11 +38,12 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr)
-        else:
-            # The launcher ends all ranks when the first one leaves: let rank 0 speak before.
+        if os.environ.get("RANK", "0") != "0":
+            # The launcher ends all ranks when the first one leaves. A rank that is still alive
+            # after a while has an error that rank 0 does not have: a file missing on its node.
             time.sleep(SECONDS_TO_SPEAK)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
 

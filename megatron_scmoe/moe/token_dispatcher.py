@@ -48,9 +48,11 @@ class DispatchState:
     probs_dtype: torch.dtype
     """Reductions over expert tensor parallel ranks are done in the router's precision."""
     plan: AllToAllPlan
-    rows_per_chunk: Tensor
-    """Rows from each (expert-parallel, expert-tensor-parallel) rank for each local expert,
-    [EP * ETP, e], on the CPU."""
+    tokens_per_expert: Tensor
+    """Rows received for each local expert, [e], on the CPU."""
+    chunk_sizes: Tensor
+    """Rows from each (expert tensor parallel, expert parallel) rank for each local expert,
+    [ETP * EP, e], where the permutation reads them: on the device if it is fused."""
     rows_per_tp_rank: list[int]
     """Rows that each expert tensor parallel rank received, ETP values."""
     handle: AllToAllHandle | LocalHandle
@@ -84,7 +86,10 @@ class AllToAllDispatcher:
         self.tp_ep_group = pg_collection.tp_ep
         self.local_experts = slice(local_expert_indices[0], local_expert_indices[-1] + 1)
 
-        chunks = torch.arange(self.tp_ep_group.size() * len(local_expert_indices))
+        self.num_local_experts = len(local_expert_indices)
+        # The fused permutation reads its order on the device.
+        device = torch.cuda.current_device() if config.moe_permute_fusion else "cpu"
+        chunks = torch.arange(self.tp_ep_group.size() * self.num_local_experts, device=device)
         # Received chunks lie rank by rank, each rank's by expert; experts want the opposite.
         self._by_expert = chunks.view(self.tp_ep_group.size(), -1).T.ravel()
         self._by_rank = chunks.view(-1, self.tp_ep_group.size()).T.ravel()
@@ -106,8 +111,11 @@ class AllToAllDispatcher:
         """
         if self.config.moe_router_padding_for_quantization:
             routing_map = pad_routing_map(routing_map, get_align_size_for_quantization(self.config))
-        # [EP, ETP, E], on the CPU: the splits of a collective are host values.
-        counts = self._count_rows(routing_map)
+        # [EP, ETP, E], also on the CPU: the splits of a collective are host values.
+        device_counts = self._count_rows(routing_map)
+        counts = device_counts.cpu()
+        if not self.config.moe_permute_fusion:
+            device_counts = counts
         ep_rank, tp_rank = self.ep_group.rank(), self.tp_group.rank()
         sent = counts[ep_rank, tp_rank]
         received = counts[:, :, self.local_experts]
@@ -131,15 +139,18 @@ class AllToAllDispatcher:
             routing_map=routing_map,
             probs_dtype=probs.dtype,
             plan=plan,
+            tokens_per_expert=received.sum(dim=(0, 1)),
             # The gather over expert tensor parallel ranks puts their blocks one after another.
-            rows_per_chunk=received.transpose(0, 1).reshape(-1, received.shape[-1]),
+            chunk_sizes=device_counts[:, :, self.local_experts].transpose(0, 1).flatten(0, 1),
             rows_per_tp_rank=received.sum(dim=(0, 2)).tolist(),
-            handle=start(plan, rows, row_probs),
+            # The small exchange first: with CUDA_DEVICE_MAX_CONNECTIONS=1 work that is enqueued
+            # behind a second exchange would wait for the first one.
+            handle=start(plan, row_probs, rows),
         )
 
     def wait_dispatch(self, state: DispatchState) -> ExpertInput:
         """The rows of this rank's experts, sorted by expert."""
-        rows, probs = state.handle.wait()
+        probs, rows = state.handle.wait()
         if self.tp_group.size() > 1:
             rows, probs = (
                 gather_from_sequence_parallel_region(
@@ -147,9 +158,9 @@ class AllToAllDispatcher:
                 )
                 for tensor in (rows, probs)
             )
-        if state.rows_per_chunk.shape[1] > 1:
-            rows, probs = self._sort(rows, state.rows_per_chunk, self._by_expert, probs)
-        return ExpertInput(rows, probs, state.rows_per_chunk.sum(dim=0))
+        if self.num_local_experts > 1:
+            rows, probs = self._sort(rows, state.chunk_sizes, self._by_expert, probs)
+        return ExpertInput(rows, probs, state.tokens_per_expert)
 
     def start_combine(self, expert_output: Tensor, state: DispatchState) -> DispatchState:
         """Launch the exchange that brings the experts' outputs back.
@@ -158,8 +169,8 @@ class AllToAllDispatcher:
             expert_output: [R, h], sorted by expert, already weighted by the router.
         """
         rows = expert_output
-        if state.rows_per_chunk.shape[1] > 1:
-            rows, _ = self._sort(rows, state.rows_per_chunk.T, self._by_rank)
+        if self.num_local_experts > 1:
+            rows, _ = self._sort(rows, state.chunk_sizes.T, self._by_rank)
         if self.tp_group.size() > 1:
             rows = reduce_scatter_to_sequence_parallel_region(
                 rows.to(state.probs_dtype),
@@ -182,7 +193,7 @@ class AllToAllDispatcher:
         return output.view(state.hidden_shape)
 
     def _count_rows(self, routing_map: Tensor) -> Tensor:
-        """Rows from every rank for every expert, [EP, ETP, E], int64 on the CPU."""
+        """Rows from every rank for every expert, [EP, ETP, E], int64."""
         ep, tp = self.ep_group.size(), self.tp_group.size()
         num_tokens, num_experts = routing_map.shape
         if self.config.moe_pad_expert_input_to_capacity:
@@ -191,19 +202,16 @@ class AllToAllDispatcher:
                 num_experts=num_experts,
                 capacity_factor=self.config.moe_expert_capacity_factor,
             )
-            return torch.full((ep, tp, num_experts), capacity, dtype=torch.int64)
+            shape = (ep, tp, num_experts)
+            return torch.full(shape, capacity, dtype=torch.int64, device=routing_map.device)
         counts = routing_map.sum(dim=0)
         if ep * tp > 1:
             counts = gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
-        return counts.view(ep, tp, num_experts).cpu()
+        return counts.view(ep, tp, num_experts)
 
     def _sort(
-        self, rows: Tensor, rows_per_chunk: Tensor, order: Tensor, probs: Tensor | None = None
+        self, rows: Tensor, chunk_sizes: Tensor, order: Tensor, probs: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        sizes = rows_per_chunk.ravel()
-        if self.config.moe_permute_fusion:
-            # The fused kernel reads sizes and order on the device.
-            sizes, order = sizes.to(rows.device), order.to(rows.device)
         return sort_chunks_by_idxs(
-            rows, sizes, order, probs=probs, fused=self.config.moe_permute_fusion
+            rows, chunk_sizes.ravel(), order, probs=probs, fused=self.config.moe_permute_fusion
         )

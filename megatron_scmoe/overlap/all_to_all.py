@@ -70,7 +70,8 @@ class LocalHandle:
         self._tensors = tensors
 
     def wait(self) -> tuple[Tensor, ...]:
-        return self._tensors
+        tensors, self._tensors = self._tensors, ()
+        return tensors
 
 
 def start(plan: AllToAllPlan, *tensors: Tensor) -> AllToAllHandle | LocalHandle:

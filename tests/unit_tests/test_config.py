@@ -40,6 +40,15 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
     "Kitchen quantization": {"use_kitchen": True},
+    "--recompute-modules moe with FP8 or FP4": {
+        "fp8": "e4m3",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+    },
+    "--first-last-layers-bf16": {"first_last_layers_bf16": True},
+    "--qk-clip": {"qk_clip": True},
+    "--log-max-attention-logit": {"log_max_attention_logit": True},
+    "--mlp-chunks-for-training": {"mlp_chunks_for_training": 2},
     "CPU offloading": {"cpu_offloading": True},
 }
 
@@ -288,3 +297,17 @@ def test_options_outside_the_config_are_refused(dest: str) -> None:
     with pytest.raises(ValueError, match=f"^{flag} does not work with a shortcut: .*; drop it.$"):
         ScMoEConfig(scmoe_shortcut_position="pos1").check_options(args)
     ScMoEConfig().check_options(args)
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("layernorm_zero_centered_gamma", "drop --apply-layernorm-1p"),
+        ("persist_layer_norm", "add --no-persist-layer-norm"),
+        ("memory_efficient_layer_norm", "drop --memory-efficient-layer-norm"),
+    ],
+)
+@pytest.mark.parametrize("position", ["none", "pos2"])
+def test_what_torch_norms_cannot_do_is_refused(position: str, option: str, remedy: str) -> None:
+    config = host_config(**{option: True})
+    assert remedy in refusal(config, scmoe_shortcut_position=position)

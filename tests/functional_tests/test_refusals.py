@@ -1,0 +1,116 @@
+"""What a shortcut refuses, from the command line of a job of two ranks: rank 0 says why in one line
+and leaves with exit code 2; rank 1 leaves by itself or when the launcher tells it to.
+
+The ranks are forked from a server that has imported the entry script, so that many cases fit in a
+minute; tests/functional_tests/test_user_errors.py does the same under torchrun.
+"""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import distributed_utils  # the server's preloaded modules
+from tests.functional_tests.launch import SCRIPT
+
+TIMEOUT_S = 100
+
+assert distributed_utils  # imported for its effect
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 "
+    "--train-iters 6 --mock-data --tokenizer-type NullTokenizer --vocab-size 64"
+)
+MOE = (
+    "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 1 "
+    "--moe-token-dispatcher-type alltoall"
+)
+PAIRS = "--moe-layer-freq ([0,1]*2)"
+POS2 = "--scmoe-shortcut-position pos2 --disable-bias-linear"
+
+CASES = {
+    "no experts": (POS2, "add experts"),
+    "biases": (f"{MOE} {PAIRS} --scmoe-shortcut-position pos2", "add it"),
+    "slot": (f"{MOE} {PAIRS} {POS2} --scmoe-expert-slot 4", "outside 0..3"),
+    "position": (f"{MOE} {PAIRS} --scmoe-shortcut-position pos4", "invalid choice: 'pos4'"),
+    "combine": (f"{MOE} {PAIRS} {POS2} --scmoe-combine gate", "invalid choice: 'gate'"),
+    "two gates": (
+        f"{MOE} {PAIRS} {POS2} --scmoe-combine cg2 --moe-shared-expert-gate",
+        "drop it to use cg2",
+    ),
+    "integer frequency": (f"{MOE} --moe-layer-freq 2 {POS2}", "'([0,1]*2)'"),
+    "no dense layer": (f"{MOE} --moe-layer-freq 1 {POS2}", "use pos1"),
+    "dense layer behind": (f"{MOE} --moe-layer-freq ([1,0]*2) {POS2}", "layer 1 has none"),
+    "no MoE layer": (f"{MOE} --moe-layer-freq ([0]*4) {POS2}", "lists no MoE layer"),
+    "cut unit": (
+        f"{MOE} --num-layers 6 --moe-layer-freq ([0,1]*3) {POS2} --pipeline-model-parallel-size 2",
+        "pipeline stage 1 would start at layer 4, inside the unit of layers 3 and 4",
+    ),
+    "TP without sequence parallelism": (
+        f"{MOE} {PAIRS} {POS2} --tensor-model-parallel-size 2",
+        "add --sequence-parallel",
+    ),
+    "dispatcher": (
+        f"{MOE} {PAIRS} {POS2} --moe-token-dispatcher-type allgather",
+        "use alltoall",
+    ),
+    "shared expert overlap": (
+        f"{MOE} {PAIRS} {POS2} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8",
+        "--moe-shared-expert-overlap does not work",
+    ),
+    "multi-token prediction": (
+        f"{MOE} {PAIRS} {POS2} --mtp-num-layers 1",
+        "--mtp-num-layers does not work",
+    ),
+    "own spec": (f"{MOE} {PAIRS} {POS2} --spec some.module layer", "--spec does not work"),
+    "options of no checkpoint": (
+        f"{MOE} {PAIRS} {POS2} --use-checkpoint-args",
+        "--use-checkpoint-args: no options",
+    ),
+    "norm": (f"{MOE} {PAIRS} {POS2} --apply-layernorm-1p", "drop --apply-layernorm-1p"),
+}
+
+
+def run_rank(rank: int, options: str, output: Path) -> None:
+    """The entry script as one rank of two, its output in a file."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [SCRIPT, *shlex.split(options)]
+    from pretrain_gpt_scmoe import main
+
+    main()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refusal(case: str, tmp_path: Path) -> None:
+    options, expected = CASES[case]
+    context = multiprocessing.get_context("forkserver")
+    outputs = [tmp_path / "rank0", tmp_path / "rank1"]
+    ranks = [
+        context.Process(target=run_rank, args=(rank, f"{MODEL} {options}", outputs[rank]))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[0].join(TIMEOUT_S)
+        assert ranks[0].exitcode == 2, "".join(path.read_text() for path in outputs)[-3000:]
+        ranks[1].terminate()  # as torchrun does
+        ranks[1].join(TIMEOUT_S)
+        assert ranks[1].exitcode in (2, -signal.SIGTERM)
+    finally:
+        for process in ranks:
+            process.kill()
+    text = "".join(path.read_text() for path in outputs if path.exists())
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
+    assert expected in line
