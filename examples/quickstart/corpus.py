@@ -109,7 +109,7 @@ def read_module(path: Path) -> str:
     return "" if is_table(text) else text
 
 
-def library_paths(root: Path) -> list[Path]:
+def stdlib_paths(root: Path) -> list[Path]:
     """The .py files below `root` worth reading, relative to it, in a fixed order."""
     if not root.is_dir():
         raise ValueError(f"the standard library's sources are not at {root}")
@@ -180,7 +180,7 @@ def candidates(seed: int) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     readers: dict[str, Callable[[], str]] = {}
     last = set()
-    for path in library_paths(root):
+    for path in stdlib_paths(root):
         source = f"library/{path.as_posix()}"
         readers[source] = lambda path=path: read_module(root / path)  # type: ignore[misc]
         if is_test(path):

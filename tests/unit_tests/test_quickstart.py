@@ -168,7 +168,7 @@ def test_tables_are_told_from_code(text: str, expected: bool) -> None:
     assert corpus.is_table(text) is expected
 
 
-def test_library_paths_leave_out_what_is_not_python_itself(tmp_path: Path) -> None:
+def test_stdlib_paths_leave_out_what_is_not_python_itself(tmp_path: Path) -> None:
     wanted = ["json/decoder.py", "test/test_json.py"]
     unwanted = [
         "site-packages/torch/a.py",
@@ -181,7 +181,7 @@ def test_library_paths_leave_out_what_is_not_python_itself(tmp_path: Path) -> No
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.as_posix() for path in corpus.library_paths(tmp_path)] == wanted
+    assert [path.as_posix() for path in corpus.stdlib_paths(tmp_path)] == wanted
 
 
 @pytest.mark.parametrize(
