@@ -84,7 +84,7 @@ launch() {
 }
 
 echo "== 1/5 text: the Python standard library, with held-out documents"
-rm -rf "$RUN_DIR"
+rm -rf "$RUN_DIR"/{data,tokenizer,tensorboard,checkpoints,summary.json,loss.png}
 mkdir -p "$DATA_DIR"
 python examples/quickstart/corpus.py --output-dir "$DATA_DIR" --max-megabytes 12
 
