@@ -1,5 +1,6 @@
 """Command line: the host's, plus one group generated from ScMoEConfig."""
 
+import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 
@@ -39,11 +40,31 @@ def parse_and_validate_args() -> Namespace:
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
     validate_args(args)
+    check_world_size(args)
     notes = apply_scmoe_defaults(args)
     if args.rank == 0:
         for note in notes:
             print(f"--scmoe-shortcut-position {args.scmoe_shortcut_position} sets {note}")
     return args
+
+
+def check_world_size(args: Namespace) -> None:
+    """Refuse a number of ranks that the experts' layout does not divide.
+
+    The host finds out while it builds process groups (core/parallel_state.py).
+    """
+    layout = {
+        "--expert-tensor-parallel-size": args.expert_tensor_parallel_size,
+        "--expert-model-parallel-size": args.expert_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+    }
+    ranks = math.prod(layout.values())
+    if args.num_experts is not None and args.world_size % ranks:
+        product = " x ".join(f"{option} {size}" for option, size in layout.items())
+        raise ValueError(
+            f"{args.world_size} ranks are no multiple of {ranks} = {product} (the first is "
+            "--tensor-model-parallel-size unless it is given)."
+        )
 
 
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:

@@ -56,6 +56,10 @@ CASES = {
         f"{MOE} {PAIRS} {POS2} --tensor-model-parallel-size 2",
         "add --sequence-parallel",
     ),
+    "experts' layout": (
+        f"{MOE} {PAIRS} {POS2} --expert-model-parallel-size 4",
+        "2 ranks are no multiple of 4",
+    ),
     "dispatcher": (
         f"{MOE} {PAIRS} {POS2} --moe-token-dispatcher-type allgather",
         "use alltoall",

@@ -141,10 +141,23 @@ class TestUserErrors:
         assert "assert 1 == 2" in capsys.readouterr().err
 
     def test_other_ranks_are_silent(self, capsys, monkeypatch) -> None:
+        monkeypatch.setattr("megatron_scmoe.host.errors.SECONDS_TO_SPEAK", 0)
         monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("LOCAL_RANK", "3")
         with pytest.raises(SystemExit), host.user_errors():
             raise ValueError("no")
         assert capsys.readouterr().err == ""
+
+    def test_another_node_speaks_for_itself(self, capsys, monkeypatch) -> None:
+        """Later than rank 0: the launcher ends it if rank 0 has the same to say."""
+        waited: list[float] = []
+        monkeypatch.setattr("megatron_scmoe.host.errors.time.sleep", waited.append)
+        monkeypatch.setenv("RANK", "8")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(SystemExit), host.user_errors():
+            raise ValueError("no such file on this node")
+        assert "error: no such file on this node" in capsys.readouterr().err
+        assert len(waited) == 1 and waited[0] >= 10
 
     def test_bugs_keep_their_traceback(self) -> None:
         with pytest.raises(KeyError), host.user_errors():
