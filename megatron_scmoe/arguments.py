@@ -70,7 +70,16 @@ def check_world_size(args: Namespace) -> None:
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
     host.one_line_usage_errors(parser)
-    ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
+    group = ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
+    # The host's default loads at other data parallel sizes only, and says so when it is too late.
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        action="store_false",
+        dest="dist_ckpt_optim_fully_reshardable",
+        help="Save the distributed optimizer as it lies in its buffers: less host memory while "
+        "saving, but the checkpoint loads at no other layout and no other shortcut position.",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
     return parser
 
 

@@ -21,8 +21,15 @@ TIMEOUT = timedelta(seconds=120)  # of one collective
 LIMIT_S = 240  # of one job
 
 # Ranks are forked from a server that has imported this once, instead of importing it again each.
+# The entry script first: it replaces symbols of the host before the host is imported.
 multiprocessing.set_forkserver_preload(
-    ["tests.models", "tests.distributed_utils", "pretrain_gpt_scmoe"]
+    [
+        "pretrain_gpt_scmoe",
+        "tests.models",
+        "tests.distributed_utils",
+        "megatron.core.tokenizers.text",  # what every run imports late
+        "torch._dynamo",
+    ]
 )
 
 

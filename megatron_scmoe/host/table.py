@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_scmoe.host import cpu, wheel
+from megatron_scmoe.host import cpu, optimizer, wheel
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
@@ -213,22 +213,29 @@ TABLE: tuple[Replacement, ...] = (
         "._set_main_param_and_optimizer_states",
         "always",
         "core/optimizer/distrib_optimizer.py:1225",
-        "loading copies into views of leaves that require grad: fp32 models cannot resume",
-        torch.no_grad(),
+        "copies into views of leaves that require grad, and misses `step`: fp32 cannot resume",
+        optimizer.set_states_without_step,
+    ),
+    Replacement(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        "always",
+        "core/optimizer/optimizer.py:1578",
+        "wants as many optimizers as were saved: no resume at another expert parallel size",
+        optimizer.load_chain_of_any_layout,
     ),
     Replacement(
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
         "no TE or Apex",
         "core/optimizer/distrib_optimizer.py:839",
         "asserts one step value, torch's AdamW has none before its first update: no resume",
-        wheel.state_dict_before_first_step,
+        optimizer.state_dict_before_first_step,
     ),
     Replacement(
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
         "no TE or Apex",
         "core/optimizer/distrib_optimizer.py:1027",
         "loses the step of torch's AdamW: wrong bias correction after a resume",
-        wheel.load_state_dict_with_steps,
+        optimizer.load_state_dict_with_steps,
     ),
 )
 
