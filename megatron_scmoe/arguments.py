@@ -11,6 +11,9 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.utils import (
+    has_nvrx_checkpointing_async_support as has_nvrx_async_support,
+)
 
 from megatron_scmoe import host
 from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_has_no_gradient
@@ -39,12 +42,15 @@ def parse_and_validate_args() -> Namespace:
         restore_args(args)
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
+    notes = complete_async_save(args)
     validate_args(args)
     check_world_size(args)
-    notes = apply_scmoe_defaults(args)
+    position = args.scmoe_shortcut_position
+    notes += [
+        f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
+    ]
     if args.rank == 0:
-        for note in notes:
-            print(f"--scmoe-shortcut-position {args.scmoe_shortcut_position} sets {note}")
+        print(*notes, sep="\n", end="\n" if notes else "")
     return args
 
 
@@ -65,6 +71,22 @@ def check_world_size(args: Namespace) -> None:
             f"{args.world_size} ranks are no multiple of {ranks} = {product} (the first is "
             "--tensor-model-parallel-size unless it is given)."
         )
+
+
+def complete_async_save(args: Namespace) -> list[str]:
+    """Set what --async-save needs: the host would switch it off, or fail at the first save.
+
+    Returns:
+        One line for each option that was set, with the reason.
+    """
+    notes = []
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        args.use_persistent_ckpt_worker = True
+        notes.append("--async-save sets --use-persistent-ckpt-worker: Megatron's only way to do it")
+    if args.async_save and args.async_strategy == "nvrx" and not has_nvrx_async_support():
+        args.async_strategy = "mcore"
+        notes.append("--async-save sets --async-strategy mcore: no nvidia-resiliency-ext here")
+    return notes
 
 
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:

@@ -175,6 +175,23 @@ def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+def stage_copies(prepare_write_data: Callable[..., None]) -> Callable[..., None]:
+    """`FileSystemWriterAsync.prepare_write_data` that copies what will be written.
+
+    From a GPU the tensors are copied to the host before training goes on. Tensors that are there
+    already would be shared with the writer's process, which would save a later step's values.
+    """
+
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepare_write_data(self, *args, **kwargs)
+        self.write_buckets = [
+            (path, name, (parts, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, name, (parts, tensors) in self.write_buckets
+        ]
+
+    return replacement
+
+
 def cuda_type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
     """`Tensor.type()` that names float tensors as the host's comparisons expect."""
 
@@ -245,7 +262,6 @@ CPU_OPTIONS = (
     ),
     CpuOption("tp_comm_overlap", False, "no --tp-comm-overlap", "Transformer Engine user buffers"),
     CpuOption("cuda_graph_impl", "none", "--cuda-graph-impl none", "CUDA graphs"),
-    CpuOption("async_save", False, "no --async-save", "pinned staging buffers"),
 )
 
 

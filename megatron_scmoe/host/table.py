@@ -153,6 +153,13 @@ TABLE: tuple[Replacement, ...] = (
         for name in FACTORIES
     ),
     _cpu(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+        ".prepare_write_data",
+        "core/dist_checkpointing/strategies/filesystem_async.py:146",
+        "--async-save shares CPU tensors with the writer while training goes on",
+        cpu.stage_copies,
+    ),
+    _cpu(
         "torch.utils.data.DataLoader.__iter__",
         "training/training.py:4615",
         "draws from the generator that dropout uses here: no exact resume",
