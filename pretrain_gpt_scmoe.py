@@ -49,6 +49,7 @@ from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
+from megatron_scmoe.checkpoint.errors import CheckpointError
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -226,13 +227,14 @@ def main() -> None:
     if args.inprocess_restart:
         run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
-        run(
-            container,
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            store=store,
-        )
+        with host.user_errors((CheckpointError,)):
+            run(
+                container,
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                store=store,
+            )
     except SystemExit:  # --exit-interval and --exit-duration-in-mins leave this way
         torch.distributed.destroy_process_group()
         raise

@@ -16,17 +16,11 @@ from megatron.training.utils import (
 )
 
 from megatron_scmoe import host
+from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.checkpoint.resume import prepare_load
 from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_has_no_gradient
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
-
-# Our options that belong to the model and not to the run.
-ARCHITECTURE = (
-    "scmoe_shortcut_position",
-    "scmoe_combine",
-    "scmoe_shortcut_norm",
-    "scmoe_post_norm",
-)
 
 
 def parse_and_validate_args() -> Namespace:
@@ -49,6 +43,7 @@ def parse_and_validate_args() -> Namespace:
     notes += [
         f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
     ]
+    notes += prepare_load(args)
     if args.rank == 0:
         print(*notes, sep="\n", end="\n" if notes else "")
     return args
@@ -117,7 +112,7 @@ def restore_args(args: Namespace) -> None:
             f"--use-checkpoint-args: no options of a checkpoint in --load {args.load}."
         )
     _, saved = restored
-    for name in ARCHITECTURE:
+    for name in (*ARCHITECTURE, *SCMOE):
         if hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
             setattr(args, name, getattr(saved, name))
             if args.rank == 0:

@@ -29,21 +29,22 @@ SECONDS_TO_SPEAK = 20
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Report the host's and our refusals raised inside the block as one line and exit.
 
-    Wrap parsing, validation and building the configuration with it, never training: there a
-    traceback is the right answer.
+    Wrap parsing, validation and building the configuration with it. Of training wrap errors of our
+    own only, with their kinds: for all others a traceback is the right answer.
     """
     try:
         yield
-    except USER_ERRORS as error:
-        if os.environ.get("RANK", "0") != "0":
+    except kinds as error:
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        if rank != 0:
             # The launcher ends all ranks when the first one leaves. A rank that is still alive
-            # after a while has an error that rank 0 does not have: a file missing on its node.
-            time.sleep(SECONDS_TO_SPEAK)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr)
+            # after a while has an error that rank 0 does not have, such as a file missing on its
+            # node; the first rank of a node speaks for all.
+            time.sleep(SECONDS_TO_SPEAK + local_rank)
+        print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
 
 

@@ -9,8 +9,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_scmoe.host import cpu, optimizer, wheel
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
@@ -39,6 +37,17 @@ def _use(value: Any) -> Callable[[Any], Any]:
 
 def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -> Replacement:
     return Replacement(symbol, "cpu", host_file, reason, make)
+
+
+def _checkpoint(name: str) -> Callable[[Any], Any]:
+    """A wrapper of our checkpoint package, which imports the host."""
+
+    def make(original: Any) -> Any:
+        module, function = name.split(".")
+        package = importlib.import_module(f"megatron_scmoe.checkpoint.{module}")
+        return getattr(package, function)(original)
+
+    return make
 
 
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
@@ -207,6 +216,34 @@ TABLE: tuple[Replacement, ...] = (
         "training/initialize.py:165",
         "runs make, but the wheel ships no Makefile: rank 0 exits, the others hang",
         wheel.skip_compiling,
+    ),
+    Replacement(
+        "megatron.training.training.save_checkpoint",
+        "always",
+        "training/training.py:3086",
+        "no hook: writes the record of the options first; a full disk is one line",
+        _checkpoint("errors.saving"),
+    ),
+    Replacement(
+        "megatron.training.training.maybe_finalize_async_save",
+        "always",
+        "training/training.py",
+        "no hook: a full disk is one line with --async-save too",
+        _checkpoint("errors.finalizing"),
+    ),
+    Replacement(
+        "megatron.training.training.load_checkpoint",
+        "always",
+        "training/training.py:2199",
+        "no hook: a broken file is one line",
+        _checkpoint("errors.loading"),
+    ),
+    Replacement(
+        "megatron.core.dist_checkpointing.load",
+        "always",
+        "training/checkpointing.py:1601",
+        "no hook: --finetune from the baseline leaves what is new as it was initialised",
+        _checkpoint("transfer.loading_related"),
     ),
     Replacement(
         "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",

@@ -1,0 +1,9 @@
+"""What this package adds to the host's distributed checkpoints.
+
+options.py   which options make a model, and which are worth a note when they change
+record.py    the readable file beside every checkpoint, and how two of them differ
+contents.py  which iterations are on disk, and whether they are whole
+resume.py    before a run starts: is --load this model, and what the host has to be told
+transfer.py  while it loads: tensors that the checkpoint does not have
+errors.py    while it saves or loads: a full disk or a broken file as one line
+"""

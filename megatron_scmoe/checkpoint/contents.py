@@ -1,0 +1,82 @@
+"""Which checkpoints are in a folder, and whether they are whole. Reads, never loads."""
+
+import os
+import pickle
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DISTRIBUTED = "metadata.json"  # the host writes it last, into every distributed checkpoint
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    """Where the tensors of an iteration lie."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def saved_iterations(folder: Path) -> list[int]:
+    """Every iteration with a folder of its own, whole or not, oldest first."""
+    names = (path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest_complete(folder: Path) -> int | None:
+    """The newest iteration that is whole."""
+    for iteration in reversed(saved_iterations(folder)):
+        if not defects(iteration_folder(folder, iteration)):
+            return iteration
+    return None
+
+
+def defects(checkpoint: Path) -> list[str]:
+    """What a distributed checkpoint lacks, a phrase each; empty if every byte is there.
+
+    Sizes are compared with what the metadata promises. Bytes that changed in place are seen with
+    the host's --verify-integrity only.
+    """
+    if not (checkpoint / DISTRIBUTED).exists():
+        return [f"{checkpoint / DISTRIBUTED} is missing"]
+    if not (checkpoint / ".metadata").exists():
+        return [f"{checkpoint / '.metadata'} is missing"]
+    try:
+        metadata = FileSystemReader(checkpoint).read_metadata()
+        stored = list(metadata.storage_data.values())
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        return [f"{checkpoint / '.metadata'} is corrupt ({type(error).__name__})"]
+    sizes: dict[str, int] = {}
+    for item in stored:
+        end = item.offset + item.length
+        sizes[item.relative_path] = max(end, sizes.get(item.relative_path, 0))
+    found = []
+    for name, size in sorted(sizes.items()):
+        path = checkpoint / name
+        if not path.exists():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size < size:
+            found.append(f"{path} has {path.stat().st_size} of its {size} bytes")
+    return found
+
+
+def tracked_iteration(folder: Path) -> int | str | None:
+    """What the tracker file names: an iteration, "release", or None without such a file.
+
+    Raises:
+        ValueError: the file names nothing; a killed save may have left it empty.
+    """
+    path = folder / TRACKER
+    if not path.exists():
+        return None
+    text = path.read_text().strip()
+    if text == "release":
+        return text
+    if not text.isdigit():
+        raise ValueError(f"{path} holds {text!r} and no iteration")
+    return int(text)
+
+
+def write_tracker(folder: Path, iteration: int) -> None:
+    """Name the iteration that the next run loads, whole or not at all."""
+    partial = folder / f"{TRACKER}.partial"
+    partial.write_text(str(iteration))
+    os.replace(partial, folder / TRACKER)

@@ -1,0 +1,130 @@
+"""Which options make a model, by their destination on the parsed command line."""
+
+from argparse import Namespace
+from typing import Any
+
+# Ours; only the last three decide which tensors there are.
+SCMOE = (
+    "scmoe_shortcut_position",
+    "scmoe_combine",
+    "scmoe_shortcut_norm",
+    "scmoe_post_norm",
+)
+
+# The host's. A checkpoint of a model that differs in one of them cannot be gone on with: either
+# the tensors have other shapes or they mean something else.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "no_rope_freq",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "swiglu",
+    "squared_relu",
+    "untie_embeddings_and_output_weights",
+    "normalization",
+    "norm_epsilon",
+    "apply_layernorm_1p",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "attention_output_gate",
+    "softmax_type",
+    "window_size",
+    # Mixture of experts.
+    "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    # Multi-latent attention.
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "mscale",
+    "mscale_all_dim",
+)
+
+# A run may change these on purpose; it says which.
+WORTH_A_NOTE = (
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "seed",
+    "data_path",
+    "split",
+    "bf16",
+    "fp16",
+    "attention_dropout",
+    "hidden_dropout",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+    "transformer_impl",
+)
+
+# The ranks of a model; data parallel ranks make no difference on disk.
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+_FLAGS = {"add_bias_linear": "--disable-bias-linear (off is True)"}
+
+
+def flag(dest: str) -> str:
+    """The option as it is written on the command line."""
+    return _FLAGS.get(dest, "--" + dest.replace("_", "-"))
+
+
+def differences(saved: Namespace, args: Namespace, dests: tuple[str, ...]) -> list[str]:
+    """`--flag saved there, current here` for every option that both know and that differs."""
+    return [
+        f"{flag(dest)} {getattr(saved, dest)} there, {getattr(args, dest)} here"
+        for dest in dests
+        if hasattr(saved, dest)
+        and hasattr(args, dest)
+        and _comparable(saved, dest) != _comparable(args, dest)
+    ]
+
+
+def _comparable(args: Namespace, dest: str) -> Any:
+    value = getattr(args, dest)
+    if dest == "moe_layer_freq":
+        # 1 is the same model as a list of ones.
+        every = range(args.num_layers or 0)
+        return [int(i % value == 0) for i in every] if isinstance(value, int) else list(value)
+    if dest == "num_query_groups" and not args.group_query_attention:
+        return None
+    return list(value) if isinstance(value, tuple) else value

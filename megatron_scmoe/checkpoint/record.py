@@ -1,0 +1,109 @@
+"""The readable file beside every checkpoint: `iter_0000100.json` next to `iter_0000100/`.
+
+It holds all options as the run resolved them, the padded vocabulary, a digest of the tokenizer and
+the versions, so that people and tools can read what a checkpoint is without loading it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
+
+SCHEMA = 1
+PACKAGES = ("megatron-scmoe", "megatron-core", "torch", "transformer-engine", "apex")
+
+
+def record_path(folder: Path, iteration: int) -> Path:
+    """Where the record of an iteration lies."""
+    return folder / f"iter_{iteration:07d}.json"
+
+
+def build_record(args: Namespace, iteration: int) -> dict[str, Any]:
+    """The record of a run with these validated options at this iteration."""
+    options = {dest: _plain(value) for dest, value in sorted(vars(args).items())}
+    model = {dest: options.pop(dest) for dest in (*ARCHITECTURE, *SCMOE) if dest in options}
+    return {
+        "schema": SCHEMA,
+        "iteration": iteration,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "padded_vocab_size": options.pop("padded_vocab_size", None),
+        "tokenizer": tokenizer_digest(args),
+        "model": model,
+        "options": options,
+    }
+
+
+def write_record(folder: Path, iteration: int, args: Namespace) -> None:
+    """Write the record, whole or not at all, and drop those whose checkpoints are gone."""
+    path = record_path(folder, iteration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(build_record(args, iteration), indent=1) + "\n")
+    os.replace(partial, path)
+    for other in folder.glob("iter_*.json"):
+        if other != path and not other.with_suffix("").is_dir():
+            other.unlink(missing_ok=True)
+
+
+def read_record(folder: Path, iteration: int) -> dict[str, Any] | None:
+    """The record of an iteration, or None for a checkpoint that has none (stock Megatron's).
+
+    Raises:
+        ValueError: the file is no record.
+    """
+    path = record_path(folder, iteration)
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}.")
+        return record
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no record of a checkpoint's options ({error}): restore it, or delete it to "
+            "load the checkpoint without."
+        ) from error
+
+
+def tokenizer_digest(args: Namespace) -> dict[str, Any]:
+    """Type, vocabulary and SHA-256 of the tokenizer's files, wherever they lie."""
+    digest = hashlib.sha256()
+    for value in (args.tokenizer_model, args.vocab_file, args.merge_file):
+        path = Path(value) if value else None
+        if path is None or not path.exists():
+            digest.update(f"{value}\n".encode())  # a name on a hub, or nothing
+            continue
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and ".git" not in file.parts:
+                digest.update(file.read_bytes())
+    return {
+        "type": args.tokenizer_type,
+        "vocab_size": args.vocab_size,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; everything else by its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,258 @@
+"""Before a run starts: is what --load names there, whole, and this model?
+
+Every refusal is one line and comes before any process group exists. What the host would get wrong
+without a word (another vocabulary padding, a longer schedule) is set here, with a note.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron_scmoe.checkpoint import contents
+from megatron_scmoe.checkpoint.options import (
+    ARCHITECTURE,
+    LAYOUT,
+    SCMOE,
+    WORTH_A_NOTE,
+    differences,
+)
+from megatron_scmoe.checkpoint.record import read_record, tokenizer_digest
+
+NEW_TENSORS = SCMOE[1:]
+
+
+def prepare_load(args: Namespace) -> list[str]:
+    """Check the checkpoint that this run will load and tell the host how.
+
+    Args:
+        args: parsed and validated; changed in place.
+
+    Returns:
+        Notes for the user, a line each.
+
+    Raises:
+        ValueError: the checkpoint is not whole, or not one of this model.
+    """
+    folder, starts_anew = _folder(args)
+    if folder is None:
+        return []
+    iteration, notes = _iteration(folder, args)
+    if not isinstance(iteration, int):
+        return notes  # nothing to load, or a release, which the host knows better
+    checkpoint = contents.iteration_folder(folder, iteration)
+    if not checkpoint.is_dir():
+        raise ValueError(f"--load {folder}: no {checkpoint.name}{_newest(folder)}.")
+    if not _is_distributed(checkpoint):
+        return notes  # the host's older format
+    looks = os.environ.get("LOCAL_RANK", "0") == "0"  # at the files, once for each node
+    if looks and (defects := contents.defects(checkpoint)):
+        raise ValueError(f"--load {folder}: {defects[0]}{_newest(folder)}.")
+    saved = _common_state(checkpoint)
+    saved_args = saved.get("args")
+    if saved_args is None:
+        return notes
+    where = f"--load {folder}, iteration {iteration}"
+    _check_model(where, saved_args, args, starts_anew)
+    _check_tokenizer(where, folder, iteration, args, starts_anew)
+    notes += _keep_vocabulary(where, saved_args, args)
+    if not starts_anew:
+        if not args.no_load_optim:
+            _check_optimizer(where, saved, saved_args, args)
+            notes += _lengthen_schedule(where, saved.get("opt_param_scheduler"), args)
+        changed = differences(saved_args, args, (*SCMOE[:1], *WORTH_A_NOTE))
+        if changed:
+            notes.append(f"{where}, differs: {'; '.join(changed)}")
+    return notes
+
+
+def _folder(args: Namespace) -> tuple[Path | None, bool]:
+    """The folder that the host will load from, and whether only the weights are taken."""
+    if args.load is not None and (Path(args.load) / contents.TRACKER).exists():
+        return Path(args.load), args.finetune
+    if args.pretrained_checkpoint is not None:
+        return Path(args.pretrained_checkpoint), True
+    return (None if args.load is None else Path(args.load)), args.finetune
+
+
+def _iteration(folder: Path, args: Namespace) -> tuple[int | str | None, list[str]]:
+    try:
+        tracked = contents.tracked_iteration(folder)
+    except ValueError as error:
+        newest = contents.newest_complete(folder)
+        if newest is None:
+            raise ValueError(f"--load {folder}: {error}, and no complete checkpoint.") from error
+        if args.rank == 0:
+            contents.write_tracker(folder, newest)  # the host would leave without a word
+        return newest, [f"--load {folder}: {error}; going on from iteration {newest}"]
+    return (args.ckpt_step or tracked), []
+
+
+def _is_distributed(checkpoint: Path) -> bool:
+    old = any(path.name.startswith("mp_rank_0") for path in checkpoint.iterdir())
+    return not old
+
+
+def _newest(folder: Path) -> str:
+    newest = contents.newest_complete(folder)
+    if newest is None:
+        return "; no other checkpoint there is complete"
+    return f"; the newest complete checkpoint there is iteration {newest}: add --ckpt-step {newest}"
+
+
+def _common_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return load_common_state_dict(str(checkpoint))
+    except (CheckpointingException, RuntimeError, EOFError, KeyError, OSError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"--load {checkpoint} cannot be read: {cause}") from error
+
+
+def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: bool) -> None:
+    changed = differences(saved, args, ARCHITECTURE)
+    position = getattr(saved, "scmoe_shortcut_position", "none")
+    if position == "none" or differences(saved, args, ("scmoe_combine",)):
+        # The gate is then a matter of --scmoe-combine.
+        changed = [line for line in changed if not line.startswith("--moe-shared-expert-gate")]
+    gains_shortcut = position == "none" and args.scmoe_shortcut_position != "none"
+    if gains_shortcut and not changed and not starts_anew:
+        raise ValueError(
+            f"{where} is a model without a shortcut: start from its weights with --finetune."
+        )
+    if changed:
+        raise ValueError(
+            f"{where} is another model: {'; '.join(changed)}. Use the checkpoint's values "
+            "(--use-checkpoint-args takes them)."
+        )
+    changed = differences(saved, args, NEW_TENSORS)
+    if changed and position != "none" and not starts_anew:
+        raise ValueError(
+            f"{where} has other tensors: {'; '.join(changed)}. Use the checkpoint's values, or "
+            "start from its weights with --finetune."
+        )
+
+
+def _check_tokenizer(
+    where: str, folder: Path, iteration: int, args: Namespace, starts_anew: bool
+) -> None:
+    record = read_record(folder, iteration)
+    if record is None or starts_anew:
+        return
+    there, here = record["tokenizer"], tokenizer_digest(args)
+    changed = [
+        f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{where} was trained with another tokenizer: {'; '.join(changed)}. Use that one, or "
+            "start from the weights with --finetune."
+        )
+
+
+def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]:
+    """The checkpoint's padded vocabulary. The host pads to a multiple of the tensor parallel size,
+    loads what fits, and rows that were never trained move the loss."""
+    size = saved.padded_vocab_size
+    if size is None or args.padded_vocab_size == size:
+        return []
+    if args.padded_vocab_size is not None:
+        raise ValueError(
+            f"{where} has {size} rows in its vocabulary, --padded-vocab-size is "
+            f"{args.padded_vocab_size}: drop it."
+        )
+    if size % args.tensor_model_parallel_size:
+        raise ValueError(
+            f"{where} has {size} rows in its vocabulary, which --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} does not divide: use a size that does."
+        )
+    args.padded_vocab_size = size
+    padding = saved.make_vocab_size_divisible_by * saved.tensor_model_parallel_size
+    if padding == args.make_vocab_size_divisible_by * args.tensor_model_parallel_size:
+        return []
+    return [f"{where} sets --padded-vocab-size {size}"]
+
+
+def _check_optimizer(
+    where: str, saved: dict[str, Any], saved_args: Namespace, args: Namespace
+) -> None:
+    advice = "or load the weights alone with --no-load-optim"
+    if saved_args.use_distributed_optimizer != args.use_distributed_optimizer:
+        verb = "drop" if args.use_distributed_optimizer else "add"
+        raise ValueError(
+            f"{where} was saved {'with' if verb == 'add' else 'without'} "
+            f"--use-distributed-optimizer: {verb} it, {advice}."
+        )
+    kind = (saved.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if args.use_distributed_optimizer and kind == "dp_reshardable":
+        changed = differences(saved_args, args, (*LAYOUT, *SCMOE[:1]))
+        if changed:
+            raise ValueError(
+                f"{where} holds its optimizer as it lay in the buffers of its layout, and this run "
+                f"differs: {'; '.join(changed)}. Save it with "
+                f"--dist-ckpt-optim-fully-reshardable, {advice}."
+            )
+
+
+def _lengthen_schedule(where: str, saved: dict[str, Any] | None, args: Namespace) -> list[str]:
+    """Let a longer run change the schedules that its length defines.
+
+    The host compares every value with the checkpoint's and dies with an assertion
+    (core/optimizer_param_scheduler.py:333).
+
+    Raises:
+        ValueError: the schedule changes otherwise, and the run does not say which one it wants.
+    """
+    if (
+        saved is None
+        or args.override_opt_param_scheduler
+        or args.use_checkpoint_opt_param_scheduler
+    ):
+        return []
+    here = _schedule(args)
+    changed = {name: value for name, value in here.items() if saved.get(name) != value}
+    if not changed:
+        return []
+    text = "; ".join(f"{name} {saved.get(name)} there, {here[name]} here" for name in changed)
+    by_length = {"lr_decay_steps", "wd_incr_steps"}
+    if args.lr_warmup_fraction is not None:
+        by_length.add("lr_warmup_steps")
+    if not set(changed) <= by_length:
+        raise ValueError(
+            f"{where} has another schedule: {text} (in samples). Add "
+            "--override-opt-param-scheduler for the new one or "
+            "--use-checkpoint-opt-param-scheduler for the old one."
+        )
+    args.override_opt_param_scheduler = True
+    return [
+        f"{where}: the schedule follows the new length ({text}, in samples); to keep the old one "
+        "add --use-checkpoint-opt-param-scheduler"
+    ]
+
+
+def _schedule(args: Namespace) -> dict[str, Any]:
+    """What the host will compute (training/training.py:1906), in samples."""
+    if args.train_iters:
+        unit = args.global_batch_size
+        length = args.train_iters * unit
+        decay = length if args.lr_decay_iters is None else args.lr_decay_iters * unit
+        warmup = args.lr_warmup_iters * unit
+    else:
+        length = args.train_samples
+        decay = length if args.lr_decay_samples is None else args.lr_decay_samples
+        warmup = args.lr_warmup_samples
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return {
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": warmup,
+        "lr_decay_style": args.lr_decay_style,
+        "lr_decay_steps": decay,
+        "start_wd": args.start_weight_decay,
+        "end_wd": args.end_weight_decay,
+        "wd_incr_style": args.weight_decay_incr_style,
+        "wd_incr_steps": length,
+    }

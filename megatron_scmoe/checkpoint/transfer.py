@@ -1,0 +1,88 @@
+"""Start from the weights of a related model: what is taken, what is new, what is left.
+
+With --finetune (or --pretrained-checkpoint) the checkpoint may be one of the matching baseline
+(top-K with a shared expert, stock Megatron), or of a ScMoE model with another gate or norm. What
+only our model has keeps its initial value; nothing else may be missing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.training import get_args
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_scmoe.checkpoint.errors import CheckpointError
+
+# What a baseline does not have (docs/architecture.md, "Layers, units and names").
+NEW = ("shortcut_layernorm.", "post_layernorm.", "mlp.combine_gate.", "shared_experts.gate_weight")
+# What is no weight of the model.
+OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chained_")
+# The local spec of stock Megatron gives the norm in front of a MoE the name of a fused one.
+LOCAL_NAMES = {".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
+
+
+def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`dist_checkpointing.load` that leaves what is new in the model as it was initialised."""
+
+    def replacement(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if not get_args().finetune:
+            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        metadata = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
+        on_disk = {name.split("/shard_")[0] for name in metadata}
+        on_disk = {name for name in on_disk if not name.startswith(OTHER_STATE)}
+        chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
+        kept = {chunk: _keep(sharded_state_dict[chunk], on_disk) for chunk in chunks}
+        taken = {
+            entry.key
+            for chunk in chunks
+            for entry in sharded_state_dict[chunk].values()
+            if isinstance(entry, ShardedBase)
+        }
+        new = {entry.key for entries in kept.values() for entry in entries.values()}
+        _report(checkpoint_dir, on_disk, taken, new)
+        loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        for chunk, entries in kept.items():
+            loaded[chunk] |= {name: entry.data for name, entry in entries.items()}
+        return loaded
+
+    return replacement
+
+
+def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
+    """Take what is not on disk out of a model's request; rename what has another name there."""
+    kept = {}
+    for name, entry in list(entries.items()):
+        if not isinstance(entry, ShardedBase) or entry.key in on_disk:
+            continue
+        for ours, stock in LOCAL_NAMES.items():
+            entry.key = other if (other := entry.key.replace(ours, stock)) in on_disk else entry.key
+        if entry.key not in on_disk:
+            kept[name] = entries.pop(name)
+    return kept
+
+
+def _report(checkpoint: Any, on_disk: set[str], taken: set[str], new: set[str]) -> None:
+    """Say from one rank what happens to every tensor.
+
+    Raises:
+        CheckpointError: the checkpoint lacks more than what only our models have.
+    """
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, (taken, new))
+    taken = set().union(*(part for part, _ in everywhere))
+    new = set().union(*(part for _, part in everywhere))
+    unknown = sorted(key for key in new if not any(known in key for known in NEW))
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(unknown)} tensors of this model, the first is {unknown[0]}: "
+            "it is a checkpoint of another model."
+        )
+    if torch.distributed.get_rank() != 0:
+        return
+    left = sorted(on_disk - taken)
+    print(f"--finetune: {len(taken)} tensors taken from {Path(checkpoint)}")
+    print(f"--finetune: {len(new)} new, as initialised: {', '.join(sorted(new)) or 'none'}")
+    print(f"--finetune: {len(left)} left in the checkpoint: {', '.join(left) or 'none'}")
