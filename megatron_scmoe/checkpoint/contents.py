@@ -1,7 +1,9 @@
 """Which checkpoints are in a folder, and whether they are whole. Reads, never loads."""
 
+import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -56,6 +58,30 @@ def defects(checkpoint: Path) -> list[str]:
         elif path.stat().st_size < size:
             found.append(f"{path} has {path.stat().st_size} of its {size} bytes")
     return found
+
+
+def corrupt_files(folder: Path) -> list[Path]:
+    """Files of the newest tracked checkpoint with a tensor whose bytes are not those written.
+
+    Every tensor is a zip archive with checksums of its own. Reads the whole checkpoint: for the
+    search after a failed load.
+    """
+    iteration = tracked_iteration(folder)
+    if not isinstance(iteration, int):
+        return []
+    checkpoint = iteration_folder(folder, iteration)
+    corrupt = set()
+    for item in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+        path = checkpoint / item.relative_path
+        with path.open("rb") as file:
+            file.seek(item.offset)
+            archive = io.BytesIO(file.read(item.length))
+        try:
+            if zipfile.ZipFile(archive).testzip() is not None:
+                corrupt.add(path)
+        except (zipfile.BadZipFile, NotImplementedError, EOFError):
+            corrupt.add(path)
+    return sorted(corrupt)
 
 
 def tracked_iteration(folder: Path) -> int | str | None:

@@ -4,6 +4,7 @@
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,12 @@ from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.checkpoint import contents
-from megatron_scmoe.checkpoint.record import write_record
+from megatron_scmoe.checkpoint.record import drop_records_without_checkpoint, write_record
+
+# What gloo and NCCL say when another rank left a collective.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+SECONDS_FOR_OTHERS = 30
+FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -23,12 +29,12 @@ class CheckpointError(ValueError):
 
 
 def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
-    """`save_checkpoint` that writes the record first, and leaves nothing half-written."""
+    """`save_checkpoint` that writes the record first."""
 
     def replacement(iteration: int, *args: Any, **kwargs: Any) -> None:
         options = get_args()
         folder = Path(options.save)
-        with _one_line(f"cannot save iteration {iteration} to {folder}", folder, iteration):
+        with _leaves_nothing_half_written(folder):
             if torch.distributed.get_rank() == 0:
                 write_record(folder, iteration, options)
             save_checkpoint(iteration, *args, **kwargs)
@@ -40,47 +46,58 @@ def finalizing(maybe_finalize_async_save: Callable[..., None]) -> Callable[..., 
     """The end of an asynchronous save, which is where its errors arrive."""
 
     def replacement(*args: Any, **kwargs: Any) -> None:
-        folder = get_args().save
-        with _one_line(f"cannot save to {folder}", None, None):
+        options = get_args()
+        if not options.async_save:
+            return maybe_finalize_async_save(*args, **kwargs)
+        with _leaves_nothing_half_written(Path(options.save)):
             maybe_finalize_async_save(*args, **kwargs)
 
     return replacement
 
 
 def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """`load_checkpoint` that names the file that is wrong."""
+    """`load_checkpoint` that says what is wrong with the files."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
         options = get_args()
-        with _one_line(f"cannot load from {options.load or options.pretrained_checkpoint}"):
+        try:
             return load_checkpoint(*args, **kwargs)
+        except CheckpointError:
+            raise
+        except FAILURES as error:
+            if any(text in str(error) for text in LOST_PEER):
+                time.sleep(SECONDS_FOR_OTHERS)  # a rank that knows more has spoken or will
+            where = options.load or options.pretrained_checkpoint
+            broken = contents.corrupt_files(Path(where))
+            what = f"{broken[0]} is corrupt" if broken else _cause(error)
+            raise CheckpointError(f"cannot load from {where}: {what}.") from error
 
     return replacement
 
 
 @contextmanager
-def _one_line(
-    what: str, folder: Path | None = None, iteration: int | None = None
-) -> Iterator[None]:
+def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
     try:
         yield
-    except CheckpointError:
-        raise
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        left = ""
-        if folder is not None and iteration is not None:
-            left = _remove_partial(folder, iteration)
-        raise CheckpointError(f"{what}: {_cause(error)}{left}.") from error
+    except FAILURES as error:
+        free = shutil.disk_usage(folder).free
+        if torch.distributed.get_rank() == 0:
+            _remove_incomplete(folder)
+        tracked = contents.tracked_iteration(folder)
+        intact = "" if tracked is None else f"; iteration {tracked} there is intact"
+        raise CheckpointError(
+            f"cannot save to {folder} ({free / 2**20:.1f} MiB free): {_cause(error)}{intact}."
+        ) from error
 
 
-def _remove_partial(folder: Path, iteration: int) -> str:
-    """Remove what a failed save left, and say what there is to go on from."""
+def _remove_incomplete(folder: Path) -> None:
+    """Remove what a failed save has written: folders that no tracker ever named, and records."""
     tracked = contents.tracked_iteration(folder)
-    if tracked == iteration:
-        return ""
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(contents.iteration_folder(folder, iteration), ignore_errors=True)
-    return f"; {folder} still holds iteration {tracked}" if tracked is not None else ""
+    for iteration in contents.saved_iterations(folder):
+        checkpoint = contents.iteration_folder(folder, iteration)
+        if iteration != tracked and not (checkpoint / contents.DISTRIBUTED).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    drop_records_without_checkpoint(folder)
 
 
 def _cause(error: BaseException) -> str:
@@ -90,4 +107,4 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:300].rstrip('.')}" if text else type(error).__name__

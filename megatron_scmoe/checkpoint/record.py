@@ -41,13 +41,18 @@ def build_record(args: Namespace, iteration: int) -> dict[str, Any]:
 
 def write_record(folder: Path, iteration: int, args: Namespace) -> None:
     """Write the record, whole or not at all, and drop those whose checkpoints are gone."""
+    drop_records_without_checkpoint(folder)
     path = record_path(folder, iteration)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(build_record(args, iteration), indent=1) + "\n")
     os.replace(partial, path)
-    for other in folder.glob("iter_*.json"):
-        if other != path and not other.with_suffix("").is_dir():
+
+
+def drop_records_without_checkpoint(folder: Path) -> None:
+    """Remove the records of checkpoints that are gone or were never finished."""
+    for other in (*folder.glob("iter_*.json"), *folder.glob("iter_*.partial")):
+        if not other.with_suffix("").is_dir():
             other.unlink(missing_ok=True)
 
 
