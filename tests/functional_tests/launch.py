@@ -1,5 +1,6 @@
 """Run the entry script in processes of its own and read what it reports."""
 
+import logging
 import os
 import re
 import shlex
@@ -79,6 +80,9 @@ def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
         process.communicate()
         raise
     return Run(process.returncode, stdout, stderr)
+
+
+logging.getLogger("tensorboard").setLevel(logging.WARNING)
 
 
 def read_scalars(folder: Path, tag: str) -> dict[int, float]:

@@ -7,12 +7,10 @@ import shlex
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from .launch import REPOSITORY, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
+from .text import write_text
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "license_pos2_ep2.txt"
 GOLDEN_TOLERANCE = 1e-4  # relative: other processors sum in another order
@@ -34,17 +32,6 @@ TEXT_MOE = shlex.split(
     "--moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 "
     "--use-distributed-optimizer"
 )
-
-
-def write_text(folder: Path) -> Path:
-    """The license, a paragraph a document; returns the prefix of .bin and .idx."""
-    prefix = folder / "license"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for paragraph in (REPOSITORY / "LICENSE").read_bytes().split(b"\n\n"):
-        if paragraph:
-            builder.add_document(torch.tensor(list(paragraph)), [len(paragraph)])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 @pytest.fixture(scope="module")
