@@ -6,6 +6,7 @@ the entry script; everything else is as under torchrun on one node.
 
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import time
@@ -19,11 +20,17 @@ assert distributed_utils  # imported for its effect
 STOP_S = 10  # from the first failure of a rank until the others are killed
 
 
-def launch_forked(options: list[str], nproc: int, folder: Path) -> Run:
-    """Run the entry script on `nproc` ranks; their output goes through files in `folder`."""
+def launch_forked(
+    options: list[str], nproc: int, folder: Path, largest_file: int | None = None
+) -> Run:
+    """Run the entry script on `nproc` ranks; their output goes through files in `folder`.
+
+    Args:
+        largest_file: bytes beyond which the kernel lets no file of a rank grow.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.txt" for rank in range(nproc)]
-    ranks = start_ranks(options, outputs)
+    ranks = start_ranks(options, outputs, largest_file)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while any(rank.exitcode is None for rank in ranks):
@@ -42,7 +49,7 @@ def launch_forked(options: list[str], nproc: int, folder: Path) -> Run:
 
 
 def start_ranks(
-    options: list[str], outputs: list[Path]
+    options: list[str], outputs: list[Path], largest_file: int | None = None
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Fork one rank for each output file and return without waiting."""
     context = multiprocessing.get_context("forkserver")
@@ -50,16 +57,26 @@ def start_ranks(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world_size = len(outputs)
+    job = (world_size, port, options, largest_file)
     ranks = [
-        context.Process(target=_run_rank, args=(rank, world_size, port, options, outputs[rank]))
-        for rank in range(world_size)
+        context.Process(target=_run_rank, args=(rank, output, *job))
+        for rank, output in enumerate(outputs)
     ]
     for rank in ranks:
         rank.start()
     return ranks
 
 
-def _run_rank(rank: int, world_size: int, port: int, options: list[str], output: Path) -> None:
+def _run_rank(
+    rank: int,
+    output: Path,
+    world_size: int,
+    port: int,
+    options: list[str],
+    largest_file: int | None,
+) -> None:
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     values = {
         "RANK": rank,
         "LOCAL_RANK": rank,

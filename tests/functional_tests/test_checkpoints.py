@@ -1,0 +1,214 @@
+"""What a run says about the checkpoint it is given, and what a save leaves behind."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .forked import launch_forked
+from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, read_scalars
+
+CURVES = ("lm loss", "grad-norm")
+PAIR = ["--moe-layer-freq", "([0,1]*1)", "--scmoe-shortcut-position", "pos2"]
+NO_DROPOUT = shlex.split("--attention-dropout 0 --hidden-dropout 0 --eval-iters 0")
+TWO_RANKS = shlex.split("--expert-model-parallel-size 2 --use-distributed-optimizer")
+
+
+def train(data: Path, folder: Path, *options: str, ranks: int = 2, largest: int | None = None):
+    """A run of the tiny pair with its curves in `folder`; options given last win."""
+    arguments = [*TINY_MODEL, *TINY_MOE, *PAIR, *NO_DROPOUT, *(TWO_RANKS if ranks > 1 else [])]
+    arguments += ["--data-path", str(data), "--split", "100,0,0"]
+    arguments += ["--data-cache-path", str(data.parent / "cache")]
+    arguments += ["--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
+    return launch_forked([*arguments, *options], ranks, folder, largest_file=largest)
+
+
+def error_line(run: Run) -> str:
+    """The only error of a run, which ended with exit code 2 and no traceback of ours."""
+    assert run.returncode != 0, run.stdout[-3000:]
+    prefix = f"{SCRIPT}: error: "
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith(prefix)]
+    return line.removeprefix(prefix)
+
+
+def succeeded(run: Run) -> Run:
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six iterations on two ranks, saved after three and six."""
+    folder = tmp_path_factory.mktemp("saved")
+    save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
+    succeeded(train(data_prefix, folder, *save))
+    return folder
+
+
+@pytest.fixture
+def checkpoints(saved: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints"))
+
+
+def test_record_says_what_the_checkpoint_is(saved: Path) -> None:
+    record = json.loads((saved / "checkpoints" / "iter_0000003.json").read_text())
+    assert record["iteration"] == 3
+    assert record["padded_vocab_size"] == 64
+    assert record["model"]["scmoe_shortcut_position"] == "pos2"
+    assert record["model"]["moe_layer_freq"] == [0, 1]
+    assert record["options"]["expert_model_parallel_size"] == 2
+    assert len(record["tokenizer"]["sha256"]) == 64
+    assert record["versions"]["megatron-core"].startswith("0.19.")
+
+
+def test_longer_run_goes_on(saved: Path, data_prefix: Path, tmp_path: Path) -> None:
+    load = ["--load", str(saved / "checkpoints"), "--train-iters", "8"]
+    run = succeeded(train(data_prefix, tmp_path, *load))
+    assert run.stdout.count("the schedule follows the new length") == 1
+    assert sorted(read_scalars(tmp_path, "lm loss")) == [7, 8]
+
+
+def test_longer_run_keeps_the_old_schedule_if_asked(
+    saved: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    load = ["--load", str(saved / "checkpoints"), "--train-iters", "8"]
+    succeeded(train(data_prefix, tmp_path, *load, "--use-checkpoint-opt-param-scheduler"))
+    assert read_scalars(tmp_path, "learning-rate")[8] == 0  # decayed over six iterations
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--hidden-size 64", "is another model: --hidden-size 32 there, 64 here"),
+        ("--moe-router-topk 1", "--moe-router-topk 2 there, 1 here"),
+        ("--lr 1e-3", "another schedule: max_lr 0.01 there, 0.001 here"),
+        ("--scmoe-shortcut-norm shared", "other tensors: --scmoe-shortcut-norm own there"),
+        ("--scmoe-combine add", "other tensors: --scmoe-combine cg1 there, add here"),
+        ("--vocab-size 60", "another tokenizer: vocab_size 64 there, 60 here"),
+        ("--padded-vocab-size 128", "has 64 rows in its vocabulary"),
+        ("--ckpt-step 5", "no iter_0000005; the newest complete checkpoint there is iteration 6"),
+    ],
+)
+def test_checkpoint_of_another_model(
+    saved: Path, data_prefix: Path, tmp_path: Path, options: str, expected: str
+) -> None:
+    load = ["--load", str(saved / "checkpoints"), *shlex.split(options)]
+    assert expected in error_line(train(data_prefix, tmp_path, *load))
+
+
+def break_file(checkpoints: Path, how: str) -> None:
+    """Damage iteration 6, the newest one."""
+    shard = checkpoints / "iter_0000006" / "__1_0.distcp"
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "missing":
+        shard.unlink()
+    elif how == "metadata":
+        (checkpoints / "iter_0000006" / ".metadata").write_bytes(b"nothing")
+    elif how == "record":
+        (checkpoints / "iter_0000006.json").write_text("{")
+    else:
+        content = bytearray(shard.read_bytes())
+        content[1000:1020] = b"x" * 20
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("truncated", "bytes; the newest complete checkpoint there is iteration 3: add --ckpt-st"),
+        ("missing", "__1_0.distcp is missing; the newest complete checkpoint there is iteration 3"),
+        ("metadata", ".metadata is corrupt"),
+        ("record", "iter_0000006.json is no record"),
+        ("overwritten", "__1_0.distcp is corrupt"),
+    ],
+)
+def test_broken_checkpoint(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path, how: str, expected: str
+) -> None:
+    break_file(checkpoints, how)
+    load = ["--load", str(checkpoints), "--train-iters", "8"]
+    assert expected in error_line(train(data_prefix, tmp_path, *load))
+
+
+def test_torn_tracker_is_mended(checkpoints: Path, data_prefix: Path, tmp_path: Path) -> None:
+    """A kill between opening and writing the tracker leaves it empty; the host would exit."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    tracker.write_text("")
+    run = succeeded(train(data_prefix, tmp_path, "--load", str(checkpoints), "--train-iters", "8"))
+    assert "going on from iteration 6" in run.stdout
+    assert sorted(read_scalars(tmp_path, "lm loss")) == [7, 8]
+    assert tracker.read_text() == "6"
+
+
+@pytest.mark.parametrize("how", [(), ("--async-save",)], ids=["sync", "async"])
+def test_full_disk(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    """The kernel refuses to let a file grow, as on a full disk; the earlier checkpoint stays."""
+    save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "1"]
+    run = train(data_prefix, tmp_path, *save, "--train-iters", "8", *how, largest=100_000)
+    line = error_line(run)
+    assert f"cannot save to {checkpoints}" in line
+    assert line.endswith("iteration 6 there is intact.")
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "iter_0000003",
+        "iter_0000003.json",
+        "iter_0000006",
+        "iter_0000006.json",
+        "latest_checkpointed_iteration.txt",
+    ]
+    load = ["--load", str(checkpoints), "--train-iters", "8"]
+    succeeded(train(data_prefix, tmp_path / "again", *load))
+
+
+def test_vocabulary_padding_follows_the_checkpoint(data_prefix: Path, tmp_path: Path) -> None:
+    """TP 2 would pad 64 tokens to 128 rows, and 64 untrained rows would move the loss."""
+    sizes = ["--make-vocab-size-divisible-by", "64", "--num-query-groups", "4"]
+    folder = str(tmp_path / "checkpoints")
+    save = ["--save", folder, "--save-interval", "3"]
+    succeeded(train(data_prefix, tmp_path / "one", *sizes, *save))
+    tp2 = shlex.split("--tensor-model-parallel-size 2 --sequence-parallel")
+    tp2 += ["--expert-tensor-parallel-size", "1", "--moe-aux-loss-coeff", "0", "--ckpt-step", "3"]
+    run = succeeded(train(data_prefix, tmp_path / "two", *sizes, *tp2, "--load", folder))
+    assert "sets --padded-vocab-size 64" in run.stdout
+    one, two = (read_scalars(tmp_path / name, "lm loss")[4] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_goes_on_at_another_position(saved: Path, data_prefix: Path, tmp_path: Path) -> None:
+    load = ["--load", str(saved / "checkpoints"), "--ckpt-step", "3"]
+    run = succeeded(train(data_prefix, tmp_path, *load, "--scmoe-shortcut-position", "pos3"))
+    assert "--scmoe-shortcut-position pos2 there, pos3 here" in run.stdout
+    before, after = (read_scalars(path, "lm loss")[4] for path in (saved, tmp_path))
+    assert before != after
+    assert after == pytest.approx(before, abs=0.5)
+
+
+BASELINE = shlex.split(
+    "--scmoe-shortcut-position none --moe-shared-expert-intermediate-size 64 "
+    "--moe-router-pre-softmax"
+)
+
+
+def test_starts_from_the_stock_baseline(data_prefix: Path, tmp_path: Path) -> None:
+    """The list of tensors is complete: what is new is what only our model has."""
+    folder = str(tmp_path / "baseline")
+    save = ["--save", folder, "--save-interval", "6"]
+    succeeded(train(data_prefix, tmp_path / "stock", *BASELINE, *save))
+    load = ["--load", folder, "--moe-router-pre-softmax"]
+    assert "start from its weights with --finetune" in error_line(
+        train(data_prefix, tmp_path / "refused", *load)
+    )
+    run = succeeded(train(data_prefix, tmp_path / "scmoe", *load, "--finetune"))
+    (new,) = [line for line in run.stdout.splitlines() if "new, as initialised" in line]
+    assert new.split("initialised: ")[1].split(", ") == [
+        "decoder.layers.1.mlp.shared_experts.gate_weight",
+        "decoder.layers.1.shortcut_layernorm.weight",
+    ]
+    assert "--finetune: 0 left in the checkpoint" in run.stdout
+    trained = read_scalars(tmp_path / "stock", "lm loss")
+    assert read_scalars(tmp_path / "scmoe", "lm loss")[1] < trained[1] - 0.3

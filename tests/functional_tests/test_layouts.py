@@ -1,0 +1,38 @@
+"""Part of `python -m tests.functional_tests.layouts`: layouts compute and resume as one process."""
+
+from pathlib import Path
+
+import pytest
+
+from .layouts import LAYOUTS, TOLERANCE, Runs, compare_checkpoints, compare_layouts
+
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(Path(tmp_path_factory.mktemp("layouts")))
+
+
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("TP 1, expert TP 2, EP 2", "pos1"),
+        ("PP 2 interleaved, TP 2, EP 2, expert DP 2", "pos2"),
+        ("PP 2, 2 + 6 layers", "pos2"),
+        ("EP 4, distributed optimizer", "pos3"),
+        ("PP 2, EP 2, untied embeddings", "pos3"),
+    ],
+)
+def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> None:
+    ((_, _, loss, norm),) = compare_layouts(runs, (BY_NAME[name],), (position,))
+    assert max(loss, norm) <= TOLERANCE
+
+
+@pytest.mark.parametrize("options", [(), ("--async-save",)], ids=["sync", "async"])
+def test_checkpoint_goes_on_at_any_layout(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Optimizer state, expert bias and data position included; bitwise at the same layout."""
+    for saved, loaded, loss, norm in compare_checkpoints(
+        Runs(tmp_path), ("EP2", "PP2xVPP2", "TP2xEP2"), *options
+    ):
+        assert max(loss, norm) <= (0 if saved == loaded else TOLERANCE), f"{saved} to {loaded}"
