@@ -87,9 +87,9 @@ def complete_async_save(args: Namespace) -> list[str]:
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
     host.one_line_usage_errors(parser)
-    group = ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
+    ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
-    group.add_argument(
+    parser.add_argument_group("scmoe checkpoints").add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         action="store_false",
         dest="dist_ckpt_optim_fully_reshardable",

@@ -5,15 +5,17 @@ With --finetune (or --pretrained-checkpoint) the checkpoint may be one of the ma
 only our model has keeps its initial value; nothing else may be missing.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.training import get_args
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_scmoe.checkpoint.contents import iteration_folder
 from megatron_scmoe.checkpoint.errors import CheckpointError
 
 # What a baseline does not have (docs/architecture.md, "Layers, units and names").
@@ -25,12 +27,23 @@ LOCAL_NAMES = {".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
 
 
 def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`dist_checkpointing.load` that leaves what is new in the model as it was initialised."""
+    """`_load_global_dist_base_checkpoint` that leaves what is new as it was initialised."""
 
-    def replacement(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if not get_args().finetune:
-            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        metadata = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
+    def replacement(
+        load_dir: str,
+        args: Namespace,
+        rank0: bool,
+        sharded_state_dict: Any,
+        iteration: int,
+        release: bool,
+        **groups: Any,
+    ) -> Any:
+        load_it = partial(load, load_dir, args, rank0, sharded_state_dict, iteration, release)
+        if rank0 or not args.finetune:
+            return load_it(**groups)
+        folder = Path(load_dir)
+        checkpoint = folder / "release" if release else iteration_folder(folder, iteration)
+        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         on_disk = {name.split("/shard_")[0] for name in metadata}
         on_disk = {name for name in on_disk if not name.startswith(OTHER_STATE)}
         chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
@@ -42,11 +55,11 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(entry, ShardedBase)
         }
         new = {entry.key for entries in kept.values() for entry in entries.values()}
-        _report(checkpoint_dir, on_disk, taken, new)
-        loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        _report(checkpoint, on_disk, taken, new)
+        state_dict, *rest = load_it(**groups)
         for chunk, entries in kept.items():
-            loaded[chunk] |= {name: entry.data for name, entry in entries.items()}
-        return loaded
+            state_dict[chunk] |= {name: entry.data for name, entry in entries.items()}
+        return state_dict, *rest
 
     return replacement
 
@@ -64,7 +77,7 @@ def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
     return kept
 
 
-def _report(checkpoint: Any, on_disk: set[str], taken: set[str], new: set[str]) -> None:
+def _report(checkpoint: Path, on_disk: set[str], taken: set[str], new: set[str]) -> None:
     """Say from one rank what happens to every tensor.
 
     Raises:
@@ -83,6 +96,6 @@ def _report(checkpoint: Any, on_disk: set[str], taken: set[str], new: set[str]) 
     if torch.distributed.get_rank() != 0:
         return
     left = sorted(on_disk - taken)
-    print(f"--finetune: {len(taken)} tensors taken from {Path(checkpoint)}")
+    print(f"--finetune: {len(taken)} tensors taken from {checkpoint}")
     print(f"--finetune: {len(new)} new, as initialised: {', '.join(sorted(new)) or 'none'}")
     print(f"--finetune: {len(left)} left in the checkpoint: {', '.join(left) or 'none'}")

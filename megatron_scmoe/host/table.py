@@ -239,7 +239,7 @@ TABLE: tuple[Replacement, ...] = (
         _checkpoint("errors.loading"),
     ),
     Replacement(
-        "megatron.core.dist_checkpointing.load",
+        "megatron.training.checkpointing._load_global_dist_base_checkpoint",
         "always",
         "training/checkpointing.py:1601",
         "no hook: --finetune from the baseline leaves what is new as it was initialised",

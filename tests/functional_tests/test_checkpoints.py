@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from .forked import launch_forked
-from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, read_scalars
+from .launch import (
+    SCRIPT,
+    TINY_MODEL,
+    TINY_MOE,
+    Run,
+    read_scalars,
+)
 
 CURVES = ("lm loss", "grad-norm")
 PAIR = ["--moe-layer-freq", "([0,1]*1)", "--scmoe-shortcut-position", "pos2"]

@@ -78,7 +78,7 @@ def model_config(arguments):
 def scmoe_actions() -> dict[str, argparse.Action]:
     parser = argparse.ArgumentParser()
     add_scmoe_args(parser)
-    return {action.dest: action for action in parser._actions if action.dest != "help"}
+    return {action.dest: action for action in parser._actions if action.dest.startswith("scmoe")}
 
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:

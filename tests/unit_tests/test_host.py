@@ -10,6 +10,7 @@ import torch
 
 from megatron_scmoe import host
 from megatron_scmoe.host import cpu, table
+from megatron_scmoe.host.errors import SECONDS_TO_SPEAK
 
 
 @pytest.fixture
@@ -140,13 +141,16 @@ class TestUserErrors:
             assert 1 == 2
         assert "assert 1 == 2" in capsys.readouterr().err
 
-    def test_other_ranks_are_silent(self, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("megatron_scmoe.host.errors.SECONDS_TO_SPEAK", 0)
+    def test_other_ranks_let_the_first_one_speak(self, capsys, monkeypatch) -> None:
+        """The launcher ends them meanwhile, unless the error is theirs alone."""
+        slept: list[float] = []
+        monkeypatch.setattr("megatron_scmoe.host.errors.time.sleep", slept.append)
         monkeypatch.setenv("RANK", "3")
         monkeypatch.setenv("LOCAL_RANK", "3")
         with pytest.raises(SystemExit), host.user_errors():
             raise ValueError("no")
-        assert capsys.readouterr().err == ""
+        assert slept == [SECONDS_TO_SPEAK + 3]
+        assert capsys.readouterr().err.endswith(": error: no\n")
 
     def test_another_node_speaks_for_itself(self, capsys, monkeypatch) -> None:
         """Later than rank 0: the launcher ends it if rank 0 has the same to say."""
