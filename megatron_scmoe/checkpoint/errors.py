@@ -47,7 +47,7 @@ def finalizing(maybe_finalize_async_save: Callable[..., None]) -> Callable[..., 
 
     def replacement(*args: Any, **kwargs: Any) -> None:
         options = get_args()
-        if not options.async_save:
+        if not (options.async_save and options.save):
             return maybe_finalize_async_save(*args, **kwargs)
         with _leaves_nothing_half_written(Path(options.save)):
             maybe_finalize_async_save(*args, **kwargs)
