@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import LNImpl
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
 
 
 @dataclass
@@ -43,9 +43,14 @@ class ScMoEConfig:
     awaited where it starts; results are bitwise the same."""
 
     scmoe_expert_slot: int | None = None
-    """Number of dense operators of the window that run before the routed experts. Pos-1: attention,
-    shared expert (0..2). Pos-2: MLP, attention, shared expert (0..3). Pos-3: attention, MLP,
-    attention, shared expert (0..4). Default: 1, 1 and 2."""
+    """Number of dense operators of the window that run before the routed experts, forward and
+    backward. Attention is three operators: QKV, core, projection. Pos-1: attention, shared expert
+    (0..4). Pos-2: MLP, attention, shared expert (0..5). Pos-3: attention, MLP, attention, shared
+    expert (0..8). Default: 3, 1 and 4."""
+
+    scmoe_num_chunks: int = 1
+    """Parts of the tokens that are exchanged one by one, so that the experts of one part run beside
+    the exchange of another: for a link that the dense work alone cannot hide."""
 
     @property
     def enabled(self) -> bool:
@@ -53,11 +58,12 @@ class ScMoEConfig:
         return self.scmoe_shortcut_position != "none"
 
     @property
-    def expert_slot(self) -> int:
-        """Dense operators of the window before the routed experts."""
-        if self.scmoe_expert_slot is None:
-            return default_slot(self.scmoe_shortcut_position)
-        return self.scmoe_expert_slot
+    def initial_slots(self) -> Slots:
+        """Where the routed experts run, forward and backward."""
+        slot = self.scmoe_expert_slot
+        if slot is None:
+            slot = default_slot(self.scmoe_shortcut_position)
+        return Slots(slot, slot)
 
     def check(self, config: TransformerConfig) -> None:
         """Refuse what cannot work.
@@ -76,11 +82,18 @@ class ScMoEConfig:
                 raise ValueError(
                     f"{row.option} does not work with a shortcut: {row.reason}; {row.remedy}."
                 )
-        if not 0 <= self.expert_slot <= len(window(position)):
+        if not 0 <= self.initial_slots.forward <= len(window(position)):
             operators = ", ".join(step.value for step in window(position))
             raise ValueError(
-                f"--scmoe-expert-slot {self.expert_slot} is outside 0..{len(window(position))}, "
+                f"--scmoe-expert-slot {self.initial_slots.forward} is outside 0..{len(window(position))}, "
                 f"the window of {position} ({operators})."
+            )
+        if self.scmoe_num_chunks < 1:
+            raise ValueError(f"--scmoe-num-chunks {self.scmoe_num_chunks} is not at least 1.")
+        if self.scmoe_num_chunks > 1 and config.moe_pad_expert_input_to_capacity:
+            raise ValueError(
+                "--scmoe-num-chunks > 1 does not work with --moe-pad-expert-input-to-capacity: the "
+                "capacity is that of all tokens; drop one of them."
             )
         if config.moe_shared_expert_gate and self.scmoe_combine != "cg1":
             raise ValueError(
@@ -235,10 +248,10 @@ _UNSUPPORTED = (
         "add --sequence-parallel",
     ),
     _Unsupported(
-        "--moe-token-dispatcher-type other than alltoall",
-        lambda config: config.moe_token_dispatcher_type != "alltoall",
-        "only the all-to-all is split in start and wait",
-        "use alltoall",
+        "--moe-token-dispatcher-type flex",
+        lambda config: config.moe_token_dispatcher_type == "flex",
+        "its kernels are not split in start and wait",
+        "use alltoall or allgather",
     ),
     _Unsupported(
         "--moe-shared-expert-overlap",

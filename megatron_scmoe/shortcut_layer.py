@@ -17,7 +17,9 @@ baseline. A Pos-1 unit reads its own MoE layer's input and has no dense layer.
 Shapes: s sequence / TP, b batch, h hidden
 """
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,11 +34,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe.moe_layer import SharedOutput
-from megatron_scmoe.moe.token_dispatcher import DispatchState, ExpertInput
-from megatron_scmoe.overlap.schedule import build_schedule
+from megatron_scmoe.moe.moe_layer import RoutedWork, SharedOutput
+from megatron_scmoe.overlap.schedule import PER_CHUNK, Slots, Step, Task, build_schedule
+from megatron_scmoe.overlap.streams import runs_ahead
 
 
 class NumberedLayer(TransformerLayer):
@@ -90,21 +93,22 @@ class ShortcutLayerSubmodules(TransformerLayerSubmodules):
 class _Pass:
     """One forward pass through a unit: what its steps hand on."""
 
+    tasks: deque[Task]
+    """What is still to be done."""
     hidden_states: Tensor
     """Main branch, [s, b, h]."""
     attention_arguments: dict[str, Any]
     padding_mask: Tensor | None
     packed_seq_params: Any
     context: Tensor | None = None
+    inside: tuple[Tensor, ...] | None = None
+    """What one operator of the attention hands to the next, while the steps between them run."""
     tap: tuple[Tensor, Tensor, Tensor] | None = None
     """Normed z [s, b, h], router weights and routing map [T, E]."""
     samples: int | None = None
     """Micro-batch size, if z was un-flattened from a packed sequence."""
-    exchange: DispatchState | None = None
-    rows: ExpertInput | None = None
-    expert_output: Tensor | None = None
+    work: RoutedWork | None = None
     shared: SharedOutput | None = None
-    routed_output: Tensor | None = None
 
 
 class ShortcutLayer(NumberedLayer):
@@ -130,9 +134,7 @@ class ShortcutLayer(NumberedLayer):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.schedule = build_schedule(
-            scmoe.scmoe_shortcut_position, scmoe.expert_slot, scmoe.scmoe_overlap
-        )
+        self._scmoe = scmoe
         if submodules.dense_layer is not None:
             self.dense_layer = build_module(
                 ModuleSpec(module=TransformerLayer, submodules=submodules.dense_layer),
@@ -155,8 +157,23 @@ class ShortcutLayer(NumberedLayer):
             hidden_size=layer_config.hidden_size,
             eps=layer_config.layernorm_epsilon,
         )
-        self._shared_norm = scmoe.scmoe_shortcut_norm == "shared"
-        self._position = scmoe.scmoe_shortcut_position
+        self._pass: _Pass | None = None
+        if submodules.dense_layer is not None:
+            self._watch_attention(
+                self.dense_layer.self_attention, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION
+            )
+        self._watch_attention(self.self_attention, Step.CORE_ATTENTION, Step.PROJECTION)
+        self.set_slots(scmoe.initial_slots)
+
+    def set_slots(self, slots: Slots) -> None:
+        """Choose where the routed experts run, from the next forward pass on."""
+        self.schedule = build_schedule(
+            self._scmoe.scmoe_shortcut_position,
+            slots,
+            self._scmoe.scmoe_overlap,
+            self._scmoe.scmoe_num_chunks,
+            runs_ahead=runs_ahead(self.mlp.router.weight),
+        )
 
     def forward(
         self,
@@ -179,6 +196,7 @@ class ShortcutLayer(NumberedLayer):
             hidden states [s, b, h], and the context that the host's block passes on.
         """
         run = _Pass(
+            tasks=deque(self.schedule),
             hidden_states=hidden_states,
             attention_arguments={
                 "attention_mask": attention_mask,
@@ -190,14 +208,61 @@ class ShortcutLayer(NumberedLayer):
             packed_seq_params=packed_seq_params,
             context=attention_arguments.get("context"),
         )
-        for step in self.schedule:
-            getattr(self, step.value)(run)
+        self._pass = run
+        try:
+            self._advance(run)
+        finally:
+            self._pass = None
         return run.hidden_states, run.context
+
+    def _advance(self, run: _Pass, until: Step | None = None) -> None:
+        """Do the next tasks, up to and without the work of `until`, which the caller is about to do."""
+        while run.tasks:
+            step, chunk = run.tasks.popleft()
+            if step is until:
+                return
+            if step in PER_CHUNK:
+                getattr(self, step.value)(run, chunk)
+            else:
+                getattr(self, step.value)(run)
+
+    def _watch_attention(self, attention: Module, core: Step, projection: Step) -> None:
+        """Let the steps between the operators of an attention run where they belong.
+
+        The host's attention is one call. Its core and its output projection are modules: what the
+        schedule has in front of them runs when they are about to be called.
+        """
+        config = self.config
+        recomputed = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        # A recomputed core is called without a graph, and once more in the backward pass: what
+        # stands in front of it runs behind it.
+        places = {projection: attention.linear_proj}
+        if not recomputed:
+            places[core] = attention.core_attention
+        for step, module in places.items():
+            module.register_forward_pre_hook(partial(self._reach, step), with_kwargs=True)
+
+    def _reach(
+        self, step: Step, module: Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A forward pre-hook: do what the schedule has in front of this operator."""
+        run = self._pass
+        if run is None or Task(step) not in run.tasks:
+            return None
+        run.inside = tuple(x for x in arguments if isinstance(x, Tensor) and x.requires_grad)
+        self._advance(run, until=step)
+        passed, run.inside = iter(run.inside), None
+        changed = (
+            next(passed) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments
+        )
+        return tuple(changed), options
 
     # Dense work. ------------------------------------------------------------------------------
 
-    def dense_attention(self, run: _Pass) -> None:
-        """H_l^MH = H_{l-1} + MultiHead(H_{l-1})  [(10)]"""
+    def dense_qkv(self, run: _Pass) -> None:
+        """H_l^MH = H_{l-1} + MultiHead(H_{l-1})  [(10)]; the three steps are one call."""
         run.hidden_states, run.context = self.dense_layer._forward_attention(
             run.hidden_states, **run.attention_arguments
         )
@@ -208,11 +273,16 @@ class ShortcutLayer(NumberedLayer):
             run.hidden_states, run.attention_arguments.get("inference_context")
         )
 
-    def attention(self, run: _Pass) -> None:
-        """H_{l+1}^MH = H_l^MLP + MultiHead(H_l^MLP)  [(8)]"""
+    def qkv(self, run: _Pass) -> None:
+        """H_{l+1}^MH = H_l^MLP + MultiHead(H_l^MLP)  [(8)]; the three steps are one call."""
         run.hidden_states, run.context = self._forward_attention(
             run.hidden_states, **run.attention_arguments
         )
+
+    def _inside_attention(self, run: _Pass) -> None:
+        """Done by the call; its place was not passed (a recomputed core, an inference kernel)."""
+
+    dense_core_attention = dense_projection = core_attention = projection = _inside_attention
 
     def shared_expert(self, run: _Pass) -> None:
         """c_s SE(H_{l+1}^MH)  [(7)]"""
@@ -230,33 +300,46 @@ class ShortcutLayer(NumberedLayer):
             padding_mask = padding_mask.transpose(0, 1).bool()
         run.tap = (z, *self.mlp.route(z, padding_mask))
 
-    def start_dispatch(self, run: _Pass) -> None:
+    def prepare_dispatch(self, run: _Pass) -> None:
         assert run.tap is not None
-        run.exchange = self.mlp.start_dispatch(*run.tap)
+        run.work = self.mlp.prepare_dispatch(*run.tap)
         run.tap = None
 
-    def wait_dispatch(self, run: _Pass) -> None:
-        run.rows = self.mlp.wait_dispatch(run.exchange)
+    def start_dispatch(self, run: _Pass) -> None:
+        self.mlp.start_dispatch(run.work)
 
-    def experts(self, run: _Pass) -> None:
+    def wait_dispatch(self, run: _Pass, chunk: int) -> None:
+        self.mlp.wait_dispatch(run.work, chunk)
+
+    def experts(self, run: _Pass, chunk: int) -> None:
         """G(z)_i E_i(z)  [(7)]"""
-        run.expert_output = self.mlp.routed_experts(run.rows)
-        run.rows = None
+        self.mlp.routed_experts(run.work, chunk)
 
-    def start_combine(self, run: _Pass) -> None:
-        run.exchange = self.mlp.start_combine(run.expert_output, run.exchange)
-        run.expert_output = None
+    def start_combine(self, run: _Pass, chunk: int) -> None:
+        self.mlp.start_combine(run.work, chunk)
 
     def wait_combine(self, run: _Pass) -> None:
-        routed_output = self.mlp.wait_combine(run.exchange)
-        run.routed_output = self._maybe_reflatten_from_moe(
-            routed_output, run.packed_seq_params, run.samples
-        )
-        run.exchange = None
+        assert run.work is not None
+        run.work.branch.wait()
+
+    def gate(self, run: _Pass) -> None:
+        """Where the backward pass runs the experts: between what is computed and what follows."""
+        assert run.work is not None
+        gate = run.work.branch.gate
+        if run.inside is not None:
+            run.inside = gate(run.inside)
+        elif run.shared is not None:
+            (output,) = gate((run.shared.output,))
+            run.shared = replace(run.shared, output=output)
+        else:
+            (run.hidden_states,) = gate((run.hidden_states,))
 
     def merge(self, run: _Pass) -> None:
         """H_{l+1} = H_{l+1}^MH + [norm] (c_s SE + c_r sum_i G_i E_i)  [(7), (14)-(17)]"""
-        merged = self.post_layernorm(self.mlp.merge(run.routed_output, run.shared))
+        routed_output = self._maybe_reflatten_from_moe(
+            self.mlp.routed_output(run.work), run.packed_seq_params, run.samples
+        )
+        merged = self.post_layernorm(self.mlp.merge(routed_output, run.shared))
         residual = run.hidden_states
         if self.config.fp32_residual_connection:
             residual = residual.float()
@@ -266,10 +349,11 @@ class ShortcutLayer(NumberedLayer):
         """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
         which is the norm that the main branch applies to the same tensor. A shared norm is
         evaluated twice, here and inside the host's attention or MLP."""
-        if not self._shared_norm:
+        position = self._scmoe.scmoe_shortcut_position
+        if self._scmoe.scmoe_shortcut_norm == "own":
             return self.shortcut_layernorm(tapped)
-        if self._position == "pos1":
+        if position == "pos1":
             return self.input_layernorm(tapped)
-        if self._position == "pos2":
+        if position == "pos2":
             return self.dense_layer.pre_mlp_layernorm(tapped)
         return self.dense_layer.input_layernorm(tapped)

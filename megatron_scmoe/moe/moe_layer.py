@@ -10,7 +10,7 @@ arguments. Router, experts and shared expert are the host's.
 Shapes: s sequence / TP, b batch, h hidden, T = s*b, E experts, R rows at this rank's experts
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import tensor_parallel
@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe.token_dispatcher import AllToAllDispatcher, DispatchState, ExpertInput
+from megatron_scmoe.moe.token_dispatcher import ExpertInput, Trip, build_dispatcher
+from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.meter import ExchangeMeter
 
 
@@ -33,6 +34,21 @@ class SharedOutput:
     """c_s * SE(x), [s, b, h]."""
     routed_weight: Tensor | None
     """c_r, [s, b, 1]; None for 1."""
+
+
+@dataclass
+class RoutedWork:
+    """The routed half of one forward pass; its steps hand this on."""
+
+    shape: torch.Size
+    """[s, b, h] of z."""
+    trips: list[Trip]
+    """One for each chunk of the tokens."""
+    branch: RoutedBranch
+    expert_inputs: dict[int, ExpertInput] = field(default_factory=dict)
+    """Of the chunks that were received and not yet computed."""
+    expert_outputs: dict[int, Tensor] = field(default_factory=dict)
+    """[R, h], of the chunks that were computed and not yet sent back."""
 
 
 class ScMoELayer(MoELayer):
@@ -55,9 +71,11 @@ class ScMoELayer(MoELayer):
             name=name,
         )
         # The host chooses its dispatcher with an if/elif on the type (moe_layer.py:298).
-        self.token_dispatcher = AllToAllDispatcher(
+        self.token_dispatcher = build_dispatcher(
             self.config, pg_collection, self.local_expert_indices
         )
+        self.num_chunks = scmoe.scmoe_num_chunks
+        self.overlap = scmoe.scmoe_overlap
         self.meter = ExchangeMeter()
         self.combine_gate = CombineGate(self.config) if scmoe.scmoe_combine == "cg2" else None
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
@@ -67,35 +85,54 @@ class ScMoELayer(MoELayer):
     def forward(self, *args, **kwargs):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
 
-    def start_dispatch(
+    def prepare_dispatch(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
-    ) -> DispatchState:
-        """Send z, [s, b, h], to its experts; probs and routing_map are [T, E]."""
+    ) -> "RoutedWork":
+        """Permute z, [s, b, h], by expert; probs and routing_map are [T, E]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        whole, rest = divmod(flat.shape[0], self.num_chunks)
+        sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
+        parts = zip(flat.split(sizes), probs.split(sizes), routing_map.split(sizes), strict=True)
+        trips = [self.token_dispatcher.prepare(*part) for part in parts]
         meter = self.meter if self.training else None
-        return self.token_dispatcher.start_dispatch(hidden_states, probs, routing_map, meter)
+        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(self.overlap, meter))
+        work.branch.depart([trip.cargo() for trip in trips])
+        return work
 
-    def wait_dispatch(self, state: DispatchState) -> ExpertInput:
+    def start_dispatch(self, work: "RoutedWork") -> None:
+        """Launch the exchanges of all chunks; blocks the host until their sizes are known."""
+        for chunk, trip in enumerate(work.trips):
+            work.branch.send(chunk, trip.collective())
+
+    def wait_dispatch(self, work: "RoutedWork", chunk: int) -> None:
         """Rows for this rank's experts, [R, h]."""
-        return self.token_dispatcher.wait_dispatch(state)
+        received = work.branch.receive(chunk)
+        work.expert_inputs[chunk] = work.trips[chunk].expert_input(received)
 
-    def routed_experts(self, rows: ExpertInput) -> Tensor:
-        """sum_i G(z)_i E_i(z) before the sum: weighted expert outputs, [R, h]."""
+    def routed_experts(self, work: "RoutedWork", chunk: int) -> None:
+        """G(z)_i E_i(z): weighted expert outputs, [R, h]."""
+        rows = work.expert_inputs.pop(chunk)
 
         def compute(hidden_states: Tensor, probs: Tensor) -> Tensor:
             output, _ = self.experts(hidden_states, rows.tokens_per_expert, probs)
             return output
 
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(compute, False, rows.hidden_states, rows.probs)
-        return compute(rows.hidden_states, rows.probs)
+            output = tensor_parallel.checkpoint(compute, False, rows.hidden_states, rows.probs)
+        else:
+            output = compute(rows.hidden_states, rows.probs)
+        work.expert_outputs[chunk] = output
 
-    def start_combine(self, expert_output: Tensor, state: DispatchState) -> DispatchState:
+    def start_combine(self, work: "RoutedWork", chunk: int) -> None:
         """Send the weighted outputs, [R, h], back to their tokens."""
-        return self.token_dispatcher.start_combine(expert_output, state)
+        collective, rows = work.trips[chunk].reply(work.expert_outputs.pop(chunk))
+        work.branch.send_back(chunk, collective, rows)
 
-    def wait_combine(self, state: DispatchState) -> Tensor:
+    @staticmethod
+    def routed_output(work: "RoutedWork") -> Tensor:
         """sum_i G(z)_i E_i(z), [s, b, h]."""
-        return self.token_dispatcher.wait_combine(state)
+        returned = zip(work.trips, work.branch.arrive(), strict=True)
+        return torch.cat([trip.restore(rows) for trip, rows in returned]).view(work.shape)
 
     def shared_expert(self, hidden_states: Tensor) -> SharedOutput:
         """Shared expert and coefficient gate on x, [s, b, h].

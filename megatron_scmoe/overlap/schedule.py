@@ -10,36 +10,74 @@ With dense operators D1..Dn in the window and expert slot K (the number of them 
     overlapped   route start-dispatch D1..DK wait-dispatch experts start-combine DK+1..Dn
                  wait-combine merge
     sequential   the same with every wait moved next to its start
+
+Attention is three operators, so that experts may run in the middle of it. The gate stands where the
+experts run in the backward pass; its slot is counted in the same way, from the tap.
 """
 
 from enum import Enum
+from typing import NamedTuple
 
 
 class Step(Enum):
     """What a unit does; the value is the name of the layer's method."""
 
-    DENSE_ATTENTION = "dense_attention"
+    DENSE_QKV = "dense_qkv"
+    DENSE_CORE_ATTENTION = "dense_core_attention"
+    DENSE_PROJECTION = "dense_projection"
     DENSE_MLP = "dense_mlp"
-    ATTENTION = "attention"
+    QKV = "qkv"
+    CORE_ATTENTION = "core_attention"
+    PROJECTION = "projection"
     SHARED_EXPERT = "shared_expert"
     ROUTE = "route"
+    PREPARE_DISPATCH = "prepare_dispatch"
     START_DISPATCH = "start_dispatch"
     WAIT_DISPATCH = "wait_dispatch"
     EXPERTS = "experts"
     START_COMBINE = "start_combine"
     WAIT_COMBINE = "wait_combine"
+    GATE = "gate"
     MERGE = "merge"
+
+
+PER_CHUNK = (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE)
+
+
+class Task(NamedTuple):
+    """A step, and the chunk of the tokens that it is for."""
+
+    step: Step
+    chunk: int = 0
+
+
+class Slots(NamedTuple):
+    """Dense operators of the window between the tap and the routed experts."""
+
+    forward: int
+    """That run before the experts."""
+    backward: int
+    """Whose backward runs after that of the experts."""
 
 
 POSITIONS = ("pos1", "pos2", "pos3")
 
 # Dense operators of the pair, in order, and how many of them stand before the tap.
-_PAIR = (Step.DENSE_ATTENTION, Step.DENSE_MLP, Step.ATTENTION, Step.SHARED_EXPERT)
-_BEFORE_TAP = {"pos1": 2, "pos2": 1, "pos3": 0}
+_PAIR = (
+    Step.DENSE_QKV,
+    Step.DENSE_CORE_ATTENTION,
+    Step.DENSE_PROJECTION,
+    Step.DENSE_MLP,
+    Step.QKV,
+    Step.CORE_ATTENTION,
+    Step.PROJECTION,
+    Step.SHARED_EXPERT,
+)
+_BEFORE_TAP = {"pos1": 4, "pos2": 3, "pos3": 0}
 
-# One slot that leaves work on both sides of the experts: the paper's example for Pos-2
-# (figure 7), the middle of the window otherwise.
-_DEFAULT_SLOT = {"pos1": 1, "pos2": 1, "pos3": 2}
+# Slots that leave work on both sides of the experts: behind the MLP is the paper's example for
+# Pos-2 (figure 7), the middle of the window otherwise.
+_DEFAULT_SLOT = {"pos1": 3, "pos2": 1, "pos3": 4}
 
 
 def window(position: str) -> tuple[Step, ...]:
@@ -48,39 +86,74 @@ def window(position: str) -> tuple[Step, ...]:
 
 
 def default_slot(position: str) -> int:
-    """The expert slot used when none is asked for."""
+    """The expert slot before anything was measured."""
     return _DEFAULT_SLOT[position]
 
 
-def build_schedule(position: str, expert_slot: int, overlap: bool) -> tuple[Step, ...]:
+def build_schedule(
+    position: str, slots: Slots, overlap: bool, num_chunks: int = 1, runs_ahead: bool = False
+) -> tuple[Task, ...]:
     """Order the steps of one unit.
 
     Args:
         position: pos1, pos2 or pos3. A Pos-1 unit is a single layer: what stands before its tap
             is no part of it.
-        expert_slot: dense operators of the window before the routed experts.
+        slots: where the experts stand, forward and backward.
         overlap: launch the exchanges early and wait late; otherwise wait at once.
+        num_chunks: parts of the tokens that are exchanged one by one.
+        runs_ahead: the host enqueues work for a device. It then enqueues a dense operator before it
+            waits for the numbers of rows, without which no exchange can be launched.
 
     Raises:
-        ValueError: the slot lies outside the window.
+        ValueError: a slot lies outside the window.
     """
     dense = window(position)
-    if not 0 <= expert_slot <= len(dense):
-        raise ValueError(f"expert slot {expert_slot} is outside 0..{len(dense)} for {position}")
+    for slot in slots:
+        if not 0 <= slot <= len(dense):
+            raise ValueError(f"expert slot {slot} is outside 0..{len(dense)} for {position}")
+    chunks = range(num_chunks)
+    operators = [Task(step) for step in dense]
+    operators.insert(slots.backward, Task(Step.GATE))
+    # The gate is no operator: the slot counts those in front.
+    forward = slots.forward + (slots.backward < slots.forward)
+    early, late = operators[:forward], operators[forward:]
+
+    start = [Task(Step.START_DISPATCH)]
+    if runs_ahead and overlap:
+        fed = early.index(Task(dense[0])) + 1 if slots.forward else 0
+        start, early = [*early[:fed], *start], early[fed:]
+    wait = [Task(Step.WAIT_DISPATCH, chunk) for chunk in chunks]
+    back = [Task(Step.WAIT_COMBINE)]
+    if overlap:
+        routed = [
+            task
+            for chunk in chunks
+            for task in (wait[chunk], Task(Step.EXPERTS, chunk), Task(Step.START_COMBINE, chunk))
+        ]
+        middle = [*start, *early, *routed, *late, *back]
+    else:
+        experts = [Task(Step.EXPERTS, chunk) for chunk in chunks]
+        combine = [Task(Step.START_COMBINE, chunk) for chunk in chunks]
+        middle = [*start, *wait, *early, *experts, *combine, *back, *late]
     before_tap = () if position == "pos1" else _PAIR[: _BEFORE_TAP[position]]
-    early, late = dense[:expert_slot], dense[expert_slot:]
-    dispatch = _exchange(Step.START_DISPATCH, early, Step.WAIT_DISPATCH, overlap)
-    combine = _exchange(Step.START_COMBINE, late, Step.WAIT_COMBINE, overlap)
-    return (*before_tap, Step.ROUTE, *dispatch, Step.EXPERTS, *combine, Step.MERGE)
+    tap = (*before_tap, Step.ROUTE, Step.PREPARE_DISPATCH)
+    return (*map(Task, tap), *middle, Task(Step.MERGE))
 
 
-def _exchange(start: Step, dense: tuple[Step, ...], wait: Step, overlap: bool) -> tuple[Step, ...]:
-    return (start, *dense, wait) if overlap else (start, wait, *dense)
+def format_schedule(tasks: tuple[Task, ...]) -> str:
+    """The steps with arrows between them; chunks are numbered if there are several."""
+    several = any(task.chunk for task in tasks)
+    return " > ".join(
+        f"{task.step.value}[{task.chunk}]"
+        if several and task.step in PER_CHUNK
+        else task.step.value
+        for task in tasks
+    )
 
 
 if __name__ == "__main__":
     for name in POSITIONS:
         for slot in range(len(window(name)) + 1):
             mark = "*" if slot == default_slot(name) else " "
-            steps = " > ".join(step.value for step in build_schedule(name, slot, overlap=True))
-            print(f"{name} slot {slot}{mark} {steps}")
+            tasks = build_schedule(name, Slots(slot, slot), overlap=True)
+            print(f"{name} slot {slot}{mark} {format_schedule(tasks)}")

@@ -21,6 +21,7 @@ from torch.distributed import Work
 
 # Issues the collectives of one exchange; the argument is torch.distributed's `async_op`.
 Issue = Callable[[bool], Sequence[Work | None]]
+Event = torch.cuda.Event
 
 
 class Flight(Protocol):
@@ -33,14 +34,57 @@ class Flight(Protocol):
         """(in flight, blocked), in seconds; only after `wait`."""
 
 
-def launch(issue: Issue, buffers: Sequence[torch.Tensor]) -> Flight:
+def launch(issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None = None) -> Flight:
     """Start communication beside the work that the caller enqueues next.
 
     Args:
         issue: issues the collectives; it may read and write `buffers` only.
         buffers: every tensor that the collectives read or write.
+        ready: what `now` returned when the buffers to send were filled; work enqueued since then
+            does not delay the exchange. None for this moment.
     """
-    return _StreamFlight(issue, buffers) if buffers[0].is_cuda else _ThreadFlight(issue)
+    if buffers[0].is_cuda:
+        return _StreamFlight(issue, buffers, ready)
+    return _ThreadFlight(issue)
+
+
+def now(tensor: torch.Tensor) -> Event | None:
+    """This point of the compute stream of the tensor's device; None where there are no streams."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+
+def runs_ahead(tensor: torch.Tensor) -> bool:
+    """Whether the host enqueues work for a device, which it must not keep waiting."""
+    return tensor.is_cuda
+
+
+def reduces_in_flight(tensor: torch.Tensor) -> bool:
+    """Whether a reduce-scatter moves no more than each rank's parts (NCCL)."""
+    return tensor.is_cuda
+
+
+class HostCopy:
+    """A small tensor that an exchange fills, on its way to the host; the device goes on."""
+
+    def __init__(self, flight: Flight, tensor: torch.Tensor) -> None:
+        """Enqueue the copy behind the exchange that fills `tensor`."""
+        self._flight = flight
+        self._tensor = tensor
+        self._event: Event | None = None
+        if tensor.is_cuda:
+            side = _side_stream(tensor.device)
+            with torch.cuda.stream(side):
+                self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self._host.copy_(tensor, non_blocking=True)
+                self._event = side.record_event()
+
+    def wait(self) -> torch.Tensor:
+        """The values, on the CPU. Blocks the host."""
+        self._flight.wait()
+        if self._event is None:
+            return self._tensor
+        self._event.synchronize()
+        return self._host
 
 
 class _ThreadFlight:
@@ -77,10 +121,12 @@ class _ThreadFlight:
 class _StreamFlight:
     """CUDA: the collectives run on one high-priority side stream per device."""
 
-    def __init__(self, issue: Issue, buffers: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None
+    ) -> None:
         device = buffers[0].device
-        compute, side = torch.cuda.current_stream(device), _side_stream(device)
-        side.wait_event(compute.record_event())
+        side = _side_stream(device)
+        side.wait_event(ready or torch.cuda.current_stream(device).record_event())
         self._device = device
         self._begin, self._end, self._before_wait, self._after_wait = (
             torch.cuda.Event(enable_timing=True) for _ in range(4)

@@ -1,0 +1,235 @@
+"""The routed branch of one forward pass: an autograd graph of its own, beside the dense one.
+
+Autograd would run the experts' backward where the forward pass ran the experts, mirrored. Here the
+two are chosen separately: the dense chain has places (between two of its operators), one of them
+runs the routed work forward, one of them runs it backward.
+
+    forward    depart ----- dense work ----- turn ----- dense work ----- arrive
+                 |  dispatch in flight        |    combine in flight        |
+                 `----------------------> experts -------------------------->'
+
+    backward   arrive launches combine' | dense' | the gate runs experts', launches dispatch' |
+               dense' | depart returns the gradients
+
+`depart`, `gate` and `arrive` are nodes of the dense graph, chained by an empty token, so that
+autograd keeps their order. What happens between them is the branch's own graph of each chunk: its
+leaves are the received tensors, its root is what is sent back, and the gate's backward runs it as
+activation checkpointing does. Nothing lives on a module; any number of branches may be in flight.
+
+Shapes: N rows sent, R rows received, of each chunk of the tokens
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_scmoe.overlap.collectives import Collective, Transfer
+from megatron_scmoe.overlap.meter import ExchangeMeter
+from megatron_scmoe.overlap.streams import Event, now
+
+
+@dataclass
+class _Chunk:
+    """One chunk on its way."""
+
+    cargo: list[Tensor]
+    """What departs, each [N, ...]; empty once it is sent."""
+    wants_gradient: list[bool]
+    """Whether a gradient is sent back for each of them; integers have none."""
+    dispatch: Collective | None = None
+    transfer: Transfer | None = None
+    """The exchange in flight, whichever it is."""
+    leaves: list[Tensor] = field(default_factory=list)
+    """Received tensors that want a gradient, each [R, ...]."""
+    combine: Collective | None = None
+    root: Tensor | None = None
+    """What was sent back, with the graph that leads to the leaves."""
+    result: Tensor | None = None
+    """What came back, [N, ...]."""
+    grad: Tensor | None = None
+    """Gradient of the result, until it is sent."""
+
+    def complete(self) -> list[Tensor]:
+        """What the exchange in flight brings."""
+        assert self.transfer is not None
+        transfer, self.transfer = self.transfer, None
+        return transfer.complete()
+
+
+class RoutedBranch:
+    """The exchanges of one forward pass and the work between them.
+
+    Args:
+        overlap: launch the exchanges of the backward pass early; otherwise wait at once.
+        meter: collects the times of all exchanges, forward and backward, if wanted.
+    """
+
+    def __init__(self, overlap: bool = True, meter: ExchangeMeter | None = None) -> None:
+        self._overlap = overlap
+        self._meter = meter
+        self._chunks: list[_Chunk] = []
+        self._ready: Event | None = None
+        self._token: Tensor | None = None
+        self._gated = False
+
+    # Forward. ---------------------------------------------------------------------------------
+
+    def depart(self, cargo: Sequence[Sequence[Tensor]]) -> None:
+        """Take what every chunk sends, each [N, ...], out of the dense graph."""
+        tensors = [tensor for chunk in cargo for tensor in chunk]
+        # The chain exists even if nothing in front of it is trained: the experts may be.
+        anchor = torch.empty(0, requires_grad=torch.is_grad_enabled())
+        self._token = _Depart.apply(self, [len(chunk) for chunk in cargo], anchor, *tensors)
+        self._ready = now(tensors[0])
+
+    def send(self, chunk: int, collective: Collective) -> None:
+        """Launch the exchange of a chunk's cargo and return at once."""
+        own = self._chunks[chunk]
+        own.dispatch = collective
+        own.transfer = Transfer(collective, own.cargo, self._meter, self._ready)
+        own.cargo = []
+
+    def receive(self, chunk: int) -> list[Tensor]:
+        """What the other ranks sent, each [R, ...]; leaves of the chunk's own graph."""
+        own = self._chunks[chunk]
+        # An exchange of one rank hands its input on: a leaf is a tensor of its own.
+        received = [tensor.detach() for tensor in own.complete()]
+        if torch.is_grad_enabled():
+            own.leaves = [x for x, wanted in zip(received, own.wants_gradient, strict=True) if wanted]
+            for leaf in own.leaves:
+                leaf.requires_grad_()
+        return received
+
+    def send_back(self, chunk: int, collective: Collective, rows: Tensor) -> None:
+        """Launch the exchange of the chunk's results, [R, ...], and return at once."""
+        own = self._chunks[chunk]
+        own.combine = collective
+        own.root = rows if torch.is_grad_enabled() else None
+        own.transfer = Transfer(collective, [rows.detach()], self._meter)
+
+    def wait(self) -> None:
+        """Complete the exchanges of all results."""
+        for own in self._chunks:
+            (own.result,) = own.complete()
+
+    def gate(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mark the place of the dense chain whose backward runs the routed work's backward.
+
+        Args:
+            tensors: all that the dense operator in front hands to the one behind.
+        """
+        if not torch.is_grad_enabled() or self._gated:
+            return tensors
+        self._gated = True
+        self._token, *passed = _Gate.apply(self, self._token, *tensors)
+        return tuple(passed)
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """Results of every chunk, each [N, ...], back in the dense graph.
+
+        The graph now holds the token: kept here as well it would hold the graph in a cycle.
+        """
+        token, self._token = self._token, None
+        return _Arrive.apply(self, token)
+
+    # Backward. --------------------------------------------------------------------------------
+
+    def _take_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Gradients of the results leave, in the order in which they will be awaited."""
+        for own, grad in zip(self._chunks, grads, strict=True):
+            own.grad = grad
+        if self._overlap:
+            for own in reversed(self._chunks):
+                self._send_gradient(own)
+
+    def _send_gradient(self, own: _Chunk) -> None:
+        assert own.combine is not None and own.grad is not None
+        own.transfer = Transfer(own.combine.mirrored(), [own.grad], self._meter)
+        own.grad = None
+
+    def _turn_back(self) -> None:
+        """Backward of the routed work, chunk by chunk, the last one first.
+
+        Raises:
+            RuntimeError: it has run before and its graph is gone.
+        """
+        for own in reversed(self._chunks):
+            if own.transfer is None and own.grad is None:
+                return  # nobody used the results
+            if own.transfer is None:
+                self._send_gradient(own)
+            (grad,) = own.complete()
+            if own.root is None:
+                raise RuntimeError("the routed branch cannot run backward a second time")
+            root, own.root = own.root, None
+            torch.autograd.backward(root, grad)
+            leaves, own.leaves = own.leaves, []
+            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            assert own.dispatch is not None
+            own.transfer = Transfer(own.dispatch.mirrored(), grads, self._meter)
+            if not self._overlap:
+                own.cargo = own.complete()
+
+    def _returned_gradients(self) -> list[Tensor | None]:
+        """Gradients of all that departed; None where there is none."""
+        grads: list[Tensor | None] = []
+        for own in self._chunks:
+            if own.transfer is not None:
+                own.cargo = own.complete()
+            returned = iter(own.cargo or [None] * len(own.wants_gradient))
+            grads += [next(returned) if wanted else None for wanted in own.wants_gradient]
+            own.cargo = []
+        return grads
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, branch: RoutedBranch, sizes: Sequence[int], anchor: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.branch = branch
+        departing = iter(tensors)
+        for size in sizes:
+            cargo = [next(departing).detach() for _ in range(size)]
+            branch._chunks.append(_Chunk(cargo, [x.is_floating_point() for x in cargo]))
+        return anchor.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _token_grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *ctx.branch._returned_gradients()
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, branch: RoutedBranch, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.branch = branch
+        ctx.set_materialize_grads(False)
+        return token.view_as(token), *(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx, token_grad: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.branch._turn_back()
+        return None, token_grad, *grads
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, branch: RoutedBranch, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.branch = branch
+        results = tuple(chunk.result for chunk in branch._chunks)
+        for chunk in branch._chunks:
+            chunk.result = None
+        return results  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.branch._take_gradients(grads)
+        return None, grads[0].new_zeros(0)
