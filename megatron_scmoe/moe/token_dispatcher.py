@@ -125,7 +125,11 @@ class AllToAllTrip:
     """Rows sorted by expert, sent to the ranks of the experts and back."""
 
     def __init__(
-        self, dispatcher: AllToAllDispatcher, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        dispatcher: AllToAllDispatcher,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
     ) -> None:
         self._dispatcher = dispatcher
         self._config = config = dispatcher.config
@@ -300,7 +304,11 @@ class AllGatherTrip:
     """Tokens gathered from the expert (tensor) parallel ranks; outputs summed over them."""
 
     def __init__(
-        self, dispatcher: AllGatherDispatcher, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        dispatcher: AllGatherDispatcher,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
     ) -> None:
         self._dispatcher = dispatcher
         self._fused = dispatcher.config.moe_permute_fusion

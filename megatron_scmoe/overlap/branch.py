@@ -98,7 +98,9 @@ class RoutedBranch:
         # An exchange of one rank hands its input on: a leaf is a tensor of its own.
         received = [tensor.detach() for tensor in own.complete()]
         if torch.is_grad_enabled():
-            own.leaves = [x for x, wanted in zip(received, own.wants_gradient, strict=True) if wanted]
+            own.leaves = [
+                x for x, wanted in zip(received, own.wants_gradient, strict=True) if wanted
+            ]
             for leaf in own.leaves:
                 leaf.requires_grad_()
         return received
@@ -132,6 +134,7 @@ class RoutedBranch:
 
         The graph now holds the token: kept here as well it would hold the graph in a cycle.
         """
+        self.gate(())  # the last place, if no other was passed
         token, self._token = self._token, None
         return _Arrive.apply(self, token)
 

@@ -121,9 +121,7 @@ class _ThreadFlight:
 class _StreamFlight:
     """CUDA: the collectives run on one high-priority side stream per device."""
 
-    def __init__(
-        self, issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None
-    ) -> None:
+    def __init__(self, issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None) -> None:
         device = buffers[0].device
         side = _side_stream(device)
         side.wait_event(ready or torch.cuda.current_stream(device).record_event())

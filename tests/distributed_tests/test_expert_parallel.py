@@ -53,6 +53,14 @@ CASES = {
         host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 2},
     ),
     "pos2": Case(host={"num_moe_experts": NUM_EXPERTS}),
+    "pos2, allgather, two chunks": Case(
+        scmoe={"scmoe_num_chunks": 2},
+        host={
+            "num_moe_experts": NUM_EXPERTS,
+            "moe_router_topk": 2,
+            "moe_token_dispatcher_type": "allgather",
+        },
+    ),
     "pos3": Case(
         scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
         host={

@@ -56,6 +56,13 @@ VARIANTS = {
         host=RECOMPUTE_SOME, scmoe={"scmoe_shortcut_norm": "shared"}
     ),
     "post norm, add": Variant(scmoe={"scmoe_post_norm": True, "scmoe_combine": "add"}),
+    "allgather": Variant(topk=2, host={"moe_token_dispatcher_type": "allgather"}),
+    "three chunks": Variant(topk=2, scmoe={"scmoe_num_chunks": 3}),
+    "allgather, three chunks": Variant(
+        topk=2,
+        host={"moe_token_dispatcher_type": "allgather"},
+        scmoe={"scmoe_num_chunks": 3},
+    ),
 }
 EVERY_SLOT = ("skewed, top-2", "full recompute", "selective recompute")
 FOUR_RANKS = (*EVERY_SLOT, "balanced", "an empty expert, top-2", "all to one", "capacity")

@@ -24,7 +24,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--tensor-model-parallel-size > 1 without --sequence-parallel": {
         "tensor_model_parallel_size": 2
     },
-    "--moe-token-dispatcher-type other than alltoall": {"moe_token_dispatcher_type": "flex"},
+    "--moe-token-dispatcher-type flex": {"moe_token_dispatcher_type": "flex"},
     "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--delay-wgrad-compute": {"delay_wgrad_compute": True},

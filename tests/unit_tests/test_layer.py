@@ -341,8 +341,7 @@ SLOTS = [(position, slot) for position in POSITIONS for slot in range(len(window
 @pytest.mark.parametrize(("position", "slot"), SLOTS)
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 def test_slot_changes_order_only(position: str, slot: int, attention: str) -> None:
-    """Off equals on bit for bit. Between slots the sum of the tap's gradients, one from every
-    reader, changes its order and with it the last bits."""
+    """Every slot, overlapped or not, gives the same bits: the choice cannot be seen in a loss."""
     host = MLA if attention == "mla" else {}
 
     def case(slot: int, overlap: bool) -> Case:
@@ -360,8 +359,7 @@ def test_slot_changes_order_only(position: str, slot: int, attention: str) -> No
     sequential = run(make_block(case(slot, False), parameters))
     assert_bitwise(overlapped, sequential)
     first = run(make_block(case(0, False), parameters))
-    assert torch.equal(overlapped.output, first.output)
-    assert_close(overlapped, first, ORDER)
+    assert_bitwise(overlapped, first)
 
 
 def fresh_parameters(case: Case) -> dict[str, Tensor]:

@@ -3,25 +3,31 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_scmoe.overlap.schedule import (
     POSITIONS,
+    Slots,
     Step,
+    Task,
     build_schedule,
     default_slot,
+    format_schedule,
     window,
 )
 from megatron_scmoe.shortcut_layer import ShortcutLayer
 
-# The paper's windows (section 3.1) and the dense operators in front of the tap.
+DENSE_ATTENTION = [Step.DENSE_QKV, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION]
+ATTENTION = [Step.QKV, Step.CORE_ATTENTION, Step.PROJECTION]
+# The paper's windows (section 3.1), attention as three operators, and what stands before the tap.
 WINDOWS = {
-    "pos1": [Step.ATTENTION, Step.SHARED_EXPERT],
-    "pos2": [Step.DENSE_MLP, Step.ATTENTION, Step.SHARED_EXPERT],
-    "pos3": [Step.DENSE_ATTENTION, Step.DENSE_MLP, Step.ATTENTION, Step.SHARED_EXPERT],
+    "pos1": [*ATTENTION, Step.SHARED_EXPERT],
+    "pos2": [Step.DENSE_MLP, *ATTENTION, Step.SHARED_EXPERT],
+    "pos3": [*DENSE_ATTENTION, Step.DENSE_MLP, *ATTENTION, Step.SHARED_EXPERT],
 }
-BEFORE_TAP = {"pos1": [], "pos2": [Step.DENSE_ATTENTION], "pos3": []}
+BEFORE_TAP = {"pos1": [], "pos2": DENSE_ATTENTION, "pos3": []}
 # (start, wait) of each exchange.
 EXCHANGES = [
     (Step.START_DISPATCH, Step.WAIT_DISPATCH),
@@ -30,6 +36,7 @@ EXCHANGES = [
 WAITS = {wait for _, wait in EXCHANGES}
 ROUTED = [
     Step.ROUTE,
+    Step.PREPARE_DISPATCH,
     Step.START_DISPATCH,
     Step.WAIT_DISPATCH,
     Step.EXPERTS,
@@ -37,10 +44,19 @@ ROUTED = [
     Step.WAIT_COMBINE,
     Step.MERGE,
 ]
-SLOTS = [(position, slot) for position in POSITIONS for slot in range(len(WINDOWS[position]) + 1)]
+SLOTS = [
+    (position, Slots(forward, backward))
+    for position in POSITIONS
+    for forward in range(len(WINDOWS[position]) + 1)
+    for backward in range(len(WINDOWS[position]) + 1)
+]
 
-each_slot = pytest.mark.parametrize(("position", "slot"), SLOTS)
+each_slot = pytest.mark.parametrize(("position", "slots"), SLOTS)
 each_order = pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "sequential"])
+
+
+def steps_of(position: str, slots: Slots, overlap: bool = True, **options: Any) -> list[Step]:
+    return [task.step for task in build_schedule(position, slots, overlap, **options)]
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -50,64 +66,96 @@ def test_window(position: str) -> None:
 
 def test_default_slots_leave_work_on_both_sides_of_the_experts() -> None:
     assert {position: default_slot(position) for position in POSITIONS} == {
-        "pos1": 1,
+        "pos1": 3,
         "pos2": 1,
-        "pos3": 2,
+        "pos3": 4,
     }
     for position in POSITIONS:
         assert 0 < default_slot(position) < len(window(position))
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("beyond", [-1, 1], ids=["below", "above"])
-def test_slots_outside_the_window_are_refused(position: str, beyond: int) -> None:
+def test_slots_outside_the_window_are_refused(position: str, beyond: int, direction: str) -> None:
     slot = -1 if beyond < 0 else len(WINDOWS[position]) + 1
     with pytest.raises(ValueError, match=rf"expert slot {slot} is outside 0\.\..* for {position}"):
-        build_schedule(position, slot, overlap=True)
+        build_schedule(position, Slots(1, 1)._replace(**{direction: slot}), overlap=True)
 
 
 @each_order
 @each_slot
 def test_every_step_once_and_both_branches_in_order(
-    position: str, slot: int, overlap: bool
+    position: str, slots: Slots, overlap: bool
 ) -> None:
-    steps = build_schedule(position, slot, overlap)
+    steps = steps_of(position, slots, overlap)
     dense = BEFORE_TAP[position] + WINDOWS[position]
     assert [step for step in steps if step in dense] == dense
-    assert [step for step in steps if step not in dense] == ROUTED
-    assert len(steps) == len(dense) + len(ROUTED)
+    assert [step for step in steps if step not in dense and step is not Step.GATE] == ROUTED
+    assert len(steps) == len(dense) + len(ROUTED) + 1
     assert steps[len(BEFORE_TAP[position])] is Step.ROUTE
     assert steps[-1] is Step.MERGE
 
 
 @each_order
 @each_slot
-def test_slot_is_the_number_of_dense_operators_before_the_experts(
-    position: str, slot: int, overlap: bool
+def test_slots_are_numbers_of_dense_operators_in_front(
+    position: str, slots: Slots, overlap: bool
 ) -> None:
-    steps = build_schedule(position, slot, overlap)
-    between = steps[steps.index(Step.ROUTE) : steps.index(Step.EXPERTS)]
-    assert [step for step in between if step in WINDOWS[position]] == WINDOWS[position][:slot]
+    steps = steps_of(position, slots, overlap)
+    for place, slot in ((Step.EXPERTS, slots.forward), (Step.GATE, slots.backward)):
+        between = steps[steps.index(Step.ROUTE) : steps.index(place)]
+        assert [step for step in between if step in WINDOWS[position]] == WINDOWS[position][:slot]
+    assert steps.index(Step.GATE) > steps.index(Step.PREPARE_DISPATCH)
 
 
 @each_slot
-def test_overlapped_exchanges_span_the_dense_work(position: str, slot: int) -> None:
+def test_overlapped_exchanges_span_the_dense_work(position: str, slots: Slots) -> None:
     """Nothing but dense work lies between a start and its wait, and all of the window does."""
-    steps = build_schedule(position, slot, overlap=True)
+    steps = [step for step in steps_of(position, slots) if step is not Step.GATE]
     spanned = [list(steps[steps.index(a) + 1 : steps.index(b)]) for a, b in EXCHANGES]
-    assert spanned == [WINDOWS[position][:slot], WINDOWS[position][slot:]]
+    assert spanned == [WINDOWS[position][: slots.forward], WINDOWS[position][slots.forward :]]
 
 
 @each_slot
-def test_sequential_is_overlapped_with_the_waits_moved_up(position: str, slot: int) -> None:
-    overlapped = build_schedule(position, slot, overlap=True)
-    sequential = build_schedule(position, slot, overlap=False)
+def test_sequential_is_overlapped_with_the_waits_moved_up(position: str, slots: Slots) -> None:
+    overlapped = steps_of(position, slots, overlap=True)
+    sequential = steps_of(position, slots, overlap=False)
     for start, wait in EXCHANGES:
         assert sequential.index(wait) == sequential.index(start) + 1
     without_waits = [
         [step for step in steps if step not in WAITS] for steps in (overlapped, sequential)
     ]
     assert without_waits[0] == without_waits[1]
+
+
+@each_slot
+def test_a_host_that_runs_ahead_enqueues_an_operator_before_it_waits(
+    position: str, slots: Slots
+) -> None:
+    """If the slot leaves one in front of the experts; nothing else moves."""
+    ahead, plain = (
+        steps_of(position, slots, runs_ahead=runs_ahead) for runs_ahead in (True, False)
+    )
+    start = Step.START_DISPATCH
+    assert [s for s in ahead if s is not start] == [s for s in plain if s is not start]
+    in_front = ahead[ahead.index(Step.ROUTE) : ahead.index(start)]
+    assert (WINDOWS[position][0] in in_front) == (slots.forward > 0)
+    assert steps_of(position, slots, False, runs_ahead=True) == steps_of(position, slots, False)
+
+
+@each_order
+def test_chunks(overlap: bool) -> None:
+    """One after the other in every step that is done chunk by chunk."""
+    tasks = build_schedule("pos2", Slots(1, 3), overlap, num_chunks=3)
+    for step in (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE):
+        assert [task.chunk for task in tasks if task.step is step] == [0, 1, 2]
+    if overlap:
+        first = tasks.index(Task(Step.WAIT_DISPATCH, 0))
+        steps = [Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE]
+        expected = [Task(step, chunk) for chunk in range(3) for step in steps]
+        assert list(tasks[first : first + 9]) == expected
+        assert "wait_dispatch[2] > experts[2]" in format_schedule(tasks)
 
 
 def test_every_step_is_a_method_of_the_layer() -> None:
@@ -120,9 +168,10 @@ def test_command_prints_the_overlapped_schedules() -> None:
     repository = Path(__file__).parents[2]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repository)
     lines = run.stdout.splitlines()
-    assert len(lines) == len(SLOTS)
+    assert len(lines) == sum(len(WINDOWS[position]) + 1 for position in POSITIONS)
     assert [line.split()[0] for line in lines if "*" in line] == list(POSITIONS)
-    assert lines[4] == (
-        "pos2 slot 1* dense_attention > route > start_dispatch > dense_mlp > wait_dispatch > "
-        "experts > start_combine > attention > shared_expert > wait_combine > merge"
+    assert lines[6] == (
+        "pos2 slot 1* dense_qkv > dense_core_attention > dense_projection > route > "
+        "prepare_dispatch > start_dispatch > dense_mlp > wait_dispatch > experts > start_combine > "
+        "gate > qkv > core_attention > projection > shared_expert > wait_combine > merge"
     )
