@@ -87,7 +87,10 @@ def complete_async_save(args: Namespace) -> list[str]:
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
     host.one_line_usage_errors(parser)
-    ArgumentGroupFactory(ScMoEConfig).build_group(parser, title="scmoe")
+    ArgumentGroupFactory(ScMoEConfig, exclude=["scmoe_measured_slots"]).build_group(
+        parser, title="scmoe"
+    )
+    parser.set_defaults(scmoe_measured_slots=None)
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
     parser.add_argument_group("scmoe checkpoints").add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

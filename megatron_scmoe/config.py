@@ -42,15 +42,26 @@ class ScMoEConfig:
     """Run the all-to-alls beside dense work. Without it the same steps run, but every all-to-all is
     awaited where it starts; results are bitwise the same."""
 
-    scmoe_expert_slot: int | None = None
-    """Number of dense operators of the window that run before the routed experts, forward and
-    backward. Attention is three operators: QKV, core, projection. Pos-1: attention, shared expert
-    (0..4). Pos-2: MLP, attention, shared expert (0..5). Pos-3: attention, MLP, attention, shared
-    expert (0..8). Default: 3, 1 and 4."""
+    scmoe_expert_slot: str = "auto"
+    """Dense operators of the window that run before the routed experts. Attention is three
+    operators: QKV, core, projection. Pos-1: attention, shared expert (0..4). Pos-2: MLP, attention,
+    shared expert (0..5). Pos-3: attention, MLP, attention, shared expert (0..8). auto: measured in
+    the first iterations, forward and backward separately, then kept, in checkpoints too; N: fixed;
+    N,M: forward and backward. Results are bitwise the same at every slot."""
+
+    scmoe_remeasure_slot: bool = False
+    """Measure the expert slots again where a checkpoint has them."""
 
     scmoe_num_chunks: int = 1
     """Parts of the tokens that are exchanged one by one, so that the experts of one part run beside
     the exchange of another: for a link that the dense work alone cannot hide."""
+
+    scmoe_trace_dir: str | None = None
+    """Write a trace of the units for Perfetto and tools/overlap_report.py into this folder, a file
+    for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
+
+    scmoe_measured_slots: list[int] | None = None
+    """Not an option: the slots that a run before this one has measured, from its checkpoint."""
 
     @property
     def enabled(self) -> bool:
@@ -59,11 +70,32 @@ class ScMoEConfig:
 
     @property
     def initial_slots(self) -> Slots:
-        """Where the routed experts run, forward and backward."""
-        slot = self.scmoe_expert_slot
-        if slot is None:
-            slot = default_slot(self.scmoe_shortcut_position)
+        """Where the routed experts run in the first iteration, forward and backward.
+
+        Raises:
+            ValueError: --scmoe-expert-slot is neither auto nor one or two numbers.
+        """
+        if self.scmoe_expert_slot != "auto":
+            numbers = self.scmoe_expert_slot.split(",")
+            if len(numbers) > 2 or not all(number.strip().isdecimal() for number in numbers):
+                raise ValueError(
+                    f"--scmoe-expert-slot {self.scmoe_expert_slot}: write auto, a number, or two "
+                    "numbers for forward and backward, for example 1,2."
+                )
+            return Slots(int(numbers[0]), int(numbers[-1]))
+        if self.scmoe_measured_slots is not None:
+            return Slots(*self.scmoe_measured_slots)
+        slot = default_slot(self.scmoe_shortcut_position)
         return Slots(slot, slot)
+
+    @property
+    def measures_slots(self) -> bool:
+        """Whether the first iterations decide where the experts run."""
+        return (
+            self.scmoe_overlap
+            and self.scmoe_expert_slot == "auto"
+            and self.scmoe_measured_slots is None
+        )
 
     def check(self, config: TransformerConfig) -> None:
         """Refuse what cannot work.
@@ -82,12 +114,14 @@ class ScMoEConfig:
                 raise ValueError(
                     f"{row.option} does not work with a shortcut: {row.reason}; {row.remedy}."
                 )
-        if not 0 <= self.initial_slots.forward <= len(window(position)):
-            operators = ", ".join(step.value for step in window(position))
-            raise ValueError(
-                f"--scmoe-expert-slot {self.initial_slots.forward} is outside 0..{len(window(position))}, "
-                f"the window of {position} ({operators})."
-            )
+        operators = window(position)
+        for slot in self.initial_slots:
+            if slot > len(operators):
+                names = ", ".join(step.value for step in operators)
+                raise ValueError(
+                    f"--scmoe-expert-slot {slot} is outside 0..{len(operators)}, the window of "
+                    f"{position} ({names})."
+                )
         if self.scmoe_num_chunks < 1:
             raise ValueError(f"--scmoe-num-chunks {self.scmoe_num_chunks} is not at least 1.")
         if self.scmoe_num_chunks > 1 and config.moe_pad_expert_input_to_capacity:

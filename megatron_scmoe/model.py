@@ -18,7 +18,7 @@ from megatron_scmoe.layer_specs import (
     scmoe_block_spec,
     with_local_replacements,
 )
-from megatron_scmoe.metrics import log_exchanges
+from megatron_scmoe.metrics import watch_units
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,7 @@ class ScMoEModelBuilder(GPTModelBuilder):
             # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
             # and overrides one method.
             model.decoder.__class__ = ShortcutBlock
-            log_exchanges(model)
+            watch_units(model, scmoe)
         return model
 
 

@@ -18,6 +18,7 @@ Shapes: s sequence / TP, b batch, h hidden
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,7 +39,16 @@ from torch.nn import Module
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.moe.moe_layer import RoutedWork, SharedOutput
-from megatron_scmoe.overlap.schedule import PER_CHUNK, Slots, Step, Task, build_schedule
+from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
+from megatron_scmoe.overlap.schedule import (
+    PER_CHUNK,
+    PLACES,
+    Slots,
+    Step,
+    Task,
+    build_schedule,
+    window,
+)
 from megatron_scmoe.overlap.streams import runs_ahead
 
 
@@ -167,12 +177,27 @@ class ShortcutLayer(NumberedLayer):
 
     def set_slots(self, slots: Slots) -> None:
         """Choose where the routed experts run, from the next forward pass on."""
+        self.slots = slots
+        self._build_schedule()
+
+    def record_steps(self, wanted: bool) -> None:
+        """Let the recorder have the times of all steps, from the next forward pass on."""
+        self.recorder.records_steps = wanted
+        self._build_schedule()
+
+    @property
+    def recorder(self) -> UnitRecorder:
+        """What this unit did and when."""
+        return self.mlp.recorder
+
+    def _build_schedule(self) -> None:
         self.schedule = build_schedule(
             self._scmoe.scmoe_shortcut_position,
-            slots,
+            self.slots,
             self._scmoe.scmoe_overlap,
             self._scmoe.scmoe_num_chunks,
             runs_ahead=runs_ahead(self.mlp.router.weight),
+            marked=self.recorder.records_steps,
         )
 
     def forward(
@@ -213,18 +238,25 @@ class ShortcutLayer(NumberedLayer):
             self._advance(run)
         finally:
             self._pass = None
+            self._switch(None)
         return run.hidden_states, run.context
 
     def _advance(self, run: _Pass, until: Step | None = None) -> None:
-        """Do the next tasks, up to and without the work of `until`, which the caller is about to do."""
+        """Do the next tasks, up to `until`, which the caller is about to do."""
         while run.tasks:
-            step, chunk = run.tasks.popleft()
+            step, number = run.tasks.popleft()
+            if step not in PLACES:
+                self._switch(step)
             if step is until:
                 return
-            if step in PER_CHUNK:
-                getattr(self, step.value)(run, chunk)
+            if step in PER_CHUNK or step is Step.MARK:
+                getattr(self, step.value)(run, number)
             else:
                 getattr(self, step.value)(run)
+
+    def _switch(self, step: Step | None) -> None:
+        if self.training:
+            self.recorder.switch(None if step is None else Activity(step.value, "forward"))
 
     def _watch_attention(self, attention: Module, core: Step, projection: Step) -> None:
         """Let the steps between the operators of an attention run where they belong.
@@ -238,10 +270,11 @@ class ShortcutLayer(NumberedLayer):
         )
         # A recomputed core is called without a graph, and once more in the backward pass: what
         # stands in front of it runs behind it.
-        places = {projection: attention.linear_proj}
+        places = [(projection, attention.linear_proj)]
         if not recomputed:
-            places[core] = attention.core_attention
-        for step, module in places.items():
+            places.append((core, attention.core_attention))
+        for step, module in places:
+            assert isinstance(module, Module)
             module.register_forward_pre_hook(partial(self._reach, step), with_kwargs=True)
 
     def _reach(
@@ -322,17 +355,34 @@ class ShortcutLayer(NumberedLayer):
         assert run.work is not None
         run.work.branch.wait()
 
+    # Places between dense operators. ----------------------------------------------------------
+
     def gate(self, run: _Pass) -> None:
-        """Where the backward pass runs the experts: between what is computed and what follows."""
+        """Where the backward pass runs the experts."""
         assert run.work is not None
-        gate = run.work.branch.gate
+        self._at_this_place(run, run.work.branch.gate)
+
+    def mark(self, run: _Pass, operators: int) -> None:
+        """Where the backward pass turns to the last of the window's first `operators`."""
+        if operators == 0:
+            before = None
+        else:
+            step = window(self._scmoe.scmoe_shortcut_position)[operators - 1]
+            before = Activity(step.value, "backward")
+        self._at_this_place(run, partial(mark_backward, self.recorder, before))
+
+    @staticmethod
+    def _at_this_place(
+        run: _Pass, node: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    ) -> None:
+        """Put a node of the graph between what is computed and what follows."""
         if run.inside is not None:
-            run.inside = gate(run.inside)
+            run.inside = node(run.inside)
         elif run.shared is not None:
-            (output,) = gate((run.shared.output,))
+            (output,) = node((run.shared.output,))
             run.shared = replace(run.shared, output=output)
         else:
-            (run.hidden_states,) = gate((run.hidden_states,))
+            (run.hidden_states,) = node((run.hidden_states,))
 
     def merge(self, run: _Pass) -> None:
         """H_{l+1} = H_{l+1}^MH + [norm] (c_s SE + c_r sum_i G_i E_i)  [(7), (14)-(17)]"""

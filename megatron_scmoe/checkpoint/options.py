@@ -100,6 +100,17 @@ LAYOUT = (
     "expert_tensor_parallel_size",
 )
 
+# What decides how long a unit's operators and exchanges take, beside the layout.
+TIMES = (
+    "scmoe_shortcut_position",
+    "scmoe_num_chunks",
+    "moe_token_dispatcher_type",
+    "transformer_impl",
+    "seq_length",
+    "micro_batch_size",
+    "world_size",
+)
+
 _FLAGS = {"add_bias_linear": "--disable-bias-linear (off is True)"}
 
 

@@ -17,6 +17,7 @@ from megatron_scmoe.checkpoint.options import (
     ARCHITECTURE,
     LAYOUT,
     SCMOE,
+    TIMES,
     WORTH_A_NOTE,
     differences,
 )
@@ -63,6 +64,7 @@ def prepare_load(args: Namespace) -> list[str]:
         if not args.no_load_optim:
             _check_optimizer(where, saved, saved_args, args)
             notes += _lengthen_schedule(where, saved.get("opt_param_scheduler"), args)
+        notes += _keep_slots(where, saved_args, args)
         changed = differences(saved_args, args, (*SCMOE[:1], *WORTH_A_NOTE))
         if changed:
             notes.append(f"{where}, differs: {'; '.join(changed)}")
@@ -173,6 +175,20 @@ def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]
     if padding == args.make_vocab_size_divisible_by * args.tensor_model_parallel_size:
         return []
     return [f"{where} sets --padded-vocab-size {size}"]
+
+
+def _keep_slots(where: str, saved: Namespace, args: Namespace) -> list[str]:
+    """The expert slots that the saved run measured, unless this one takes other times."""
+    slots = getattr(saved, "scmoe_measured_slots", None)
+    if slots is None or args.scmoe_expert_slot != "auto" or args.scmoe_remeasure_slot:
+        return []
+    if differences(saved, args, (*LAYOUT, *TIMES)):
+        return []
+    args.scmoe_measured_slots = slots
+    return [
+        f"{where} sets the expert slots it has measured, {slots[0]} forward and {slots[1]} "
+        "backward; --scmoe-remeasure-slot measures again"
+    ]
 
 
 def _check_optimizer(

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.moe.token_dispatcher import ExpertInput, Trip, build_dispatcher
 from megatron_scmoe.overlap.branch import RoutedBranch
-from megatron_scmoe.overlap.meter import ExchangeMeter
+from megatron_scmoe.overlap.recorder import UnitRecorder
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ScMoELayer(MoELayer):
         )
         self.num_chunks = scmoe.scmoe_num_chunks
         self.overlap = scmoe.scmoe_overlap
-        self.meter = ExchangeMeter()
+        self.recorder = UnitRecorder()
         self.combine_gate = CombineGate(self.config) if scmoe.scmoe_combine == "cg2" else None
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
         # stands between them, and the shared expert.
@@ -94,8 +94,8 @@ class ScMoELayer(MoELayer):
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(flat.split(sizes), probs.split(sizes), routing_map.split(sizes), strict=True)
         trips = [self.token_dispatcher.prepare(*part) for part in parts]
-        meter = self.meter if self.training else None
-        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(self.overlap, meter))
+        recorder = self.recorder if self.training else None
+        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(self.overlap, recorder))
         work.branch.depart([trip.cargo() for trip in trips])
         return work
 
@@ -107,7 +107,10 @@ class ScMoELayer(MoELayer):
     def wait_dispatch(self, work: "RoutedWork", chunk: int) -> None:
         """Rows for this rank's experts, [R, h]."""
         received = work.branch.receive(chunk)
-        work.expert_inputs[chunk] = work.trips[chunk].expert_input(received)
+        rows = work.trips[chunk].expert_input(received)
+        if self.training:
+            self.recorder.routed(rows.tokens_per_expert)
+        work.expert_inputs[chunk] = rows
 
     def routed_experts(self, work: "RoutedWork", chunk: int) -> None:
         """G(z)_i E_i(z): weighted expert outputs, [R, h]."""

@@ -343,7 +343,7 @@ class AllGatherTrip:
         return ExpertInput(rows, row_probs, tokens_per_expert)
 
     def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
-        """Outputs in the order of all ranks' tokens, in the router's precision, as the host does."""
+        """Outputs in the order of all ranks' tokens, in the router's precision."""
         rows = unpermute(
             expert_output,
             self._permutation,

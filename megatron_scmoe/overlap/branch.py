@@ -19,15 +19,17 @@ activation checkpointing does. Nothing lives on a module; any number of branches
 Shapes: N rows sent, R rows received, of each chunk of the tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_scmoe.overlap.collectives import Collective, Transfer
-from megatron_scmoe.overlap.meter import ExchangeMeter
+from megatron_scmoe.overlap.recorder import Activity, Direction, UnitRecorder
+from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.overlap.streams import Event, now
 
 
@@ -64,12 +66,12 @@ class RoutedBranch:
 
     Args:
         overlap: launch the exchanges of the backward pass early; otherwise wait at once.
-        meter: collects the times of all exchanges, forward and backward, if wanted.
+        recorder: collects the times of all exchanges, forward and backward, if wanted.
     """
 
-    def __init__(self, overlap: bool = True, meter: ExchangeMeter | None = None) -> None:
+    def __init__(self, overlap: bool = True, recorder: UnitRecorder | None = None) -> None:
         self._overlap = overlap
-        self._meter = meter
+        self._recorder = recorder
         self._chunks: list[_Chunk] = []
         self._ready: Event | None = None
         self._token: Tensor | None = None
@@ -89,7 +91,8 @@ class RoutedBranch:
         """Launch the exchange of a chunk's cargo and return at once."""
         own = self._chunks[chunk]
         own.dispatch = collective
-        own.transfer = Transfer(collective, own.cargo, self._meter, self._ready)
+        log = self._log("dispatch", "forward", chunk)
+        own.transfer = Transfer(collective, own.cargo, log, self._ready)
         own.cargo = []
 
     def receive(self, chunk: int) -> list[Tensor]:
@@ -110,7 +113,8 @@ class RoutedBranch:
         own = self._chunks[chunk]
         own.combine = collective
         own.root = rows if torch.is_grad_enabled() else None
-        own.transfer = Transfer(collective, [rows.detach()], self._meter)
+        log = self._log("combine", "forward", chunk)
+        own.transfer = Transfer(collective, [rows.detach()], log)
 
     def wait(self) -> None:
         """Complete the exchanges of all results."""
@@ -145,12 +149,14 @@ class RoutedBranch:
         for own, grad in zip(self._chunks, grads, strict=True):
             own.grad = grad
         if self._overlap:
-            for own in reversed(self._chunks):
-                self._send_gradient(own)
+            for chunk in reversed(range(len(self._chunks))):
+                self._send_gradient(chunk)
 
-    def _send_gradient(self, own: _Chunk) -> None:
+    def _send_gradient(self, chunk: int) -> None:
+        own = self._chunks[chunk]
         assert own.combine is not None and own.grad is not None
-        own.transfer = Transfer(own.combine.mirrored(), [own.grad], self._meter)
+        log = self._log("combine", "backward", chunk)
+        own.transfer = Transfer(own.combine.mirrored(), [own.grad], log)
         own.grad = None
 
     def _turn_back(self) -> None:
@@ -159,22 +165,41 @@ class RoutedBranch:
         Raises:
             RuntimeError: it has run before and its graph is gone.
         """
-        for own in reversed(self._chunks):
+        interrupted = None if self._recorder is None else self._recorder.current
+        for chunk in reversed(range(len(self._chunks))):
+            own = self._chunks[chunk]
             if own.transfer is None and own.grad is None:
-                return  # nobody used the results
+                break  # nobody used the results
+            self._switch(Step.WAIT_COMBINE, chunk)
             if own.transfer is None:
-                self._send_gradient(own)
+                self._send_gradient(chunk)
             (grad,) = own.complete()
             if own.root is None:
                 raise RuntimeError("the routed branch cannot run backward a second time")
+            self._switch(Step.EXPERTS, chunk)
             root, own.root = own.root, None
             torch.autograd.backward(root, grad)
             leaves, own.leaves = own.leaves, []
             grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            self._switch(Step.START_DISPATCH, chunk)
             assert own.dispatch is not None
-            own.transfer = Transfer(own.dispatch.mirrored(), grads, self._meter)
+            log = self._log("dispatch", "backward", chunk)
+            own.transfer = Transfer(own.dispatch.mirrored(), grads, log)
             if not self._overlap:
                 own.cargo = own.complete()
+        if self._recorder is not None:
+            self._recorder.switch(interrupted)
+
+    def _switch(self, step: Step, chunk: int) -> None:
+        if self._recorder is not None:
+            self._recorder.switch(Activity(step.value, "backward", chunk))
+
+    def _log(
+        self, name: str, direction: Direction, chunk: int
+    ) -> tuple[UnitRecorder, Activity] | None:
+        if self._recorder is None:
+            return None
+        return self._recorder, Activity(name, direction, chunk)
 
     def _returned_gradients(self) -> list[Tensor | None]:
         """Gradients of all that departed; None where there is none."""
@@ -182,7 +207,7 @@ class RoutedBranch:
         for own in self._chunks:
             if own.transfer is not None:
                 own.cargo = own.complete()
-            returned = iter(own.cargo or [None] * len(own.wants_gradient))
+            returned: Iterator[Tensor | None] = iter(own.cargo or repeat(None))
             grads += [next(returned) if wanted else None for wanted in own.wants_gradient]
             own.cargo = []
         return grads

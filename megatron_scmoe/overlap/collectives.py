@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from megatron_scmoe.overlap.meter import ExchangeMeter
+from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
 from megatron_scmoe.overlap.streams import Event, Flight, launch, reduces_in_flight
 
 
 class Collective(Protocol):
     """One kind of exchange over one group."""
 
-    group: ProcessGroup
+    @property
+    def group(self) -> ProcessGroup:
+        """Who takes part."""
 
     def mirrored(self) -> "Collective":
         """The exchange that goes the other way."""
@@ -122,7 +124,7 @@ class Transfer:
     Args:
         collective: what is exchanged with whom.
         tensors: each [N, ...]; they stay referenced until the exchange is complete.
-        meter: collects the times of the exchange, if wanted.
+        log: the recorder that gets the times of the exchange, and its name there; if wanted.
         ready: the point of the compute stream behind which `tensors` are filled; now by default.
     """
 
@@ -130,12 +132,12 @@ class Transfer:
         self,
         collective: Collective,
         tensors: Sequence[Tensor],
-        meter: ExchangeMeter | None = None,
+        log: tuple[UnitRecorder, Activity] | None = None,
         ready: Event | None = None,
     ) -> None:
         self._collective = collective
         self._sent = [tensor.contiguous() for tensor in tensors]
-        self._meter = meter
+        self._log = log
         self._flight: Flight | None = None
         if collective.group.size() == 1:  # nothing moves
             self._buffers = self._sent
@@ -154,7 +156,8 @@ class Transfer:
         if self._flight is None:
             return buffers
         self._flight.wait()
-        if self._meter is not None:
-            self._meter.add(self._flight)
+        if self._log is not None:
+            recorder, activity = self._log
+            recorder.exchanged(activity, self._flight)
         self._sent.clear()
         return [self._collective.result(buffer) for buffer in buffers]

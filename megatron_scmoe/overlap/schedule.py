@@ -37,18 +37,23 @@ class Step(Enum):
     EXPERTS = "experts"
     START_COMBINE = "start_combine"
     WAIT_COMBINE = "wait_combine"
+    MARK = "mark"
     GATE = "gate"
     MERGE = "merge"
 
 
 PER_CHUNK = (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE)
+# No work of the unit: where its backward pass is watched, or told to run the experts.
+PLACES = (Step.MARK, Step.GATE)
 
 
 class Task(NamedTuple):
-    """A step, and the chunk of the tokens that it is for."""
+    """A step, and which of several."""
 
     step: Step
-    chunk: int = 0
+    number: int = 0
+    """The chunk of the tokens that it is for; of a mark, the number of dense operators of the
+    window in front of it."""
 
 
 class Slots(NamedTuple):
@@ -91,7 +96,12 @@ def default_slot(position: str) -> int:
 
 
 def build_schedule(
-    position: str, slots: Slots, overlap: bool, num_chunks: int = 1, runs_ahead: bool = False
+    position: str,
+    slots: Slots,
+    overlap: bool,
+    num_chunks: int = 1,
+    runs_ahead: bool = False,
+    marked: bool = False,
 ) -> tuple[Task, ...]:
     """Order the steps of one unit.
 
@@ -103,6 +113,7 @@ def build_schedule(
         num_chunks: parts of the tokens that are exchanged one by one.
         runs_ahead: the host enqueues work for a device. It then enqueues a dense operator before it
             waits for the numbers of rows, without which no exchange can be launched.
+        marked: with marks between the operators of the window, by which the backward pass is timed.
 
     Raises:
         ValueError: a slot lies outside the window.
@@ -112,11 +123,14 @@ def build_schedule(
         if not 0 <= slot <= len(dense):
             raise ValueError(f"expert slot {slot} is outside 0..{len(dense)} for {position}")
     chunks = range(num_chunks)
-    operators = [Task(step) for step in dense]
-    operators.insert(slots.backward, Task(Step.GATE))
-    # The gate is no operator: the slot counts those in front.
-    forward = slots.forward + (slots.backward < slots.forward)
-    early, late = operators[:forward], operators[forward:]
+    # Slots count dense operators; places among them do not.
+    places: list[list[Task]] = [
+        [Task(Step.MARK, slot)] if marked else [] for slot in range(len(dense) + 1)
+    ]
+    places[slots.backward].append(Task(Step.GATE))
+    operators = [[*place, Task(step)] for place, step in zip(places, dense, strict=False)]
+    early = [task for operator in operators[: slots.forward] for task in operator]
+    late = [task for operator in operators[slots.forward :] for task in operator] + places[-1]
 
     start = [Task(Step.START_DISPATCH)]
     if runs_ahead and overlap:
@@ -142,9 +156,9 @@ def build_schedule(
 
 def format_schedule(tasks: tuple[Task, ...]) -> str:
     """The steps with arrows between them; chunks are numbered if there are several."""
-    several = any(task.chunk for task in tasks)
+    several = any(task.number for task in tasks)
     return " > ".join(
-        f"{task.step.value}[{task.chunk}]"
+        f"{task.step.value}[{task.number}]"
         if several and task.step in PER_CHUNK
         else task.step.value
         for task in tasks

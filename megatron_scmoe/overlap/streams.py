@@ -22,6 +22,7 @@ from torch.distributed import Work
 # Issues the collectives of one exchange; the argument is torch.distributed's `async_op`.
 Issue = Callable[[bool], Sequence[Work | None]]
 Event = torch.cuda.Event
+Moment = float | torch.cuda.Event
 
 
 class Flight(Protocol):
@@ -30,8 +31,8 @@ class Flight(Protocol):
     def wait(self) -> None:
         """Order all later work of the caller (CPU thread or current CUDA stream) after it."""
 
-    def seconds(self) -> tuple[float, float]:
-        """(in flight, blocked), in seconds; only after `wait`."""
+    def times(self) -> tuple[float, float, float]:
+        """(start, completion, blocked), in seconds of `moment_seconds`; only after `wait`."""
 
 
 def launch(issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None = None) -> Flight:
@@ -61,6 +62,33 @@ def runs_ahead(tensor: torch.Tensor) -> bool:
 def reduces_in_flight(tensor: torch.Tensor) -> bool:
     """Whether a reduce-scatter moves no more than each rank's parts (NCCL)."""
     return tensor.is_cuda
+
+
+def moment() -> Moment:
+    """This point of the work that is being issued: of the compute stream, or of the CPU."""
+    if not torch.cuda.is_available():
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def moment_seconds(at: Moment) -> float:
+    """A moment in seconds of `time.perf_counter`; waits until the device has reached it."""
+    if isinstance(at, float):
+        return at
+    at.synchronize()
+    event, seconds = _clock()
+    return seconds + event.elapsed_time(at) / 1e3
+
+
+@lru_cache
+def _clock() -> tuple[Event, float]:
+    """An event and the time at which the device reached it."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    event.synchronize()
+    return event, perf_counter()
 
 
 class HostCopy:
@@ -110,12 +138,12 @@ class _ThreadFlight:
         # A work holds its output, and through it, in training, the graph that holds this flight.
         self._works.clear()
 
-    def seconds(self) -> tuple[float, float]:
+    def times(self) -> tuple[float, float, float]:
         # A callback may still be queued behind the waiting thread: completion is then the wait's
         # own end, never later.
         complete = len(self._completed) == self._num_works
         end = min(max(self._completed), self._waited) if complete else self._waited
-        return end - self._started, min(self._blocked, end - self._started)
+        return self._started, end, min(self._blocked, end - self._started)
 
 
 class _StreamFlight:
@@ -143,11 +171,11 @@ class _StreamFlight:
         compute.wait_event(self._end)
         self._after_wait.record(compute)
 
-    def seconds(self) -> tuple[float, float]:
+    def times(self) -> tuple[float, float, float]:
         self._after_wait.synchronize()
-        in_flight = self._begin.elapsed_time(self._end) / 1e3
+        begin, end = moment_seconds(self._begin), moment_seconds(self._end)
         blocked = self._before_wait.elapsed_time(self._after_wait) / 1e3
-        return in_flight, min(blocked, in_flight)
+        return begin, end, min(blocked, end - begin)
 
 
 @lru_cache

@@ -149,7 +149,7 @@ def test_chunks(overlap: bool) -> None:
     """One after the other in every step that is done chunk by chunk."""
     tasks = build_schedule("pos2", Slots(1, 3), overlap, num_chunks=3)
     for step in (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE):
-        assert [task.chunk for task in tasks if task.step is step] == [0, 1, 2]
+        assert [task.number for task in tasks if task.step is step] == [0, 1, 2]
     if overlap:
         first = tasks.index(Task(Step.WAIT_DISPATCH, 0))
         steps = [Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE]

@@ -1,0 +1,148 @@
+"""Choosing the expert slots from measurements (arXiv:2404.05019, section 3.2).
+
+During a few of the first iterations every operator of a unit and every exchange is timed, forward
+and backward. The times are averaged over units and ranks, so that all ranks choose the same, and
+the slots with the least `max(T_pre, T_dispatch) + T_experts + max(T_post, T_combine)` stay for the
+rest of the run. A choice changes no bit of any result (tests/unit_tests/test_layer.py).
+"""
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from megatron_scmoe.overlap.cost import UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.recorder import Direction, UnitRecord
+from megatron_scmoe.overlap.schedule import Slots, Step, window
+
+WARM_UP_ITERATIONS = 2
+MEASURED_ITERATIONS = 3
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+def unit_times(record: UnitRecord, direction: Direction, position: str) -> UnitTimes:
+    """Seconds of the parts of a unit in one direction: the mean over its passes.
+
+    Raises:
+        ValueError: no pass with all its steps is on record.
+    """
+    steps = [span for span in record.steps if span.activity.direction == direction]
+    passes = sum(
+        span.activity.name == Step.EXPERTS.value and span.activity.chunk == 0 for span in steps
+    )
+    if passes == 0:
+        raise ValueError(f"no {direction} pass on record")
+
+    def of_step(step: Step) -> float:
+        return sum(s.end - s.begin for s in steps if s.activity.name == step.value) / passes
+
+    def of_exchange(name: str) -> float:
+        """From the first chunk's start to the last one's completion."""
+        mine = [
+            exchange
+            for exchange in record.exchanges
+            if exchange.activity.name == name and exchange.activity.direction == direction
+        ]
+        chunks = len(mine) // passes
+        groups = [mine[start : start + chunks] for start in range(0, len(mine), chunks or 1)]
+        spans = (max(x.end for x in group) - min(x.begin for x in group) for group in groups)
+        return sum(spans) / passes
+
+    return UnitTimes(
+        dense=tuple(of_step(step) for step in window(position)),
+        experts=of_step(Step.EXPERTS),
+        dispatch=of_exchange("dispatch"),
+        combine=of_exchange("combine"),
+    )
+
+
+class SlotChooser:
+    """Watches the first iterations of a run; see `observe`.
+
+    Args:
+        position: pos1, pos2 or pos3.
+    """
+
+    def __init__(self, position: str) -> None:
+        self._position = position
+        self._iterations = 0
+        self._samples: list[list[float]] = []
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether the steps of the next iteration are to be recorded."""
+        return WARM_UP_ITERATIONS <= self._iterations < WARM_UP_ITERATIONS + MEASURED_ITERATIONS
+
+    def observe(self, records: Sequence[UnitRecord]) -> tuple[UnitTimes, UnitTimes] | None:
+        """Count an iteration; call it on every rank.
+
+        Args:
+            records: of this rank's units; none on a pipeline stage without one.
+
+        Returns:
+            Forward and backward times, the same on every rank, once all is measured; else None.
+        """
+        if self.wants_steps and records:
+            self._samples.append(self._mean_over_units(records))
+        self._iterations += 1
+        if self._iterations < WARM_UP_ITERATIONS + MEASURED_ITERATIONS:
+            return None
+        return self._mean_over_ranks()
+
+    def _mean_over_units(self, records: Sequence[UnitRecord]) -> list[float]:
+        units = [
+            [
+                seconds
+                for direction in DIRECTIONS
+                for seconds in _as_list(unit_times(record, direction, self._position))
+            ]
+            for record in records
+        ]
+        return [sum(column) / len(units) for column in zip(*units, strict=True)]
+
+    def _mean_over_ranks(self) -> tuple[UnitTimes, UnitTimes]:
+        size = len(DIRECTIONS) * (len(window(self._position)) + 3)
+        # One slow iteration does not count.
+        own = [median(column) for column in zip(*self._samples, strict=True)] or [0.0] * size
+        device = torch.cuda.current_device()
+        sums = torch.tensor([*own, bool(self._samples)], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        *values, ranks = sums.tolist()
+        means = [value / ranks for value in values]
+        return _from_list(means[: size // 2]), _from_list(means[size // 2 :])
+
+
+def choose_slots(forward: UnitTimes, backward: UnitTimes) -> Slots:
+    """The best slot of each direction."""
+    return Slots(best_slot(forward), best_slot(backward))
+
+
+def describe_choice(
+    position: str, slots: Slots, before: Slots, forward: UnitTimes, backward: UnitTimes
+) -> str:
+    """One line a direction: the choice and the numbers behind it, in milliseconds."""
+    lines = []
+    for direction, times, slot, default in (
+        ("forward", forward, slots.forward, before.forward),
+        ("backward", backward, slots.backward, before.backward),
+    ):
+        parts = {step.value: s for step, s in zip(window(position), times.dense, strict=True)}
+        parts |= {"experts": times.experts}
+        parts |= {"dispatch": times.dispatch, "combine": times.combine}
+        measured = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in parts.items())
+        chosen, was = slot_seconds(times, slot), slot_seconds(times, default)
+        lines.append(
+            f"expert slot {slot} {direction} (ms: {measured}): predicted {chosen.seconds * 1e3:.2f}"
+            f" with {chosen.exposed * 1e3:.2f} exposed; slot {default}, so far: "
+            f"{was.seconds * 1e3:.2f}, {was.exposed * 1e3:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _as_list(times: UnitTimes) -> list[float]:
+    return [*times.dense, times.experts, times.dispatch, times.combine]
+
+
+def _from_list(values: list[float]) -> UnitTimes:
+    *dense, experts, dispatch, combine = values
+    return UnitTimes(tuple(dense), experts, dispatch, combine)

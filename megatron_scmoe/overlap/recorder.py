@@ -1,0 +1,129 @@
+"""What a unit did and when: its exchanges always, every step of it while someone looks.
+
+Compute does one thing at a time, so its part of the record is a line that is cut wherever the unit
+turns to something else: `switch`. Exchanges run beside it and bring their own times.
+
+Times are seconds on the clock of this process (`time.perf_counter`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_scmoe.overlap.streams import Flight, Moment, moment, moment_seconds
+
+Direction = Literal["forward", "backward"]
+
+
+class Activity(NamedTuple):
+    """Something that a unit does: a step of the schedule, or an exchange."""
+
+    name: str
+    """Value of a Step; "dispatch" or "combine"."""
+    direction: Direction
+    chunk: int = 0
+
+
+class Span(NamedTuple):
+    """An activity between two times."""
+
+    activity: Activity
+    begin: float
+    end: float
+
+
+class Exchange(NamedTuple):
+    """An exchange between two times."""
+
+    activity: Activity
+    begin: float
+    end: float
+    blocked: float
+    """Seconds for which compute stood still until it was complete."""
+
+
+@dataclass
+class UnitRecord:
+    """What a unit did since the record was last taken."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    steps: list[Span] = field(default_factory=list)
+    """Empty unless steps were recorded."""
+    tokens_per_expert: Tensor | None = None
+    """Rows of every local expert, [e], summed over the passes; None without a pass."""
+
+
+class UnitRecorder:
+    """Collects the record of one unit over the micro-batches of an iteration."""
+
+    def __init__(self) -> None:
+        self.records_steps = False
+        """Whether the steps are wanted: it costs a time stamp at every turn."""
+        self.current: Activity | None = None
+        """What compute does, while steps are recorded."""
+        self._flights: list[tuple[Activity, Flight]] = []
+        self._turns: list[tuple[Activity | None, Moment]] = []
+        self._tokens_per_expert: Tensor | None = None
+
+    def switch(self, activity: Activity | None) -> None:
+        """Compute turns to something else, or away from this unit."""
+        if self.records_steps:
+            self.current = activity
+            self._turns.append((activity, moment()))
+
+    def exchanged(self, activity: Activity, flight: Flight) -> None:
+        """An exchange has been waited for."""
+        self._flights.append((activity, flight))
+
+    def routed(self, tokens_per_expert: Tensor) -> None:
+        """The experts are given this many rows, [e], on the CPU."""
+        counted = tokens_per_expert.clone()
+        if self._tokens_per_expert is not None:
+            counted += self._tokens_per_expert
+        self._tokens_per_expert = counted
+
+    def take(self) -> UnitRecord:
+        """The record since the last call. Synchronizes with the device: once an iteration."""
+        flights, self._flights = self._flights, []
+        turns, self._turns = self._turns, []
+        tokens, self._tokens_per_expert = self._tokens_per_expert, None
+        exchanges = [Exchange(activity, *flight.times()) for activity, flight in flights]
+        times = [moment_seconds(at) for _, at in turns]
+        steps = [
+            Span(activity, begin, end)
+            for (activity, _), begin, end in zip(turns, times, times[1:], strict=False)
+            if activity is not None
+        ]
+        return UnitRecord(exchanges, steps, tokens)
+
+
+class _Mark(torch.autograd.Function):
+    """Identity between two dense operators; its backward says that the one behind is done."""
+
+    @staticmethod
+    def forward(ctx, recorder: UnitRecorder, before: Activity | None, *tensors: Tensor):
+        ctx.recorder, ctx.before = recorder, before
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        ctx.recorder.switch(ctx.before)
+        return None, None, *grads
+
+
+def mark_backward(
+    recorder: UnitRecorder, before: Activity | None, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Record when the backward pass turns to the operator in front of this place.
+
+    Args:
+        before: the backward of that operator; None if it belongs to another unit.
+        tensors: all that it hands to the operator behind.
+    """
+    wanted = tuple(tensor for tensor in tensors if tensor.requires_grad)
+    if not (recorder.records_steps and torch.is_grad_enabled() and wanted):
+        return tensors
+    marked = iter(_Mark.apply(recorder, before, *wanted))
+    return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
