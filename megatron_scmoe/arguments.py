@@ -18,7 +18,12 @@ from megatron.training.utils import (
 from megatron_scmoe import host
 from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.checkpoint.resume import prepare_load
-from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_has_no_gradient
+from megatron_scmoe.config import (
+    NO_OPTIONS,
+    ScMoEConfig,
+    check_transformer_impl,
+    router_has_no_gradient,
+)
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
 
@@ -87,10 +92,9 @@ def complete_async_save(args: Namespace) -> list[str]:
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
     host.one_line_usage_errors(parser)
-    ArgumentGroupFactory(ScMoEConfig, exclude=["scmoe_measured_slots"]).build_group(
-        parser, title="scmoe"
-    )
-    parser.set_defaults(scmoe_measured_slots=None)
+    options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
+    options.build_group(parser, title="scmoe")
+    parser.set_defaults(**dict.fromkeys(NO_OPTIONS))
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
     parser.add_argument_group("scmoe checkpoints").add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

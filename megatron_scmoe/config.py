@@ -17,6 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
 
+# Fields of ScMoEConfig that stand on no command line.
+NO_OPTIONS = ("scmoe_measured_slots",)
+
 
 @dataclass
 class ScMoEConfig:
@@ -61,7 +64,7 @@ class ScMoEConfig:
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
 
     scmoe_measured_slots: list[int] | None = None
-    """Not an option: the slots that a run before this one has measured, from its checkpoint."""
+    """Slots that a run before this one has measured: from its checkpoint, not an option."""
 
     @property
     def enabled(self) -> bool:

@@ -29,8 +29,8 @@ LOSS = "lm loss"
 VALIDATION = "lm loss validation"
 ITERATION_TIME = "iteration-time"
 A2A = "a2a-seconds"
-A2A_BLOCKED = "a2a-blocked-seconds"
-REQUIRED_TAGS = (LOSS, VALIDATION, ITERATION_TIME, A2A, A2A_BLOCKED)
+A2A_EXPOSED = "a2a-exposed-seconds"
+REQUIRED_TAGS = (LOSS, VALIDATION, ITERATION_TIME, A2A, A2A_EXPOSED)
 
 FINAL_POINTS = 10
 """`final_loss` is the mean of this many last logged losses: one batch alone is noisy."""
@@ -208,7 +208,7 @@ def build_report(args: argparse.Namespace) -> Report:
     losses = merge(launch[LOSS] for launch in launches)
     validation = merge(launch.get(VALIDATION, {}) for launch in launches)
     a2a_seconds = math.fsum(merge(launch.get(A2A, {}) for launch in launches).values())
-    blocked = math.fsum(merge(launch.get(A2A_BLOCKED, {}) for launch in launches).values())
+    blocked = math.fsum(merge(launch.get(A2A_EXPOSED, {}) for launch in launches).values())
     counts = token_counts(args.valid_prefix)
     entropy = unigram_entropy(counts)
 

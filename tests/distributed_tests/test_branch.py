@@ -19,7 +19,7 @@ from megatron_scmoe.overlap.collectives import (
     ReduceScatter,
     Transfer,
 )
-from megatron_scmoe.overlap.meter import ExchangeMeter
+from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
 from tests.distributed_utils import run_distributed
 
 # Rows sent from each rank (row of the table) to each rank (column).
@@ -83,10 +83,10 @@ def round_trip(
     collectives: list[Collective],
     work: Work = expert,
     overlap: bool = True,
-    meter: ExchangeMeter | None = None,
+    recorder: UnitRecorder | None = None,
 ) -> tuple[Tensor, ...]:
     """Every chunk there, through the work and back; the gate stands where the work runs."""
-    branch = RoutedBranch(overlap, meter)
+    branch = RoutedBranch(overlap, recorder)
     branch.depart(cargo)
     for chunk, collective in enumerate(collectives):
         branch.send(chunk, collective)
@@ -270,27 +270,28 @@ def one_rank_moves_nothing() -> None:
     assert torch.equal(sent[0].grad, 2 * sent[0].cos() * sent[1][:, None])
 
 
-class CountingMeter(ExchangeMeter):
-    count = 0
-
-    def add(self, flight) -> None:
-        self.count += 1
-        super().add(flight)
-
-
-def meter_counts_both_directions() -> None:
-    meter = CountingMeter()
+def every_exchange_is_on_record() -> None:
+    recorder = UnitRecorder()
     collective = all_to_all_of(ROWS[dist.get_world_size()]["uneven"])
-    (result,) = round_trip([leaves(collective)], [collective], meter=meter)
-    assert meter.count == 2
-    readings = [meter.read()]
-    result.sum().backward()
-    assert meter.count == 4
-    readings.append(meter.read())
-    for in_flight, blocked in readings:
-        assert 0 <= blocked <= in_flight
-        assert in_flight > 0
-    assert meter.read() == (0, 0)
+    cargo = [leaves(collective), leaves(collective)]
+    results = round_trip(cargo, [collective, collective], recorder=recorder)
+    sum(result.sum() for result in results).backward()
+    record = recorder.take()
+    assert [exchange.activity for exchange in record.exchanges] == [
+        Activity("dispatch", "forward", 0),
+        Activity("dispatch", "forward", 1),
+        Activity("combine", "forward", 0),
+        Activity("combine", "forward", 1),
+        Activity("combine", "backward", 1),
+        Activity("combine", "backward", 0),
+        Activity("dispatch", "backward", 0),
+        Activity("dispatch", "backward", 1),
+    ]
+    for exchange in record.exchanges:
+        assert exchange.begin < exchange.end
+        assert 0 <= exchange.blocked <= exchange.end - exchange.begin
+    assert record.steps == []  # not wanted
+    assert recorder.take().exchanges == []
 
 
 CHECKS: tuple[Callable[[], None], ...] = (
@@ -304,7 +305,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     without_gradients,
     a_second_backward_pass_is_refused,
     one_rank_moves_nothing,
-    meter_counts_both_directions,
+    every_exchange_is_on_record,
 )
 
 
@@ -328,12 +329,13 @@ def read_late_peer() -> dict[bool, tuple[float, float, float]]:
     group = dist.new_group([0, 1])
     readings = {}
     for works in (False, True):
-        meter = ExchangeMeter()
+        recorder = UnitRecorder()
+        log = recorder, Activity("dispatch", "forward")
         collective = AllToAll(group, [1, 1], [1, 1])
         tokens = torch.ones(2, WIDTH)
         started = time.perf_counter()
         if dist.get_rank() == 0:
-            transfer = Transfer(collective, [tokens], meter)
+            transfer = Transfer(collective, [tokens], log)
             dist.barrier()
             if works:
                 dist.barrier()
@@ -346,13 +348,14 @@ def read_late_peer() -> dict[bool, tuple[float, float, float]]:
             dist.barrier()
             time.sleep(DELAY_S)
             waited = time.perf_counter()
-            Transfer(collective, [tokens], meter).complete()
+            Transfer(collective, [tokens], log).complete()
             dist.barrier()
-        readings[works] = (*meter.read(), waited - started)
+        (exchange,) = recorder.take().exchanges
+        readings[works] = (exchange.end - exchange.begin, exchange.blocked, waited - started)
     return readings
 
 
-def test_meter_tells_waiting_from_hiding() -> None:
+def test_recorder_tells_waiting_from_hiding() -> None:
     readings = run_distributed(read_late_peer, 2)[0]
     (idle_flight, idle_blocked, _), (busy_flight, busy_blocked, worked) = (
         readings[False],

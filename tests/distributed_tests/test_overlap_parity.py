@@ -94,7 +94,7 @@ def build(key: Key, overlap: bool) -> TransformerBlock:
     case = Case(
         scmoe={
             "scmoe_shortcut_position": position,
-            "scmoe_expert_slot": slot,
+            "scmoe_expert_slot": str(slot),
             "scmoe_overlap": overlap,
             **variant.scmoe,
         },

@@ -37,7 +37,7 @@ POS2 = "--scmoe-shortcut-position pos2 --disable-bias-linear"
 CASES = {
     "no experts": (POS2, "add experts"),
     "biases": (f"{MOE} {PAIRS} --scmoe-shortcut-position pos2", "add it"),
-    "slot": (f"{MOE} {PAIRS} {POS2} --scmoe-expert-slot 4", "outside 0..3"),
+    "slot": (f"{MOE} {PAIRS} {POS2} --scmoe-expert-slot 6", "outside 0..5"),
     "position": (f"{MOE} {PAIRS} --scmoe-shortcut-position pos4", "invalid choice: 'pos4'"),
     "combine": (f"{MOE} {PAIRS} {POS2} --scmoe-combine gate", "invalid choice: 'gate'"),
     "two gates": (
@@ -59,10 +59,6 @@ CASES = {
     "experts' layout": (
         f"{MOE} {PAIRS} {POS2} --expert-model-parallel-size 4",
         "2 ranks are no multiple of 4",
-    ),
-    "dispatcher": (
-        f"{MOE} {PAIRS} {POS2} --moe-token-dispatcher-type allgather",
-        "use alltoall",
     ),
     "shared expert overlap": (
         f"{MOE} {PAIRS} {POS2} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8",

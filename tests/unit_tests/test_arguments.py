@@ -17,7 +17,7 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
-from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, ScMoEConfig
+from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
 
 MODEL = (
@@ -41,7 +41,10 @@ TYPED = {
     "scmoe_shortcut_norm": ("--scmoe-shortcut-norm shared", "shared"),
     "scmoe_post_norm": ("--scmoe-post-norm", True),
     "scmoe_overlap": ("--no-scmoe-overlap", False),
-    "scmoe_expert_slot": ("--scmoe-expert-slot 4", 4),
+    "scmoe_expert_slot": ("--scmoe-expert-slot 4", "4"),
+    "scmoe_remeasure_slot": ("--scmoe-remeasure-slot", True),
+    "scmoe_num_chunks": ("--scmoe-num-chunks 2", 2),
+    "scmoe_trace_dir": ("--scmoe-trace-dir traces", "traces"),
 }
 
 
@@ -83,8 +86,9 @@ def scmoe_actions() -> dict[str, argparse.Action]:
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:
     actions = scmoe_actions()
-    assert list(actions) == [field.name for field in fields(ScMoEConfig)] == list(TYPED)
-    for field in fields(ScMoEConfig):
+    options = [field for field in fields(ScMoEConfig) if field.name not in NO_OPTIONS]
+    assert list(actions) == [field.name for field in options] == list(TYPED)
+    for field in options:
         action = actions[field.name]
         assert field.default is not MISSING
         assert action.default == field.default
@@ -114,7 +118,7 @@ def test_one_flag_sets_one_field(arguments, name: str) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["--scmoe-shortcut-position pos4", "--scmoe-combine cg3", "--scmoe-expert-slot one"],
+    ["--scmoe-shortcut-position pos4", "--scmoe-combine cg3", "--scmoe-num-chunks one"],
 )
 def test_wrong_value_is_one_line(arguments, option: str) -> None:
     with pytest.raises(ValueError, match=r"argument --scmoe-.*: invalid") as error:
@@ -188,7 +192,7 @@ def test_notes_are_printed_once(
 
 def test_model_config(model_config) -> None:
     config = model_config(MODEL, MOE, POS2, "--scmoe-expert-slot 2")
-    assert config.scmoe == ScMoEConfig(scmoe_shortcut_position="pos2", scmoe_expert_slot=2)
+    assert config.scmoe == ScMoEConfig(scmoe_shortcut_position="pos2", scmoe_expert_slot="2")
     assert type(config.transformer) is TransformerConfig
     assert config.transformer.num_layers == 4
     assert config.transformer.moe_layer_freq == [0, 1, 0, 1]
@@ -219,7 +223,7 @@ def test_no_shortcut_is_the_stock_config(model_config) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (f"{POS2} --scmoe-expert-slot 4", "--scmoe-expert-slot 4 is outside 0..3"),
+        (f"{POS2} --scmoe-expert-slot 6", "--scmoe-expert-slot 6 is outside 0..5"),
         (f"{POS2} --moe-layer-freq 2", "--moe-layer-freq 2 puts the MoE first"),
         (
             "--scmoe-shortcut-position pos3 --moe-layer-freq 1",

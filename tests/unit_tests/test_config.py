@@ -103,21 +103,48 @@ def test_sequence_parallelism_makes_tensor_parallelism_work() -> None:
 # Our own options. -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("position", "slots"), [("pos1", 3), ("pos2", 4), ("pos3", 5)])
+@pytest.mark.parametrize(("position", "slots"), [("pos1", 5), ("pos2", 6), ("pos3", 9)])
 def test_expert_slots(position: str, slots: int) -> None:
     for slot in range(slots):
-        check(host_config(), scmoe_shortcut_position=position, scmoe_expert_slot=slot)
-    for slot in (-1, slots):
-        options = {"scmoe_shortcut_position": position, "scmoe_expert_slot": slot}
+        for text in (str(slot), f"0,{slot}", f"{slot},0"):
+            check(host_config(), scmoe_shortcut_position=position, scmoe_expert_slot=text)
+    for text in (str(slots), f"0,{slots}", f"{slots},0"):
+        options = {"scmoe_shortcut_position": position, "scmoe_expert_slot": text}
         message = refusal(host_config(), **options)
-        assert message.startswith(f"--scmoe-expert-slot {slot} is outside 0..{slots - 1}")
-        assert "attention, shared_expert)" in message
+        assert message.startswith(f"--scmoe-expert-slot {slots} is outside 0..{slots - 1}")
+        assert "projection, shared_expert)" in message
 
 
-def test_default_slots() -> None:
-    slots = {p: ScMoEConfig(scmoe_shortcut_position=p).expert_slot for p in POSITIONS}
-    assert slots == {"pos1": 1, "pos2": 1, "pos3": 2}
-    assert ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_expert_slot=0).expert_slot == 0
+@pytest.mark.parametrize("text", ["-1", "one", "1,2,3", "", "1.5", "Auto"])
+def test_slots_that_are_no_numbers(text: str) -> None:
+    message = refusal(host_config(), scmoe_shortcut_position="pos2", scmoe_expert_slot=text)
+    assert message.startswith(f"--scmoe-expert-slot {text}: write auto, a number")
+
+
+def test_slots_before_anything_is_measured() -> None:
+    slots = {p: ScMoEConfig(scmoe_shortcut_position=p).initial_slots for p in POSITIONS}
+    assert slots == {"pos1": (3, 3), "pos2": (1, 1), "pos3": (4, 4)}
+    fixed = ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_expert_slot="0, 5")
+    assert fixed.initial_slots == (0, 5) and not fixed.measures_slots
+    assert ScMoEConfig(scmoe_shortcut_position="pos3").measures_slots
+    assert not ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_overlap=False).measures_slots
+    known = ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_measured_slots=[2, 3])
+    assert known.initial_slots == (2, 3) and not known.measures_slots
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "expected"),
+    [
+        ({"scmoe_num_chunks": 0}, {}, "--scmoe-num-chunks 0 is not at least 1"),
+        (
+            {"scmoe_num_chunks": 2},
+            {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+            "does not work with --moe-pad-expert-input-to-capacity",
+        ),
+    ],
+)
+def test_chunks_that_cannot_work(options: dict, host: dict, expected: str) -> None:
+    assert expected in refusal(host_config(**host), scmoe_shortcut_position="pos2", **options)
 
 
 def test_shortcut_is_off_by_default() -> None:

@@ -348,7 +348,7 @@ def test_slot_changes_order_only(position: str, slot: int, attention: str) -> No
         return Case(
             scmoe={
                 "scmoe_shortcut_position": position,
-                "scmoe_expert_slot": slot,
+                "scmoe_expert_slot": str(slot),
                 "scmoe_overlap": overlap,
             },
             host={"moe_router_topk": 2, **host},

@@ -303,7 +303,7 @@ def write_launch(
             scalars = {
                 "lm loss": 9 - 0.02 * step + offset,
                 "a2a-seconds": 0.2,
-                "a2a-blocked-seconds": 0.05,
+                "a2a-exposed-seconds": 0.05,
                 "learning-rate": 1e-3,
             }
             if step > steps[0]:
@@ -471,7 +471,7 @@ def test_no_exchange_leaves_the_hidden_share_empty(
     read_launch = report.read_launch
 
     def without_exchange(path: Path) -> dict[str, dict[int, float]]:
-        zeros = {tag: dict.fromkeys(range(1, 5), 0.0) for tag in (report.A2A, report.A2A_BLOCKED)}
+        zeros = {tag: dict.fromkeys(range(1, 5), 0.0) for tag in (report.A2A, report.A2A_EXPOSED)}
         return read_launch(path) | zeros
 
     monkeypatch.setattr(report, "read_launch", without_exchange)

@@ -1,0 +1,187 @@
+"""Times of a unit from its record, and the slots that follow from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from megatron_scmoe.overlap.adaptive import (
+    MEASURED_ITERATIONS,
+    WARM_UP_ITERATIONS,
+    SlotChooser,
+    choose_slots,
+    describe_choice,
+    unit_times,
+)
+from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
+from megatron_scmoe.overlap.trace import TraceWriter
+from megatron_scmoe.shortcut_layer import ShortcutLayer
+from tests.distributed_utils import run_distributed
+from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
+
+PARTS = {"dense_mlp": 4.0, "qkv": 3.0, "core_attention": 2.0, "projection": 1.0}
+PARTS |= {"shared_expert": 5.0, "experts": 6.0}
+
+
+def record_of(
+    passes: int = 2,
+    chunks: int = 1,
+    scale: float = 1.0,
+    dispatch: float = 7.0,
+    combine: float = 8.0,
+) -> UnitRecord:
+    """Passes of a Pos-2 unit whose parts take PARTS seconds forward and twice that backward."""
+    record = UnitRecord()
+    for number in range(passes):
+        for direction, factor in (("forward", scale), ("backward", 2 * scale)):
+            at = 1000.0 * number
+            for name, seconds in PARTS.items():
+                parts = chunks if name == "experts" else 1
+                for chunk in range(parts):
+                    activity = Activity(name, direction, chunk)  # type: ignore[arg-type]
+                    end = at + factor * seconds / parts
+                    record.steps.append(Span(activity, at, end))
+            for name, seconds in (("dispatch", dispatch), ("combine", combine)):
+                for chunk in range(chunks):  # one after the other
+                    activity = Activity(name, direction, chunk)  # type: ignore[arg-type]
+                    begin = at + chunk * scale * seconds / chunks
+                    end = begin + scale * seconds / chunks
+                    record.exchanges.append(Exchange(activity, begin, end, 0.5))
+    return record
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize(("direction", "factor"), [("forward", 1), ("backward", 2)])
+def test_times_are_means_over_passes(direction: Direction, factor: float, chunks: int) -> None:
+    times = unit_times(record_of(chunks=chunks), direction, "pos2")
+    expected = [factor * PARTS[step.value] for step in window("pos2")]
+    assert times.dense == pytest.approx(expected)
+    assert times.experts == pytest.approx(factor * PARTS["experts"])
+    assert (times.dispatch, times.combine) == pytest.approx((7.0, 8.0))
+
+
+def test_a_pass_that_is_not_on_record() -> None:
+    with pytest.raises(ValueError, match="no backward pass on record"):
+        unit_times(UnitRecord(), "backward", "pos2")
+
+
+def test_directions_choose_for_themselves() -> None:
+    """A long combine wants the experts early, a long dispatch wants them late."""
+    dense = (1.0,) * 5
+    forward = UnitTimes(dense, experts=1.0, dispatch=1.0, combine=4.0)
+    backward = UnitTimes(dense, experts=1.0, dispatch=4.0, combine=1.0)
+    assert choose_slots(forward, backward) == Slots(1, 4)
+    text = describe_choice("pos2", Slots(1, 4), Slots(2, 2), forward, backward).splitlines()
+    assert text[0].startswith("expert slot 1 forward (ms: dense_mlp 1000.00, ")
+    assert "predicted 6000.00 with 0.00 exposed; slot 2, so far: 7000.00, 1000.00" in text[0]
+    assert text[1].startswith("expert slot 4 backward")
+
+
+def watch(rank_scale: dict[int, float]) -> list[tuple[bool, object]]:
+    chooser = SlotChooser("pos2")
+    seen = []
+    for iteration in range(WARM_UP_ITERATIONS + MEASURED_ITERATIONS):
+        wanted = chooser.wants_steps
+        scale = rank_scale[dist.get_rank()]
+        # One iteration is disturbed.
+        disturbed = 50.0 if iteration == WARM_UP_ITERATIONS else 1.0
+        records = [record_of(scale=scale * disturbed)] if scale else []
+        seen.append((wanted, chooser.observe(records if wanted else [UnitRecord()] * len(records))))
+    return seen
+
+
+def test_all_ranks_choose_from_the_same_times() -> None:
+    """The mean over ranks that have units; a slow iteration does not count."""
+    # Rank 2 is a pipeline stage without a unit.
+    results = run_distributed(watch, 3, {0: 1.0, 1: 3.0, 2: 0.0})
+    assert results[0] == results[1] == results[2]
+    wanted = [wanted for wanted, _ in results[0]]
+    assert wanted == [False] * WARM_UP_ITERATIONS + [True] * MEASURED_ITERATIONS
+    assert [times is None for _, times in results[0]] == [True] * (len(wanted) - 1) + [False]
+    forward, backward = results[0][-1][1]
+    assert forward.dense == pytest.approx([2 * PARTS[step.value] for step in window("pos2")])
+    assert backward.experts == pytest.approx(4 * PARTS["experts"])
+    assert forward.dispatch == pytest.approx(14.0)
+
+
+# What a real unit records. ----------------------------------------------------------------------
+
+RECOMPUTED = {
+    "core": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("recompute", [None, *RECOMPUTED])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_recording_changes_nothing_and_misses_nothing(
+    single_rank: None, position: str, recompute: str | None
+) -> None:
+    case = Case(
+        scmoe={"scmoe_shortcut_position": position, "scmoe_num_chunks": 2},
+        host={"moe_router_topk": 2, **(RECOMPUTED[recompute] if recompute else {})},
+        num_layers=2,
+    )
+    results = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        block = build_block(case)
+        (unit,) = (layer for layer in block.layers if isinstance(layer, ShortcutLayer))
+        unit.set_slots(Slots(1, 3))
+        unit.record_steps(recorded)
+        x = torch.randn(SEQUENCE, BATCH, 16, dtype=torch.float64).requires_grad_()
+        output = run_block(block, x)
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in block.parameters()]
+        results.append([output, x.grad, *gradients])
+    assert all(map(torch.equal, *results))
+
+    record = unit.recorder.take()
+    assert record.tokens_per_expert is not None
+    forwards = 2 if recompute == "full" else 1
+    assert record.tokens_per_expert.sum() == forwards * SEQUENCE * BATCH * 2
+    for direction, passes in (("forward", forwards), ("backward", 1)):
+        names = [s.activity.name for s in record.steps if s.activity.direction == direction]
+        for step in window(position):
+            assert names.count(step.value) >= passes, (direction, step)
+        assert names.count(Step.EXPERTS.value) == 2 * passes
+        times = unit_times(record, direction, position)  # type: ignore[arg-type]
+        assert times.experts > 0 and all(
+            seconds > 0
+            for step, seconds in zip(window(position), times.dense, strict=True)
+            if recompute is None or "core" not in step.value
+        )
+    for before, after in zip(record.steps, record.steps[1:], strict=False):
+        assert before.begin <= before.end <= after.begin
+
+
+def test_trace_is_chromes_format(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "traces", 3, {"scmoe_shortcut_position": "pos2"})
+    writer.add(10, {2: record_of(passes=1)}, {"expert_slots": [1, 1]})
+    writer.add(11, {2: record_of(passes=1)}, {"expert_slots": [2, 1]})
+    (path,) = (tmp_path / "traces").iterdir()
+    assert path.name == "rank-00003.json"
+    trace = json.loads(path.read_text())
+    assert trace["otherData"] == {"scmoe_shortcut_position": "pos2", "expert_slots": [2, 1]}
+    lanes = {
+        event["tid"]: event["args"]["name"]
+        for event in trace["traceEvents"]
+        if event["name"] == "thread_name"
+    }
+    assert len(lanes) == 8
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == 2 * (2 * len(PARTS) + 4)
+    for event in events:
+        assert event["name"] == f"layer 2 {event['args']['step']}"
+        assert lanes[event["tid"]].endswith(event["cat"])
+    mlp = next(e for e in events if e["args"]["step"] == "dense_mlp" and e["cat"] == "backward")
+    assert mlp["dur"] == pytest.approx(8e6)
+    assert lanes[mlp["tid"]] == "dense compute, backward"
