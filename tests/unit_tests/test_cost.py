@@ -1,0 +1,124 @@
+"""The cost of expert slots against a simulation of the unit's schedule."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_scmoe.overlap.cost import UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.schedule import POSITIONS, Step, build_schedule, window
+
+seconds = st.floats(0, 10, allow_nan=False)
+TRAVEL = {
+    Step.START_DISPATCH: (Step.WAIT_DISPATCH, "dispatch"),
+    Step.START_COMBINE: (Step.WAIT_COMBINE, "combine"),
+}
+
+
+@st.composite
+def units(draw: st.DrawFn) -> tuple[str, UnitTimes]:
+    position = draw(st.sampled_from(POSITIONS))
+    dense = tuple(draw(seconds) for _ in window(position))
+    return position, UnitTimes(dense, draw(seconds), draw(seconds), draw(seconds))
+
+
+def run_clock(position: str, times: UnitTimes, slot: int, overlap: bool, backward: bool) -> float:
+    """Walk through the steps that the layer executes, with a clock; no formula.
+
+    Backward walks the list from right to left, where a wait's gradient starts the exchange and a
+    start's gradient waits for it.
+    """
+    duration = dict(zip(window(position), times.dense, strict=True))
+    duration[Step.EXPERTS] = times.experts
+    flights = {
+        (wait if backward else start): (start if backward else wait, getattr(times, name))
+        for start, (wait, name) in TRAVEL.items()
+    }
+    steps = build_schedule(position, slot, overlap)
+    clock, arrival = 0.0, dict[Step, float]()
+    for step in reversed(steps) if backward else steps:
+        if step in flights:
+            end, travel = flights[step]
+            arrival[end] = clock + travel
+        elif step in arrival:
+            clock = max(clock, arrival[step])
+        else:
+            clock += duration.get(step, 0.0)
+    return clock
+
+
+@given(units())
+def test_every_slot_takes_what_the_schedule_takes(unit: tuple[str, UnitTimes]) -> None:
+    position, times = unit
+    for slot in range(len(times.dense) + 1):
+        cost = slot_seconds(times, slot)
+        for backward in (False, True):
+            assert math.isclose(
+                cost.seconds, run_clock(position, times, slot, True, backward), abs_tol=1e-9
+            )
+            assert math.isclose(
+                times.sequential, run_clock(position, times, slot, False, backward), abs_tol=1e-9
+            )
+        assert math.isclose(cost.exposed, cost.seconds - times.window - times.experts, abs_tol=1e-9)
+        assert math.isclose(cost.hidden, times.sequential - cost.seconds, abs_tol=1e-9)
+        assert -1e-9 <= cost.hidden <= times.communication
+
+
+@given(units())
+def test_the_best_slot_also_minimises_the_papers_mismatch(unit: tuple[str, UnitTimes]) -> None:
+    """Equation (11) measures |T_pre - T_disp| + |T_post - T_comb|."""
+
+    def mismatch(slot: int) -> float:
+        return abs(sum(times.dense[:slot]) - times.dispatch) + abs(
+            sum(times.dense[slot:]) - times.combine
+        )
+
+    _, times = unit
+    least = min(mismatch(slot) for slot in range(len(times.dense) + 1))
+    assert math.isclose(mismatch(best_slot(times)), least, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dense", "dispatch", "combine", "slot"),
+    [
+        ((1.0, 2.0, 1.0), 3.0, 1.0, 2),
+        ((1.0, 2.0, 1.0), 1.0, 3.0, 1),
+        ((1.0, 2.0, 1.0), 4.0, 0.0, 3),
+        ((1.0, 2.0, 1.0), 0.0, 4.0, 0),
+        # Ties: nothing travels, or so much that all the window hides at any slot.
+        ((1.0, 2.0, 1.0), 0.0, 0.0, 1),
+        ((1.0, 2.0), 0.0, 0.0, 1),
+        ((1.0, 2.0, 1.0, 1.0), 9.0, 9.0, 2),
+        # Sums whose rounding differs from slot to slot.
+        ((0.1, 0.2, 0.3, 0.7), 9.1, 9.3, 2),
+        ((), 1.0, 1.0, 0),
+    ],
+)
+def test_best_slot(dense: tuple[float, ...], dispatch: float, combine: float, slot: int) -> None:
+    assert best_slot(UnitTimes(dense, 5.0, dispatch, combine)) == slot
+
+
+def test_one_slot_for_both_directions_weighs_them() -> None:
+    forward = UnitTimes((1.0, 1.0), 1.0, 1.0, 0.0)
+    backward = UnitTimes((2.0, 2.0), 2.0, 0.0, 4.0)
+    assert (best_slot(forward), best_slot(backward), best_slot(forward, backward)) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_slots_outside_the_window_are_refused(slot: int) -> None:
+    with pytest.raises(ValueError, match=rf"expert slot {slot} is outside 0\.\.2"):
+        slot_seconds(UnitTimes((1.0, 1.0), 1.0, 1.0, 1.0), slot)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+def test_impossible_times_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="a time of"):
+        UnitTimes((1.0, wrong), 1.0, 1.0, 1.0)
+
+
+def test_different_windows_are_refused() -> None:
+    one, two = (UnitTimes((1.0,) * n, 1.0, 1.0, 1.0) for n in (1, 2))
+    for directions in ((), (one, two)):
+        with pytest.raises(ValueError, match="directions have windows of"):
+            best_slot(*directions)
