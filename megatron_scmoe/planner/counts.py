@@ -185,7 +185,9 @@ class Parameters:
 def layer_parameters(config: TransformerConfig, scmoe: ScMoEConfig, layer: int) -> Parameters:
     """Parameters of one attention layer and its MLP or MoE, 0-based number.
 
-    Covers what a shortcut unit may have: no biases but --add-qkv-bias.
+    Covers what a shortcut unit may have: no biases but --add-qkv-bias. The down projections of
+    latent attention count as split, as in the host's local spec; Transformer Engine's layers hold
+    them on every tensor parallel rank.
     """
     hidden, width = config.hidden_size, _widths(config)
     norm = norm_parameters(config, hidden)

@@ -180,7 +180,8 @@ def _pass_times(content: Any, topk: int, has_exchanges: bool) -> PassTimes:
 def _run(content: Any, topk: int) -> MeasuredRun:
     _check_keys(content, {"position", "seconds"}, {"topk", "slot", "overlap", "shared_expert"})
     run = MeasuredRun(**{"topk": topk, **content})
-    _seconds(run.seconds, "seconds of a run")
+    if _seconds(run.seconds, "seconds of a run") == 0:
+        raise ValueError("seconds of a run is 0")
     if run.position == "none":
         if run.topk not in (topk, topk + 1):
             raise ValueError(
