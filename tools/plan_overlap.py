@@ -92,6 +92,8 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
     args = parse_args(add_planner_args)
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
+    if args.use_checkpoint_args:
+        raise ValueError("--use-checkpoint-args: the planner reads no checkpoint, write them out.")
     if args.num_experts is None:
         raise ValueError("a model without --num-experts has no all-to-all to plan for.")
     _apply_preset(args)

@@ -53,38 +53,50 @@ def _widths(config: TransformerConfig) -> _Widths:
     return _Widths(query=query, key=key, value=key, output=query)
 
 
-def _projections(config: TransformerConfig) -> int:
-    """Elements of the projections in front of the core and behind it."""
+def _latents(config: TransformerConfig) -> int:
+    """Channels between the down and up projections of latent attention, norms on them."""
+    if not config.multi_latent_attention:
+        return 0
+    return (config.q_lora_rank or 0) + config.kv_lora_rank
+
+
+def _qkv_weights(config: TransformerConfig) -> int:
     width, hidden = _widths(config), config.hidden_size
-    output = width.output * hidden
     if not config.multi_latent_attention:
         gate = width.output if config.attention_output_gate else 0
-        return hidden * (width.query + gate + width.key + width.value) + output
+        return hidden * (width.query + gate + width.key + width.value)
     if config.q_lora_rank is None:
         query = hidden * width.query
     else:
         query = config.q_lora_rank * (hidden + width.query)
     rotary = config.qk_pos_emb_head_dim  # one rotary key for all heads
     up = config.num_attention_heads * config.qk_head_dim + width.value
-    return query + hidden * (config.kv_lora_rank + rotary) + config.kv_lora_rank * up + output
+    return query + hidden * (config.kv_lora_rank + rotary) + config.kv_lora_rank * up
 
 
-def _scores(config: TransformerConfig) -> int:
+def _qkv_saved(config: TransformerConfig) -> int:
+    """Input and output of the norm, and latents."""
+    return 2 * config.hidden_size + _latents(config)
+
+
+def _core_saved(config: TransformerConfig) -> int:
+    """Q, K and V; no scores (flash attention)."""
+    width = _widths(config)
+    return width.query + width.key + width.value
+
+
+def _core_context(config: TransformerConfig) -> int:
     """Q K^T, and its product with V."""
     width = _widths(config)
     return width.query + width.output
 
 
-def _saved_by_attention(config: TransformerConfig) -> int:
-    """Input and output of the norm, latents, Q, K, V and the core's output; no scores (flash
-    attention)."""
-    return 2 * config.hidden_size + _latents(config) + sum(_widths(config))
+def _projection_weights(config: TransformerConfig) -> int:
+    return _widths(config).output * config.hidden_size
 
 
-def _latents(config: TransformerConfig) -> int:
-    if not config.multi_latent_attention:
-        return 0
-    return (config.q_lora_rank or 0) + config.kv_lora_rank
+def _projection_saved(config: TransformerConfig) -> int:
+    return _widths(config).output
 
 
 # MLPs. --------------------------------------------------------------------------------------------
@@ -115,7 +127,11 @@ def _saved_by_experts(config: TransformerConfig) -> int:
     return 2 * config.hidden_size + round(rows_per_token(config) * row)
 
 
-_ATTENTION = _Operator(_projections, _saved_by_attention, _scores)
+_ATTENTION = _Operator(
+    weights=lambda config: _qkv_weights(config) + _projection_weights(config),
+    saved=lambda config: _qkv_saved(config) + _core_saved(config) + _projection_saved(config),
+    context=_core_context,
+)
 _OPERATORS = {
     Step.DENSE_ATTENTION: _ATTENTION,
     Step.ATTENTION: _ATTENTION,
@@ -191,7 +207,7 @@ def layer_parameters(config: TransformerConfig, scmoe: ScMoEConfig, layer: int) 
     """
     hidden, width = config.hidden_size, _widths(config)
     norm = norm_parameters(config, hidden)
-    dense = _projections(config)
+    dense = _ATTENTION.weights(config)
     replicated = 2 * norm  # in front of attention, in front of MLP or MoE
     if config.add_qkv_bias and not config.multi_latent_attention:
         dense += width.query + width.key + width.value

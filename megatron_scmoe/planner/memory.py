@@ -15,9 +15,7 @@ from megatron_scmoe.planner.counts import (
     norm_parameters,
     saved_activations,
 )
-
-_DENSE_STEPS = (Step.DENSE_ATTENTION, Step.DENSE_MLP)
-_MOE_STEPS = (Step.ATTENTION, Step.SHARED_EXPERT, Step.EXPERTS)
+from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _activation_bytes(args: Namespace, config: TransformerConfig, stage: int) ->
         if config.recompute_granularity == "full":
             kept += config.hidden_size
         else:
-            steps = _MOE_STEPS if pattern[layer] else _DENSE_STEPS
+            steps = (*MOE_LAYER, Step.EXPERTS) if pattern[layer] else DENSE_LAYER
             kept += sum(saved_activations(config, step) for step in steps)
     in_flight: float = min(pp - stage, micro_batches(args))
     virtual = config.virtual_pipeline_model_parallel_size

@@ -19,6 +19,8 @@ PAIR = window("pos3")
 """Dense operators of a pair; the widest window holds them all."""
 MOE_LAYER = window("pos1")
 """Dense operators of a MoE layer."""
+DENSE_LAYER = tuple(step for step in PAIR if step not in MOE_LAYER)
+"""Operators of the dense layer in front of it."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from megatron_scmoe.planner.counts import (
     logits_flops,
     rows_per_token,
 )
-from megatron_scmoe.planner.predict import PAIR, Model, PassTimes, Routed
+from megatron_scmoe.planner.predict import DENSE_LAYER, PAIR, Model, PassTimes, Routed
 
 _ROUTER_WEIGHT_BYTES = 4
-_DENSE_LAYER = (Step.DENSE_ATTENTION, Step.DENSE_MLP)
 
 
 def changed(config: TransformerConfig, **options: Any) -> TransformerConfig:
@@ -109,7 +108,7 @@ def computed_model(
     logits = tokens * logits_flops(config, args.padded_vocab_size)
     # Full recomputation repeats layers, not the output layer.
     rest = (
-        dense_layers * sum(times.dense[step] for times in passes for step in _DENSE_LAYER)
+        dense_layers * sum(times.dense[step] for times in passes for step in DENSE_LAYER)
         + (1 + BACKWARD_FACTOR) * logits / flops_per_second
     )
     return Model(passes, is_paired(config), rest / sum(pattern))

@@ -29,6 +29,7 @@ from megatron_scmoe.planner.counts import (
 from megatron_scmoe.planner.memory import fullest_gpu, model_parameters
 from megatron_scmoe.planner.plan import Plan, make_plan
 from megatron_scmoe.planner.predict import (
+    DENSE_LAYER,
     MOE_LAYER,
     PAIR,
     Model,
@@ -174,7 +175,7 @@ def test_flops_are_the_hosts(command_line, freq: str, topk: int) -> None:
 
     of_a_token = (
         moe_layers * flops(*MOE_LAYER, Step.EXPERTS)
-        + (4 - moe_layers) * flops(Step.DENSE_ATTENTION, Step.DENSE_MLP)
+        + (4 - moe_layers) * flops(*DENSE_LAYER)
         + logits_flops(transformer, args.padded_vocab_size)
     )
     assert 3 * of_a_token * args.seq_length * 8 == num_floating_point_operations(args, 8)
@@ -231,7 +232,7 @@ def test_full_recomputation_keeps_less_and_computes_more(planned) -> None:
     assert recomputed.predictions["pos2"][1].seconds == pytest.approx(
         kept.predictions["pos2"][1].seconds
         + forward
-        + kept.model.passes[0].dense[Step.DENSE_ATTENTION]
+        + sum(kept.model.passes[0].dense[step] for step in PAIR if step not in window("pos2"))
     )
 
 
@@ -564,6 +565,7 @@ def test_stock_command_lines_are_planned_too(output) -> None:
         (f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32", "Number of experts"),
         (f"{MODEL} {POS2} {CLUSTER} --global-batch-size 48", "48"),
         (f"{MODEL} {CLUSTER} --moe-layer-freq 1", "use pos1"),
+        (f"{MODEL} {POS2} {CLUSTER} --use-checkpoint-args --load x", "reads no checkpoint"),
         (f"{MODEL} {POS2} {CLUSTER} --clusters 1", "unrecognized arguments: --clusters 1"),
         (f"{MODEL} {POS2} {CLUSTER} --measured nowhere.json", "nowhere.json"),
         (f"{MODEL.replace('--vocab-size 500', '')} {POS2} {CLUSTER}", "--vocab-size"),
