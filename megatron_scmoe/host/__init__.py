@@ -5,7 +5,7 @@ host's `parse_args` and `validate_args`; `user_errors` turns a refusal into one 
 `python -m megatron_scmoe.host` prints what is replaced here and why.
 """
 
-from megatron_scmoe.host.cpu import apply_cpu_defaults
+from megatron_scmoe.host.cpu import apply_cpu_defaults, switch_kernels
 from megatron_scmoe.host.errors import one_line_usage_errors, user_errors
 from megatron_scmoe.host.table import apply_replacements, format_table, restore
 
@@ -15,5 +15,6 @@ __all__ = [
     "format_table",
     "one_line_usage_errors",
     "restore",
+    "switch_kernels",
     "user_errors",
 ]

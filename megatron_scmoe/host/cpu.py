@@ -276,14 +276,24 @@ def apply_cpu_defaults(args: Namespace) -> None:
         raise ValueError(
             "--context-parallel-size > 1 needs Transformer Engine's attention, and that a GPU"
         )
+    switched = switch_kernels(args)
+    if args.rank == 0:
+        print(f"No CUDA device: CPU backend. Switched: {', '.join(switched) or 'nothing'}")
+
+
+def switch_kernels(args: Namespace) -> list[str]:
+    """Set the options of `CPU_OPTIONS`; the model and its shapes stay the same.
+
+    Returns:
+        the flags that say what was changed.
+    """
     switched = []
     for option in CPU_OPTIONS:
         value = getattr(args, option.dest)
         if value != option.value and option.only in (None, value):
             setattr(args, option.dest, option.value)
             switched.append(option.flag)
-    if args.rank == 0:
-        print(f"No CUDA device: CPU backend. Switched: {', '.join(switched) or 'nothing'}")
+    return switched
 
 
 # Collectives over parts of different sizes, which gloo refuses and NCCL takes.

@@ -23,6 +23,7 @@ ALLOWED = {
     "moe": {"moe", "overlap", "config"},
     "shortcut_layer": {"moe", "overlap", "config"},
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
+    "planner": {"planner", "overlap", "config", "layer_specs"},
     "host": {"host"},
     "data": {"data"},
 }

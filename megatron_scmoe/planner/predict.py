@@ -1,0 +1,147 @@
+"""Times of a pair of layers -> what every position and slot is worth.
+
+A pair is a MoE layer and the dense layer in front of it, or the MoE layer alone where no dense
+layer stands in front. It is compared with two stock layouts of the same pair that wait for every
+exchange where it starts: top-(K+1) without a shared expert, which has the expert FLOPs of ScMoE
+with top-K where shared and routed experts are of one size, and top-K with a shared expert.
+
+The time of a unit is `overlap.cost`'s.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.schedule import Step, window
+
+PAIR = window("pos3")
+"""Dense operators of a pair; the widest window holds them all."""
+MOE_LAYER = window("pos1")
+"""Dense operators of a MoE layer."""
+DENSE_LAYER = tuple(step for step in PAIR if step not in MOE_LAYER)
+"""Operators of the dense layer in front of it."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Seconds of the routed part of a MoE, in one direction."""
+
+    experts: float
+    dispatch: float
+    combine: float
+
+    @property
+    def total(self) -> float:
+        return self.experts + self.dispatch + self.combine
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds of a pair's parts on one rank, for one micro-batch in one direction."""
+
+    dense: Mapping[Step, float]
+    """Every operator of PAIR."""
+    routed: Routed
+    """With top-K."""
+    wider: Routed
+    """With top-(K+1)."""
+
+    def unit(self, position: str) -> UnitTimes:
+        dense = tuple(self.dense[step] for step in window(position))
+        return UnitTimes(dense, self.routed.experts, self.routed.dispatch, self.routed.combine)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What surrounds the routed experts of a model.
+
+    Attributes:
+        passes: forward and backward; the forward pass twice where it is recomputed.
+        paired: whether a dense layer stands in front of every MoE layer.
+        rest: seconds of all passes outside the pairs, for each MoE layer.
+    """
+
+    passes: Sequence[PassTimes]
+    paired: bool
+    rest: float = 0.0
+
+    @property
+    def operators(self) -> tuple[Step, ...]:
+        return PAIR if self.paired else MOE_LAYER
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A position at a slot. Seconds are of all passes of a pair, for one micro-batch."""
+
+    position: str
+    slot: int
+    passes: tuple[SlotCost, ...]
+    seconds: float
+    hidden_share: float
+    """Of the communication; 1 where there is none."""
+    over_wider: float
+    """Speed-up of the pair over top-(K+1)."""
+    over_shared: float
+    """Speed-up of the pair over top-K and a shared expert."""
+    model_over_wider: float
+    """Speed-up over top-(K+1) with the rest of the model counted."""
+
+    @property
+    def exposed(self) -> float:
+        return math.fsum(cost.exposed for cost in self.passes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing waits for communication."""
+        return self.exposed == 0
+
+
+def predict(model: Model, position: str, slot: int) -> Prediction:
+    """One position at one slot.
+
+    Raises:
+        ValueError: the slot lies outside the window.
+    """
+    costs = tuple(slot_seconds(times.unit(position), slot) for times in model.passes)
+    outside = [step for step in model.operators if step not in window(position)]
+    seconds = math.fsum(
+        cost.seconds + math.fsum(times.dense[step] for step in outside)
+        for cost, times in zip(costs, model.passes, strict=True)
+    )
+    communication = math.fsum(times.unit(position).communication for times in model.passes)
+    exposed = math.fsum(cost.exposed for cost in costs)
+    wider = stock_seconds(model, wider=True, shared_expert=False)
+    return Prediction(
+        position=position,
+        slot=slot,
+        passes=costs,
+        seconds=seconds,
+        hidden_share=1 - exposed / communication if communication else 1.0,
+        over_wider=wider / seconds,
+        over_shared=stock_seconds(model, wider=False, shared_expert=True) / seconds,
+        model_over_wider=(wider + model.rest) / (seconds + model.rest),
+    )
+
+
+def predict_best(model: Model, position: str) -> Prediction:
+    """The best slot; a unit has one for both directions."""
+    return predict(model, position, best_slot(*(times.unit(position) for times in model.passes)))
+
+
+def stock_seconds(model: Model, wider: bool, shared_expert: bool) -> float:
+    """Seconds of all passes of a pair that waits for every exchange where it starts.
+
+    Args:
+        wider: top-(K+1) in place of top-K.
+        shared_expert: whether there is one.
+    """
+    operators = [
+        step for step in model.operators if shared_expert or step is not Step.SHARED_EXPERT
+    ]
+    return math.fsum(
+        math.fsum(times.dense[step] for step in operators)
+        + (times.wider if wider else times.routed).total
+        for times in model.passes
+    )

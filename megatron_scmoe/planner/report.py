@@ -1,0 +1,386 @@
+"""A plan as text and as JSON, with everything that was assumed."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.layer_specs import moe_layer_pattern
+from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.schedule import default_slot
+from megatron_scmoe.planner.cluster import PRESETS
+from megatron_scmoe.planner.measured import TOLERANCE
+from megatron_scmoe.planner.memory import Memory
+from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
+from megatron_scmoe.planner.predict import Model, Prediction, Routed
+from megatron_scmoe.planner.times import tokens_per_rank
+
+GIB = 2**30
+
+
+def as_text(
+    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
+) -> str:
+    """Tables to read."""
+    parts = [
+        _head(args, config, plan),
+        _parts_table(config, plan.model),
+        _positions_table(config, plan),
+        _degrees_table(plan),
+        _larger_table(plan),
+        _comparison_table(source, plan),
+        _memory_table(args, plan),
+        "Assumed\n" + "\n".join(f"- {line}" for line in assumptions(args, config, source, notes)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def as_json(
+    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
+) -> dict[str, Any]:
+    """The same numbers; seconds and bytes."""
+    forward, backward = plan.model.passes[0], plan.model.passes[-1]
+    return {
+        "layout": _layout(args, config),
+        "parameters": plan.parameters,
+        "tokens_per_rank": tokens_per_rank(args, config),
+        "seconds": {
+            name: {
+                **{step.value: times.dense[step] for step in plan.model.operators},
+                **_routed(times.routed),
+                "wider": _routed(times.wider),
+            }
+            for name, times in (("forward", forward), ("backward", backward))
+        },
+        "rest_seconds": plan.model.rest,
+        "communication_share": communication_share(plan.model),
+        "predictions": [
+            _prediction(prediction, prediction.slot == plan.best(position).slot)
+            for position, slots in plan.predictions.items()
+            for prediction in slots
+        ],
+        "refused": plan.refused,
+        "first_misfit": {position: plan.first_misfit(position) for position in plan.predictions},
+        "degrees": [
+            {
+                "expert_model_parallel_size": degree.ranks,
+                "leaving_node": degree.leaving_node,
+                **_routed(degree.times.routed),
+                "best": [_prediction(prediction, True) for prediction in degree.best.values()],
+            }
+            for degree in plan.degrees
+        ],
+        "extrapolated": [
+            {
+                "gpus": larger.gpus,
+                "expert_model_parallel_size": larger.degree.ranks,
+                "num_experts": larger.experts,
+                "parameters": larger.parameters,
+                "leaving_node": larger.degree.leaving_node,
+                **_routed(larger.degree.times.routed),
+                "best": [_prediction(value, True) for value in larger.degree.best.values()],
+                "memory": _memory(larger.memory),
+            }
+            for larger in plan.larger
+        ],
+        "comparisons": [
+            {**comparison._asdict(), "deviation": comparison.deviation}
+            for comparison in plan.comparisons
+        ],
+        "memory": _memory(plan.memory),
+        "assumptions": assumptions(args, config, source, notes),
+    }
+
+
+def communication_share(model: Model) -> float:
+    """Of the time of the top-(K+1) MoE, experts and exchanges: what the paper states."""
+    total = sum(times.wider.total for times in model.passes)
+    experts = sum(times.wider.experts for times in model.passes)
+    return 1 - experts / total if total else 0.0
+
+
+def assumptions(
+    args: Namespace, config: TransformerConfig, source: Source, notes: Sequence[str]
+) -> list[str]:
+    """One line each."""
+    lines = list(notes)
+    if source.measurement is not None:
+        lines.append(f"operator times measured: {source.measurement.source}")
+    else:
+        lines.append(
+            f"compute: FLOPs at {args.cluster_flops_efficiency:.0%} of "
+            f"{args.cluster_tflops:g} TFLOP/s, the same share for every operator and for backward, "
+            "which has twice the FLOPs; norms, routing, permutation and merge take no time"
+        )
+        lines.append("attention is causal over the whole sequence; no document masks, no windows")
+    if source.cluster is not None:
+        network = args.cluster_network_gbytes
+        lines.append(
+            f"all-to-all: {args.cluster_intra_node_gbytes:g} GB/s in the node, "
+            f"{'unknown' if network is None else f'{network:g} GB/s'} between nodes, for each GPU "
+            f"and direction, at {args.cluster_bandwidth_efficiency:.0%}; both at the same time; "
+            f"{args.cluster_message_us:g} us for each peer; full bisection, no other traffic"
+        )
+    if args.cluster_preset is not None:
+        lines.append(f"preset {args.cluster_preset}: {PRESETS[args.cluster_preset].source}")
+    lines += [
+        "routing is uniform, so that every rank has the same load; no rank is late",
+        "an all-to-all runs at full speed beside compute, and slows it down by nothing",
+        "experts and exchanges of the baselines grow with the number of rows"
+        if source.measurement is not None
+        else "the baselines wait for every exchange where it starts",
+        "collectives of TP, CP, PP and DP, and the pipeline's bubble, take no time",
+        "one expert slot for both directions; with it `best` minimises their sum",
+    ]
+    if config.recompute_granularity == "full":
+        lines.append("full recomputation: every micro-batch runs the forward pass twice")
+    lines.append(
+        "memory: Adam; activations are an estimate (flash attention, no allocator overhead, no "
+        "communication buffers)"
+    )
+    if args.extrapolate:
+        lines.append(
+            "more GPUs: one expert parallel group over all GPUs of a pipeline stage, experts of a "
+            "rank and tokens of a rank as here, so that model and batch grow; none of it was "
+            "measured"
+        )
+    return lines
+
+
+# Text. --------------------------------------------------------------------------------------------
+
+
+def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
+    pattern = moe_layer_pattern(config)
+    layout = _layout(args, config)
+    return "\n".join(
+        [
+            f"Model   {plan.parameters / 1e9:.3g} B parameters; {len(pattern)} layers, "
+            f"{sum(pattern)} of them MoE with {config.num_moe_experts} experts, "
+            f"top-{config.moe_router_topk} and a shared expert",
+            "Layout  " + ", ".join(f"{name} {size}" for name, size in layout.items()),
+            f"Batch   {args.micro_batch_size} x {args.seq_length} tokens, "
+            f"{tokens_per_rank(args, config)} on a rank",
+        ]
+    )
+
+
+def _parts_table(config: TransformerConfig, model: Model) -> str:
+    passes = (model.passes[0], model.passes[-1])
+    rows = [[step.value, *(_ms(times.dense[step]) for times in passes)] for step in model.operators]
+    for name in ("experts", "dispatch", "combine"):
+        rows.append([name, *(_ms(getattr(times.routed, name)) for times in passes)])
+    return (
+        "Times of one pair of layers, one micro-batch (ms)\n"
+        + _table(["", "forward", "backward"], rows)
+        + f"\ncommunication is {communication_share(model):.0%} of the MoE's time with "
+        f"{_wider(config)}"
+    )
+
+
+def _positions_table(config: TransformerConfig, plan: Plan) -> str:
+    shared = f"top-{config.moe_router_topk}+shared"
+    header = ["position", "slot", "window", "communication", "exposed", "hidden", "pair"]
+    header += [f"over {_wider(config)}", f"over {shared}", "model"]
+    rows = []
+    for position, slots in plan.predictions.items():
+        units = [times.unit(position) for times in plan.model.passes]
+        for prediction in slots:
+            marks = "*" if prediction.slot == default_slot(position) else ""
+            marks += "+" if prediction.slot == plan.best(position).slot else ""
+            rows.append(
+                [
+                    position,
+                    f"{prediction.slot}{marks}",
+                    _sides(units, prediction.slot),
+                    " | ".join(
+                        _ms(sum(getattr(u, n) for u in units)) for n in ("dispatch", "combine")
+                    ),
+                    _ms(prediction.exposed),
+                    f"{prediction.hidden_share:.0%}",
+                    _ms(prediction.seconds),
+                    f"{prediction.over_wider:.2f}x",
+                    f"{prediction.over_shared:.2f}x",
+                    f"{prediction.model_over_wider:.2f}x",
+                ]
+            )
+    refused = "".join(f"\n{position}: {why}" for position, why in plan.refused.items())
+    return (
+        "Positions and slots, forward and backward together (ms; window before | after the "
+        "experts, dispatch | combine)\n"
+        + _table(header, rows)
+        + f"\n* default slot, + best slot; model: over {_wider(config)} with all other layers"
+        + refused
+    )
+
+
+def _degrees_table(plan: Plan) -> str:
+    if not plan.degrees:
+        return ""
+    positions = list(plan.predictions)
+    rows = [
+        [
+            str(degree.ranks),
+            f"{degree.leaving_node:.0%}",
+            _ms(degree.times.routed.dispatch),
+            _ms(degree.times.routed.combine),
+            *(f"{degree.best[position].hidden_share:.0%}" for position in positions),
+        ]
+        for degree in plan.degrees
+    ]
+    header = ["EP", "leaves node", "dispatch", "combine"]
+    lines = [
+        "EP degrees: one all-to-all (ms), and the share that the best slot hides",
+        _table([*header, *positions], rows),
+    ]
+    largest = plan.degrees[-1].ranks
+    for position in positions:
+        misfit = plan.first_misfit(position)
+        if misfit is None:
+            lines.append(
+                f"{position}: communication fits up to EP {largest}, the largest looked at"
+            )
+        else:
+            lines.append(f"{position}: communication no longer fits from EP {misfit} on")
+    if largest < LARGEST_EP:
+        lines.append("beyond that a group leaves the node, and no network is known")
+    return "\n".join(lines)
+
+
+def _larger_table(plan: Plan) -> str:
+    if not plan.larger:
+        return ""
+    positions = list(plan.predictions)
+    rows = [
+        [
+            str(larger.gpus),
+            str(larger.degree.ranks),
+            str(larger.experts),
+            f"{larger.parameters / 1e9:.3g}",
+            f"{larger.degree.leaving_node:.0%}",
+            _ms(larger.degree.times.routed.dispatch),
+            *(_hidden_and_speed(larger.degree.best[position]) for position in positions),
+            f"{larger.memory.total / GIB:.1f}",
+        ]
+        for larger in plan.larger
+    ]
+    header = ["GPUs", "EP", "experts", "B params", "leaves node", "dispatch", *positions, "GiB/GPU"]
+    return (
+        "Extrapolated, not measured: hidden share and speed-up of the pair at the best slot (ms)\n"
+        + _table(header, rows)
+    )
+
+
+def _comparison_table(source: Source, plan: Plan) -> str:
+    if not plan.comparisons:
+        return ""
+    rows = [
+        [
+            comparison.name,
+            _ms(comparison.predicted),
+            _ms(comparison.measured),
+            f"{comparison.deviation:+.1%}",
+        ]
+        for comparison in plan.comparisons
+    ]
+    agree = sum(comparison.agrees for comparison in plan.comparisons)
+    return (
+        "Predicted against measured (ms)\n"
+        + _table(["run", "predicted", "measured", "deviation"], rows)
+        + f"\n{agree} of {len(rows)} within {TOLERANCE:.0%}"
+    )
+
+
+def _memory_table(args: Namespace, plan: Plan) -> str:
+    memory = plan.memory
+    names = ("weights", "gradients", "optimizer", "activations")
+    rows = [[name, f"{getattr(memory, name) / GIB:.2f}"] for name in names]
+    rows[-1][0] += " (estimate)"
+    rows.append(["total", f"{memory.total / GIB:.2f}"])
+    text = (
+        f"Memory of a GPU (GiB), pipeline stage {memory.stage}, which needs most; "
+        f"{memory.parameters / 1e9:.3g} B parameters\n" + _table(["", "GiB"], rows)
+    )
+    if args.cluster_memory_gib is not None:
+        fits = memory.total <= args.cluster_memory_gib * GIB
+        text += f"\n{'fits' if fits else 'does not fit'} in {args.cluster_memory_gib:g} GiB"
+    return text
+
+
+def _layout(args: Namespace, config: TransformerConfig) -> dict[str, int]:
+    return {
+        "GPUs": args.world_size,
+        "per node": args.cluster_gpus_per_node,
+        "TP": config.tensor_model_parallel_size,
+        "CP": config.context_parallel_size,
+        "PP": config.pipeline_model_parallel_size,
+        "EP": config.expert_model_parallel_size,
+        "expert TP": config.expert_tensor_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+
+
+def _wider(config: TransformerConfig) -> str:
+    return f"top-{config.moe_router_topk + 1}"
+
+
+def _sides(units: Sequence[UnitTimes], slot: int) -> str:
+    before = sum(sum(unit.dense[:slot]) for unit in units)
+    after = sum(sum(unit.dense[slot:]) for unit in units)
+    return f"{_ms(before)} | {_ms(after)}"
+
+
+def _hidden_and_speed(prediction: Prediction) -> str:
+    return f"{prediction.hidden_share:.0%} {prediction.over_wider:.2f}x"
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, three digits."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+# JSON. --------------------------------------------------------------------------------------------
+
+
+def _routed(routed: Routed) -> dict[str, float]:
+    return {"experts": routed.experts, "dispatch": routed.dispatch, "combine": routed.combine}
+
+
+def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:
+    return {
+        "position": prediction.position,
+        "slot": prediction.slot,
+        "best": best,
+        "passes": [cost._asdict() for cost in prediction.passes],
+        "seconds": prediction.seconds,
+        "exposed_seconds": prediction.exposed,
+        "hidden_share": prediction.hidden_share,
+        "speedup_over_wider": prediction.over_wider,
+        "speedup_over_shared": prediction.over_shared,
+        "model_speedup_over_wider": prediction.model_over_wider,
+    }
+
+
+def _memory(memory: Memory) -> dict[str, float]:
+    return {
+        "stage": memory.stage,
+        "parameters": memory.parameters,
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations_estimate": memory.activations,
+        "total": memory.total,
+    }

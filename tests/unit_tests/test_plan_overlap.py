@@ -1,0 +1,621 @@
+"""The planner against built models, the host's counters, brute force and the paper."""
+
+import copy
+import json
+import math
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+from megatron.training.training import num_floating_point_operations
+
+from megatron_scmoe.arguments import model_config_from_args
+from megatron_scmoe.overlap.cost import UnitTimes, slot_seconds
+from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
+from megatron_scmoe.planner import paper
+from megatron_scmoe.planner.cluster import PRESETS, Cluster
+from megatron_scmoe.planner.counts import (
+    forward_flops,
+    layer_parameters,
+    logits_flops,
+    norm_parameters,
+)
+from megatron_scmoe.planner.memory import fullest_gpu, model_parameters
+from megatron_scmoe.planner.plan import Plan, make_plan
+from megatron_scmoe.planner.predict import (
+    DENSE_LAYER,
+    MOE_LAYER,
+    PAIR,
+    Model,
+    PassTimes,
+    Routed,
+    predict,
+    predict_best,
+    stock_seconds,
+)
+from megatron_scmoe.planner.times import exchange_bytes
+from tests.models import Case, build_block
+from tools import plan_overlap
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+# Counts. ------------------------------------------------------------------------------------------
+
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 5,
+    "qk_head_dim": 4,
+    "qk_pos_emb_head_dim": 2,
+    "v_head_dim": 3,
+    "num_query_groups": 4,
+}
+BUILT = {
+    "gqa": Case(),
+    "gelu": Case(host={"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}),
+    "layernorm": Case(host={"normalization": "LayerNorm"}),
+    "qk-layernorm": Case(host={"qk_layernorm": True}),
+    "qkv-bias": Case(host={"add_qkv_bias": True}),
+    "cg2": Case(scmoe={"scmoe_combine": "cg2", "scmoe_post_norm": True}),
+    "add-shared-norm": Case(scmoe={"scmoe_combine": "add", "scmoe_shortcut_norm": "shared"}),
+    "top-2": Case(host={"moe_router_topk": 2}),
+    "moe-in-every-layer": Case(scmoe={"scmoe_shortcut_position": "pos1"}, moe_frequency=1),
+    "every-fourth": Case(moe_frequency=4),
+    "latent": Case(host=LATENT),
+    "latent-qk-layernorm": Case(host={**LATENT, "qk_layernorm": True}),
+    "latent-full-query": Case(host={**LATENT, "q_lora_rank": None}),
+}
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("case", BUILT.values(), ids=BUILT)
+def test_parameters_are_those_of_the_built_model(case: Case) -> None:
+    config, scmoe = case.host_config(), case.scmoe_config()
+    counted = [layer_parameters(config, scmoe, layer) for layer in range(config.num_layers)]
+    dense = replicated = experts = 0
+    for name, parameter in build_block(case).named_parameters():
+        if ".experts." in name:
+            experts += parameter.numel()
+        elif getattr(parameter, "tensor_model_parallel", False):
+            dense += parameter.numel()
+        else:
+            replicated += parameter.numel()
+    final_norm = norm_parameters(config, config.hidden_size)
+    assert sum(layer.dense for layer in counted) == dense
+    assert sum(layer.experts for layer in counted) == experts
+    assert sum(layer.replicated for layer in counted) + final_norm == replicated
+
+
+def test_every_operator_of_a_unit_is_counted() -> None:
+    config = Case().host_config()
+    for step in {*window("pos1"), *window("pos2"), *window("pos3"), Step.EXPERTS}:
+        assert forward_flops(config, step, 8) > 0
+
+
+# The command line. --------------------------------------------------------------------------------
+
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 160 --num-attention-heads 8 "
+    "--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope --seq-length 128 "
+    "--max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 4096 --bf16 "
+    "--use-distributed-optimizer --vocab-size 500 --untie-embeddings-and-output-weights "
+    "--num-experts 16 --moe-ffn-hidden-size 96 --moe-layer-freq ([0,1]*2) --moe-router-topk 1 "
+    "--moe-token-dispatcher-type alltoall"
+)
+CLUSTER = (
+    "--cluster-nodes 4 --cluster-gpus-per-node 4 --cluster-tflops 100 "
+    "--cluster-intra-node-gbytes 100 --cluster-network-gbytes 10 "
+    "--cluster-flops-efficiency 0.5 --cluster-bandwidth-efficiency 0.8"
+)
+POS2 = "--scmoe-shortcut-position pos2"
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch):
+    """Options as the tool reads them, without a cluster's number of ranks."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def read(*options: str) -> tuple[Namespace, Any]:
+        monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *shlex.split(" ".join(options))])
+        args, _ = plan_overlap.parse_command_line()
+        return args, model_config_from_args(args)
+
+    return read
+
+
+@pytest.fixture
+def planned(command_line):
+    """The plan of a command line."""
+
+    def plan(*options: str) -> tuple[Namespace, TransformerConfig, Plan]:
+        args, config = command_line(*options)
+        source = plan_overlap.source_from_args(args)
+        return (
+            args,
+            config.transformer,
+            make_plan(args, config.transformer, config.scmoe, source, args.extrapolate),
+        )
+
+    return plan
+
+
+@pytest.fixture
+def output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What the tool prints."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def run(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *shlex.split(" ".join(options))])
+        plan_overlap.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("freq", ["([0,1]*2)", "([0,0,0,1])", "([1]*4)"])
+def test_flops_are_the_hosts(command_line, freq: str, topk: int) -> None:
+    args, config = command_line(
+        MODEL,
+        CLUSTER,
+        f"--scmoe-shortcut-position pos1 --moe-layer-freq {freq} --moe-router-topk {topk}",
+    )
+    transformer = config.transformer
+    moe_layers = sum(transformer.moe_layer_freq)
+
+    def flops(*steps: Step) -> float:
+        return sum(forward_flops(transformer, step, args.seq_length) for step in steps)
+
+    of_a_token = (
+        moe_layers * flops(*MOE_LAYER, Step.EXPERTS)
+        + (4 - moe_layers) * flops(*DENSE_LAYER)
+        + logits_flops(transformer, args.padded_vocab_size)
+    )
+    assert 3 * of_a_token * args.seq_length * 8 == num_floating_point_operations(args, 8)
+
+
+LAYOUTS = {
+    "dp": "",
+    "ep": "--expert-model-parallel-size 8",
+    "tp": "--tensor-model-parallel-size 4 --sequence-parallel",
+    "tp-ep": "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4",
+    "etp-1": "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
+    "--expert-model-parallel-size 8",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
+def test_weights_gradients_and_optimizer_are_the_hosts(
+    command_line, layout: str, optimizer: str
+) -> None:
+    model = MODEL.replace("--use-distributed-optimizer", optimizer)
+    # The host does not know the shortcut's own norm.
+    args, config = command_line(model, CLUSTER, POS2, layout, "--scmoe-shortcut-norm shared")
+    memory = fullest_gpu(args, config.transformer, config.scmoe, args.world_size)
+    ours = memory.weights + memory.gradients + memory.optimizer
+    assert ours == pytest.approx(compute_weight_and_optimizer_memory(args), rel=1e-12)
+
+
+def test_pipeline_stages_hold_the_model_once(command_line) -> None:
+    args, config = command_line(MODEL, CLUSTER, POS2)
+    whole = fullest_gpu(args, config.transformer, config.scmoe, args.world_size)
+    stages = []
+    for options in ("", "--micro-batch-size 8"):
+        args, config = command_line(
+            MODEL, CLUSTER, POS2, "--pipeline-model-parallel-size 2", options
+        )
+        stages.append(fullest_gpu(args, config.transformer, config.scmoe, args.world_size))
+        total = model_parameters(args, config.transformer, config.scmoe).total
+        assert total == whole.parameters
+    first, _ = stages
+    # Embedding and output layer are of one size; the last stage has the final norm, the first one
+    # two micro-batches in flight.
+    assert first.stage == 0
+    assert first.parameters == (whole.parameters - 64) // 2
+    assert first.activations > whole.activations / 2
+
+
+def test_full_recomputation_keeps_less_and_computes_more(planned) -> None:
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    _, _, kept = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8")
+    _, _, recomputed = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8", recompute)
+    assert recomputed.memory.activations < kept.memory.activations
+    forward = kept.predictions["pos2"][1].passes[0].seconds
+    assert recomputed.predictions["pos2"][1].seconds == pytest.approx(
+        kept.predictions["pos2"][1].seconds
+        + forward
+        + sum(kept.model.passes[0].dense[step] for step in PAIR if step not in window("pos2"))
+    )
+
+
+# The cluster. -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus_per_node", [1, 4, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 16])
+def test_all_to_all_moves_what_it_must(ranks: int, stride: int, gpus_per_node: int) -> None:
+    """Count the bytes of the first rank's messages one by one."""
+    cluster = Cluster(gpus_per_node, 100.0, 10.0, 0.5, 1e-3)
+    sent = {"node": 0.0, "network": 0.0}
+    for peer in range(1, ranks):
+        same_node = peer * stride // gpus_per_node == 0
+        sent["node" if same_node else "network"] += 800 / ranks
+    seconds = max(sent["node"] / 50, sent["network"] / 5) + (ranks - 1) * 1e-3
+    assert cluster.all_to_all_seconds(800, ranks, stride) == pytest.approx(seconds)
+    assert cluster.share_leaving_node(ranks, stride) == pytest.approx(sent["network"] / 800)
+
+
+def test_presets_are_of_gpus_that_exist() -> None:
+    for preset in PRESETS.values():
+        assert preset.source and preset.tflops > 0
+        assert preset.network_gbytes is None or preset.network_gbytes < preset.intra_node_gbytes
+
+
+def test_bytes_of_an_exchange(command_line) -> None:
+    args, config = command_line(MODEL, CLUSTER, POS2, "--moe-router-topk 2")
+    tokens = 128 * 2
+    assert exchange_bytes(args, config.transformer) == (2 * tokens * (64 * 2 + 4), 2 * tokens * 128)
+    args, config = command_line(
+        MODEL, CLUSTER, POS2, "--tensor-model-parallel-size 2 --sequence-parallel"
+    )
+    assert exchange_bytes(args, config.transformer)[1] == tokens // 2 * 128
+
+
+# Predictions. -------------------------------------------------------------------------------------
+
+
+def times(scale: float = 1.0, dispatch: float = 4.0, combine: float = 2.0) -> PassTimes:
+    operators = (3.0, 4.0, 3.0, 4.0)
+    return PassTimes(
+        dense={
+            step: scale * seconds
+            for step, seconds in zip(PAIR, _spread(operators, len(PAIR)), strict=True)
+        },
+        routed=Routed(5 * scale, dispatch, combine),
+        wider=Routed(10 * scale, 2 * dispatch, 2 * combine),
+    )
+
+
+def _spread(seconds: tuple[float, ...], count: int) -> list[float]:
+    return [seconds[index % len(seconds)] for index in range(count)]
+
+
+def test_pair_by_hand() -> None:
+    model = Model([times(), times(2.0)], paired=True, rest=10.0)
+    dense = sum(times().dense.values())
+    shared_expert = times().dense[Step.SHARED_EXPERT]
+    top_2 = (dense - shared_expert) * 3 + 30 + 2 * 12
+    shared = dense * 3 + 15 + 2 * 6
+    assert stock_seconds(model, wider=True, shared_expert=False) == top_2
+    assert stock_seconds(model, wider=False, shared_expert=True) == shared
+    hidden_at_slot = {0: 2.0, 1: 6.0}  # combine alone; both
+    for slot, hidden in hidden_at_slot.items():
+        prediction = predict(model, "pos2", slot)
+        assert prediction.seconds == shared - 2 * hidden
+        assert prediction.hidden_share == pytest.approx(hidden / 6)
+        assert prediction.exposed == 2 * (6 - hidden)
+        assert prediction.fits == (slot == 1)
+        assert prediction.over_wider == top_2 / prediction.seconds
+        assert prediction.over_shared == shared / prediction.seconds
+        assert prediction.model_over_wider == (top_2 + 10) / (prediction.seconds + 10)
+    # Slots 1 to 4 hide everything; of these the one nearest the middle.
+    assert predict_best(model, "pos2").slot == 2
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_dense_work_outside_the_window_counts(position: str) -> None:
+    """Without communication every position takes the same time."""
+    model = Model([times(dispatch=0, combine=0)], paired=True)
+    seconds = {predict(model, position, slot).seconds for slot in range(len(window(position)) + 1)}
+    assert seconds == {stock_seconds(model, wider=False, shared_expert=True)}
+
+
+def test_moe_in_every_layer_has_no_dense_layer() -> None:
+    model = Model([times()], paired=False)
+    attention_and_shared = sum(times().dense[step] for step in MOE_LAYER)
+    assert stock_seconds(model, wider=False, shared_expert=True) == attention_and_shared + 11
+
+
+def test_plan_from_flops_and_bytes(planned) -> None:
+    """One operator and one exchange, calculated here."""
+    _, _, plan = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 16")
+    forward, backward = plan.model.passes
+    tokens = 128 * 2
+    mlp = 2 * tokens * 64 * 160 * 3 / 50e12
+    assert forward.dense[Step.DENSE_MLP] == pytest.approx(mlp)
+    assert backward.dense[Step.DENSE_MLP] == pytest.approx(2 * mlp)
+    combine = tokens * 64 * 2 * 12 / 16 / (10e9 * 0.8)
+    assert forward.routed.combine == backward.routed.combine == pytest.approx(combine)
+    assert forward.wider.combine == pytest.approx(2 * combine)
+    unit = UnitTimes(
+        tuple(forward.dense[step] for step in window("pos2")),
+        forward.routed.experts,
+        forward.routed.dispatch,
+        forward.routed.combine,
+    )
+    for slot, prediction in enumerate(plan.predictions["pos2"]):
+        assert prediction.passes[0] == slot_seconds(unit, slot)
+
+
+def test_first_degree_that_does_not_fit(planned) -> None:
+    """A network slow enough that communication fits in the node only."""
+    slow = CLUSTER.replace("--cluster-network-gbytes 10", "--cluster-network-gbytes 1")
+    fast = slow.replace("intra-node-gbytes 100", "intra-node-gbytes 10000")
+    _, _, plan = planned(MODEL, fast, POS2)
+    assert [degree.ranks for degree in plan.degrees] == [2**power for power in range(13)]
+    assert plan.first_misfit("pos2") == 8  # the first that leaves a node of four
+    _, _, plan = planned(MODEL, fast.replace("network-gbytes 1", "network-gbytes 9000"), POS2)
+    assert plan.first_misfit("pos2") is None
+    # More expert parallel ranks never hide more.
+    for position in POSITIONS:
+        shares = [degree.best[position].hidden_share for degree in plan.degrees]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_a_node_without_a_network_ends_the_degrees(planned) -> None:
+    options = CLUSTER.replace("--cluster-network-gbytes 10", "")
+    _, _, plan = planned(MODEL, options, POS2, "--expert-model-parallel-size 4")
+    assert [degree.ranks for degree in plan.degrees] == [1, 2, 4]
+
+
+def test_extrapolation_keeps_a_ranks_experts(planned) -> None:
+    _, _, plan = planned(
+        MODEL,
+        CLUSTER,
+        POS2,
+        "--expert-model-parallel-size 8 --pipeline-model-parallel-size 2 --extrapolate",
+    )
+    assert [larger.gpus for larger in plan.larger] == [64, 128, 256, 512, 1024, 2048, 4096]
+    for larger in plan.larger:
+        assert larger.degree.ranks == larger.gpus // 2
+        assert larger.experts == 2 * larger.degree.ranks
+        # Weights of a GPU differ by the router's rows alone.
+        router = (larger.experts - 16) * 64
+        assert larger.memory.parameters == plan.memory.parameters + router
+    assert plan.larger[-1].degree.leaving_node == 1 - 4 / 2048
+
+
+def test_positions_that_the_pattern_refuses(planned) -> None:
+    _, _, plan = planned(
+        MODEL.replace("([0,1]*2)", "([1]*4)"), CLUSTER, "--scmoe-shortcut-position pos1"
+    )
+    assert list(plan.predictions) == ["pos1"]
+    assert list(plan.refused) == ["pos2", "pos3"]
+    assert not plan.model.paired
+
+
+# Measured times. ----------------------------------------------------------------------------------
+
+
+def run_of(position: str, **values: Any) -> dict[str, Any]:
+    return {"position": position, **values}
+
+
+def measured_file() -> dict[str, Any]:
+    """Times of a slow link, and runs of which one is 11 % from what they predict."""
+    direction = {step.value: 0.010 for step in PAIR}
+    direction |= {"experts": 0.010, "dispatch": 0.015, "combine": 0.012}
+    dense = 0.010 * len(PAIR)
+    behind_experts = 0.010 * (len(window("pos1")) - 1)
+    one_pass = {
+        "top-2": dense - 0.010 + 0.020 + 2 * 0.027,
+        "shared": dense + 0.010 + 0.027,
+        "pos1 slot 1": dense + 0.010 + 0.005 + max(0.0, 0.012 - behind_experts),
+    }
+    seconds = {name: 0.003 + 2 * value for name, value in one_pass.items()}
+    return {
+        "source": "synthetic",
+        "topk": 1,
+        "forward": direction,
+        "backward": dict(direction),
+        "rest": 0.003,
+        "runs": [
+            run_of("none", topk=2, shared_expert=False, seconds=seconds["top-2"] * 1.05),
+            run_of("none", seconds=seconds["shared"] / 1.11),
+            run_of("pos2", slot=1, overlap=False, seconds=seconds["shared"]),
+            run_of("pos1", slot=1, seconds=seconds["pos1 slot 1"] * 0.92),
+        ],
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def to_file(content: Any) -> str:
+        path = tmp_path / "measured.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return f"--measured {path}"
+
+    return to_file
+
+
+NODES = "--cluster-nodes 2 --cluster-gpus-per-node 4"
+
+
+def test_measured_runs_are_compared(planned, output, write) -> None:
+    options = (MODEL, NODES, POS2, write(measured_file()))
+    _, _, plan = planned(*options)
+    assert [comparison.name for comparison in plan.comparisons] == [
+        "top-2",
+        "top-1 + shared expert",
+        "pos2 slot 1, no overlap",
+        "pos1 slot 1",
+    ]
+    deviations = [comparison.deviation for comparison in plan.comparisons]
+    assert deviations == pytest.approx([1 / 1.05 - 1, 0.11, 0, 1 / 0.92 - 1])
+    assert [comparison.agrees for comparison in plan.comparisons] == [True, False, True, True]
+    assert not plan.degrees  # no network is known
+    text = output(*options)
+    assert "3 of 4 within 10%" in text and "operator times measured: synthetic" in text
+
+
+def test_measured_compute_with_the_clusters_network(planned, write) -> None:
+    content = measured_file()
+    for direction in ("forward", "backward"):
+        del content[direction]["dispatch"], content[direction]["combine"]
+    ep = "--expert-model-parallel-size 16"
+    _, _, plan = planned(MODEL, CLUSTER, POS2, ep, write(content))
+    _, _, analytic = planned(MODEL, CLUSTER, POS2, ep)
+    ours, theirs = plan.model.passes[0], analytic.model.passes[0]
+    assert ours.dense[Step.DENSE_MLP] == 0.010
+    assert ours.routed.combine == theirs.routed.combine
+    assert ours.wider.experts == 0.020
+
+
+def changed_file(*path: str, value: Any = None) -> dict[str, Any]:
+    """The file with one value changed, or left out for None."""
+    content = copy.deepcopy(measured_file())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "Expecting property name"),
+        ([], "an object was expected, not []"),
+        (changed_file("topk"), "no 'topk'"),
+        (changed_file("topk", value=2), "make them equal"),
+        (changed_file("forward", "experts"), "no 'experts'"),
+        (changed_file("forward", "combine"), "no 'combine'"),
+        (changed_file("backward", "dispatch"), "no 'dispatch'"),
+        (changed_file("forward", "expert", value=1), "unknown key 'expert'"),
+        (changed_file("forward", "experts", value=-1), "experts is -1, not a time in seconds"),
+        (changed_file("runs", value=[{"position": "pos2"}]), "no 'seconds'"),
+        (changed_file("runs", value=[run_of("pos2", seconds=1)]), "with slot None"),
+        (changed_file("runs", value=[run_of("pos4", seconds=1)]), "at position 'pos4'"),
+        (changed_file("runs", value=[run_of("none", topk=4, seconds=1)]), "only 1 and 2"),
+        (changed_file("runs", value=[run_of("pos1", topk=2, slot=1, seconds=1)]), "parts have 1"),
+        (changed_file("runs", value=[run_of("none", seconds=0)]), "seconds of a run is 0"),
+    ],
+)
+def test_wrong_files_are_one_line(output, write, capsys, content: Any, expected: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        output(MODEL, NODES, POS2, write(content))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("\n") == 1 and expected in error and error.startswith("plan_overlap.py: ")
+
+
+# What is printed. ---------------------------------------------------------------------------------
+
+
+def test_text_and_json_say_the_same(output) -> None:
+    options = (MODEL, CLUSTER, POS2, "--expert-model-parallel-size 16 --extrapolate")
+    text, content = output(*options), json.loads(output(*options, "--json"))
+    assert {entry["position"] for entry in content["predictions"]} == set(POSITIONS)
+    assert len(content["predictions"]) == sum(len(window(name)) + 1 for name in POSITIONS)
+    for position in POSITIONS:
+        best = [
+            entry
+            for entry in content["predictions"]
+            if entry["best"] and entry["position"] == position
+        ]
+        assert len(best) == 1
+        (line,) = (
+            line
+            for line in text.splitlines()
+            if line.startswith(position) and "+ " in line.partition("|")[0]
+        )
+        assert f"{best[0]['speedup_over_wider']:.2f}x" in line
+        assert f"{best[0]['hidden_share']:.0%}" in line
+    assert content["layout"]["GPUs"] == 16 and "GPUs 16" in text
+    for assumption in content["assumptions"]:
+        assert f"- {assumption}" in text
+    for kind in ("compute", "all-to-all", "routing", "memory", "more GPUs"):
+        assert any(line.startswith(kind) for line in content["assumptions"]), kind
+    assert len(content["extrapolated"]) == 7 and "Extrapolated, not measured" in text
+    memory = content["memory"]
+    parts = ("weights", "gradients", "optimizer", "activations_estimate")
+    assert math.isclose(memory["total"], sum(memory[name] for name in parts))
+
+
+def test_stock_command_lines_are_planned_too(output) -> None:
+    text = output(MODEL, CLUSTER)
+    assert "--scmoe-shortcut-position pos2 for the memory" in text
+    assert "over top-2" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (f"{MODEL} {POS2}", "--cluster-nodes is missing"),
+        (f"{MODEL} {POS2} --cluster-nodes 0 --cluster-gpus-per-node 8", "--cluster-nodes"),
+        (
+            f"{MODEL} {POS2} --cluster-nodes 1 --cluster-preset a800-nvlink",
+            "missing: --cluster-flops-efficiency, --cluster-bandwidth-efficiency",
+        ),
+        (f"{MODEL} {POS2} {CLUSTER} --cluster-flops-efficiency 1.5", "at most 1"),
+        (f"{MODEL} {POS2} {CLUSTER} --cluster-bandwidth-efficiency 40", "at most 1"),
+        (f"{MODEL} {POS2} {CLUSTER} --cluster-network-gbytes -1", "must be positive"),
+        (f"{MODEL} {POS2} {CLUSTER} --cluster-message-us -1", "message latency"),
+        (f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32", "Number of experts"),
+        (f"{MODEL} {POS2} {CLUSTER} --global-batch-size 48", "48"),
+        (f"{MODEL} {CLUSTER} --moe-layer-freq 1", "use pos1"),
+        (f"{MODEL} {POS2} {CLUSTER} --use-checkpoint-args --load x", "reads no checkpoint"),
+        (f"{MODEL} {POS2} {CLUSTER} --clusters 1", "unrecognized arguments: --clusters 1"),
+        (f"{MODEL} {POS2} {CLUSTER} --measured nowhere.json", "nowhere.json"),
+        (f"{MODEL.replace('--vocab-size 500', '')} {POS2} {CLUSTER}", "--vocab-size"),
+        (
+            f"{MODEL} {POS2} --cluster-preset a30-pcie --cluster-nodes 2 "
+            "--cluster-flops-efficiency 0.5 --cluster-bandwidth-efficiency 0.5 "
+            "--expert-model-parallel-size 16",
+            "add --cluster-network-gbytes",
+        ),
+    ],
+)
+def test_impossible_input_is_one_line(output, capsys, options: str, expected: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        output(options)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("\n") == 1 and expected in error and error.startswith("plan_overlap.py: ")
+
+
+# The paper. ---------------------------------------------------------------------------------------
+
+
+def test_reported_speedups_are_reproduced_but_for_the_documented_ones() -> None:
+    rows = [*paper.rows_by_flops(), *paper.rows_by_table()]
+    missed = {row.what for row in rows if max(abs(deviation) for deviation in row.deviations) > 0.1}
+    # Table 4 states no share; with 15 % the formula has top-3 far too slow.
+    assert missed == {"top-3 over top-2", "ScMoE-2 over top-2"}
+    # What stands on a stated share of communication and a stated hidden share.
+    stated = [row for row in rows if "hidden" in row.what]
+    assert len(stated) == 5
+    assert max(abs(deviation) for row in stated for deviation in row.deviations) < 0.041
+
+
+def test_rows_that_calibrate_come_out_as_they_went_in() -> None:
+    for what, (top_1, shared_expert) in {
+        "training": (1.27, 1.24),
+        "inference": (1.39, 1.35),
+    }.items():
+        model = paper.TABLE_1[what]
+        assert model.top_2 / (model.rest + 0.5) == pytest.approx(top_1)
+        assert model.speedup(0) == pytest.approx(shared_expert)
+        assert model.hidden(model.speedup(0.3)) == pytest.approx(0.3)
+
+
+def test_share_of_a_pair_is_the_stated_one() -> None:
+    routed = paper.pair_by_flops(paper.GPT2_MEDIUM, 0.15).passes[0].wider
+    assert routed.total == pytest.approx(1)
+    assert routed.dispatch + routed.combine == pytest.approx(0.15)
+
+
+def test_documented_tables_are_those_of_the_program() -> None:
+    assert paper.format_table() in (DOCS / "planner.md").read_text()
