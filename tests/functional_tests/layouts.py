@@ -43,6 +43,7 @@ OVERLAPPED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
+ALL_GATHER = "--moe-token-dispatcher-type allgather"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ LAYOUTS = (
     Layout("TP 2, expert TP 1, EP 2", 2, f"{TP2} --expert-tensor-parallel-size 1 {EP2}"),
     Layout("TP 2, expert TP 2, EP 2", 4, f"{TP2} --expert-tensor-parallel-size 2 {EP2}"),
     Layout("TP 1, expert TP 2, EP 2", 4, f"--expert-tensor-parallel-size 2 {EP2}"),
+    Layout("EP 4, all-gather", 4, f"--expert-model-parallel-size 4 {ALL_GATHER}"),
+    Layout(
+        "TP 2, expert TP 2, EP 2, all-gather",
+        4,
+        f"{TP2} --expert-tensor-parallel-size 2 {EP2} {ALL_GATHER}",
+    ),
+    Layout("EP 2, 3 chunks", 2, f"{EP2} --scmoe-num-chunks 3"),
     Layout("PP 2", 2, PP2),
     Layout("PP 4", 4, "--pipeline-model-parallel-size 4"),
     Layout("PP 2, interleaved", 2, f"{PP2} --num-layers-per-virtual-pipeline-stage 2"),

@@ -18,6 +18,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ("name", "position"),
     [
         ("TP 1, expert TP 2, EP 2", "pos1"),
+        ("TP 2, expert TP 2, EP 2, all-gather", "pos2"),
         ("PP 2 interleaved, TP 2, EP 2, expert DP 2", "pos2"),
         ("PP 2, 2 + 6 layers", "pos2"),
         ("EP 4, distributed optimizer", "pos3"),
