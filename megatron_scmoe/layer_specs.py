@@ -247,7 +247,7 @@ def _with_disk_names(layer: TransformerLayerSubmodules) -> TransformerLayerSubmo
     return replace(layer, sharded_state_dict_keys_map=names)
 
 
-def _stages(config: TransformerConfig) -> list[list[range]]:
+def pipeline_stages(config: TransformerConfig) -> list[list[range]]:
     """Attention layers of every stage, as [virtual stage][pipeline rank]."""
     pp_size = config.pipeline_model_parallel_size
     vp_size = config.virtual_pipeline_model_parallel_size or 1
@@ -277,7 +277,7 @@ def _block_layout(
     """
     cuts = {layer[-1] for layer in layers if len(layer) > 1}
     rows: list[list[LayerType]] = []
-    for vp_stage, ranks in enumerate(_stages(config)):
+    for vp_stage, ranks in enumerate(pipeline_stages(config)):
         for pp_rank, stage in enumerate(ranks):
             if len(stage) > 0 and stage.start in cuts:
                 raise ValueError(_cut_message(config, layers, vp_stage, pp_rank, stage))
