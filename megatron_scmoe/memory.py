@@ -109,11 +109,13 @@ def memory_of_ranks(
     for pp_rank in range(config.pipeline_model_parallel_size):
         weights = Weights()
         kept = []
+        # Backward of one micro-batch: the loss first, then what it computes again.
+        transient = size.output.kept_bytes if pp_rank == last[1] else 0.0
         for vp_stage, chunks in enumerate(stages):
-            layers = [size.layers[number] for number in chunks[pp_rank]]
-            kept.append(_kept_in_layers(model, size, chunks[pp_rank]))
-            for layer in layers:
-                weights += layer.weights
+            kept_bytes, recomputed = _kept_in_layers(model, size, chunks[pp_rank])
+            kept.append(kept_bytes)
+            transient = max(transient, recomputed)
+            weights = sum((size.layers[number].weights for number in chunks[pp_rank]), weights)
             if (vp_stage, pp_rank) == (0, 0):
                 weights += size.embedding.weights
                 kept[-1] += size.embedding.kept_bytes
@@ -123,15 +125,12 @@ def memory_of_ranks(
                     # A copy of the word embedding, kept equal by an all-reduce.
                     weights += Weights(tensor=size.embedding.weights.tensor)
         activations = sum(kept[chunk] for chunk in _chunks_in_flight(config, training, pp_rank))
-        if pp_rank == last[1]:
-            # Backward follows at once: one micro-batch.
-            activations += size.output.kept_bytes
         ranks.append(
             RankMemory(
                 pipeline_rank=pp_rank,
                 parameters=weights.dense_on_rank(config) + weights.expert_on_rank(config),
                 weight_and_optimizer_bytes=_state_bytes(config, training, weights),
-                activation_bytes=activations,
+                activation_bytes=activations + transient,
             )
         )
     return ranks
@@ -170,29 +169,33 @@ def _chunks_in_flight(config: TransformerConfig, training: Training, pp_rank: in
     return order[: (pp_size - pp_rank - 1) * 2 + (chunks - 1) * group + 1]
 
 
-def _kept_in_layers(model: ScMoEModelConfig, size: ModelSize, numbers: range) -> float:
-    """Bytes of one micro-batch in the attention layers of one model chunk."""
+def _kept_in_layers(
+    model: ScMoEModelConfig, size: ModelSize, numbers: range
+) -> tuple[float, float]:
+    """Bytes of one micro-batch in the attention layers of one model chunk: kept from forward to
+    backward, and added for a moment where they are computed again."""
     config, scmoe = model.transformer, model.scmoe
     if config.recompute_granularity != "full":
-        return sum(size.layers[number].kept_bytes for number in numbers)
+        return sum(size.layers[number].kept_bytes for number in numbers), 0.0
     blocks = (
         block_layers(config, scmoe)
         if scmoe.enabled
         else [(number,) for number in range(config.num_layers)]
     )
-    kept = [
+    inside = [
         sum(size.layers[number].kept_bytes for number in block)
         for block in blocks
         if block[0] in numbers
     ]
     count = config.recompute_num_layers or 1
     if config.recompute_method == "block":
-        groups, rest = [[block] for block in kept[:count]], kept[count:]
+        groups, rest = [[block] for block in inside[:count]], sum(inside[count:])
     else:
-        groups, rest = [kept[i : i + count] for i in range(0, len(kept), count)], []
-    # The input of every group, and one group that is being recomputed.
-    recomputed = max((sum(group) for group in groups), default=0)
-    return len(groups) * size.hidden_bytes + recomputed + sum(rest)
+        groups, rest = [inside[i : i + count] for i in range(0, len(inside), count)], 0.0
+    # The input of every group is kept. When one is computed again, the layers behind it, which
+    # were not recomputed, have had their backward pass.
+    again = max((sum(group) for group in groups), default=0.0) - size.hidden_bytes - rest
+    return len(groups) * size.hidden_bytes + rest, max(again, 0.0)
 
 
 # The report. ----------------------------------------------------------------------------------
@@ -235,17 +238,17 @@ def reporting(host_report: Callable[..., Any]) -> Callable[..., Any]:
 def report_lines(size: ModelSize, ranks: list[RankMemory]) -> list[str]:
     """Size of the model, then what a rank of every pipeline stage holds, in the host's words."""
     lines = [
-        f"Theoretical model size: {size.parameters / 1e9:.4f} billion parameters, "
-        f"{size.activated_parameters / 1e9:.4f} billion activated per token"
+        f"Theoretical model size: {size.parameters:,} parameters, "
+        f"{size.activated_parameters:,} activated per token"
     ]
     for rank in ranks:
-        where = f" (pipeline rank {rank.pipeline_rank})" if len(ranks) > 1 else ""
+        where = f"pipeline rank {rank.pipeline_rank}, " if len(ranks) > 1 else ""
+        state = rank.weight_and_optimizer_bytes / MEBIBYTE
+        activation = rank.activation_bytes / MEBIBYTE
         lines.append(
-            f"Theoretical memory footprints{where}: {rank.parameters / 1e9:.4f} billion "
-            "parameters, weight and optimizer="
-            f"{rank.weight_and_optimizer_bytes / MEBIBYTE:.2f} MB, "
-            f"activation={rank.activation_bytes / MEBIBYTE:.2f} MB, "
-            f"total={rank.total_bytes / MEBIBYTE:.2f} MB"
+            f"Theoretical memory footprints: weight and optimizer={state:.2f} MB, "
+            f"activation={activation:.2f} MB, total={state + activation:.2f} MB "
+            f"({where}{rank.parameters:,} parameters)"
         )
     recomputed = set(size.config.recompute_modules or [])
     bound = ""

@@ -1,8 +1,8 @@
 """Parameters, FLOPs and kept activations against the built model: its module tree, the matrix
 products that it executes, and the tensors that autograd keeps."""
 
-import math
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_scmoe.memory import report_lines, reporting, training_from_args
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.model_size import ModelSize, Operator, model_size
+from tests.kept_bytes import KeptBytes
 from tests.models import Case
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -197,8 +199,8 @@ def executed_flops(model: GPTModel) -> tuple[int, int]:
     return sum(core.values()), sum(counts.values()) - sum(core.values())
 
 
-def host_flops(config: ScMoEModelConfig) -> float:
-    """What the host counts for one batch, from the options that describe the model."""
+def host_options(config: ScMoEModelConfig) -> Namespace:
+    """The options that describe the model to the host."""
     transformer = config.transformer
     args = {name: getattr(transformer, name) for name in vars(transformer)}
     args |= {
@@ -210,7 +212,7 @@ def host_flops(config: ScMoEModelConfig) -> float:
         "seq_length": SEQUENCE,
         "hybrid_layer_pattern": None,
     }
-    return training.num_floating_point_operations(Namespace(**args), BATCH)
+    return Namespace(**args)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -234,4 +236,175 @@ def test_throughput_counts_all_but_routers_and_gates(name: str) -> None:
     if config.transformer.multi_latent_attention:
         ranks = config.kv_lora_rank + (config.q_lora_rank or 0)
         latent_norms = 6 * TOKENS * config.num_layers * ranks
-    assert host_flops(config) == core / 2 + rest - small_flops + latent_norms
+    counted = training.num_floating_point_operations(host_options(config), BATCH)
+    assert counted == core / 2 + rest - small_flops + latent_norms
+
+
+# Activations. -----------------------------------------------------------------------------------
+
+# Large enough for the indices of the routing, which are not counted, to be small. torch's RMSNorm
+# is not fused on the CPU and keeps more.
+WIDE = {
+    "hidden_size": 128,
+    "kv_channels": 32,
+    "ffn_hidden_size": 192,
+    "moe_ffn_hidden_size": 96,
+    "moe_shared_expert_intermediate_size": 160,
+    "normalization": "LayerNorm",
+    "bias_activation_fusion": True,
+    "attention_softmax_in_fp32": True,
+}
+NONE = {"scmoe_shortcut_position": "none"}
+
+
+def recompute(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+KEPT = {
+    "pos1-add": Case({"scmoe_shortcut_position": "pos1", "scmoe_combine": "add"}),
+    "pos2-cg1": Case({"scmoe_shortcut_position": "pos2"}),
+    "pos3-cg2": Case({"scmoe_shortcut_position": "pos3", "scmoe_combine": "cg2"}),
+    "none": Case(NONE),
+    "pos2-shared-post-top2": Case(
+        {"scmoe_shortcut_norm": "shared", "scmoe_post_norm": True}, {"moe_router_topk": 2}
+    ),
+    "pos2-no-overlap": Case({"scmoe_overlap": False}),
+    "pos2-unfused": Case(host={"bias_activation_fusion": False}),
+    "pos2-plain-mlp": Case(host=PLAIN_MLP | {"bias_activation_fusion": False}),
+    "pos2-latent": Case(host=LATENT | {"q_lora_rank": 32, "qk_layernorm": True}),
+    "pos2-bf16": Case(host={"bf16": True}),
+    "pos2-core-attention": Case(host=recompute("core_attn")),
+    "pos2-mlp-moe": Case(host=recompute("mlp", "moe")),
+    "none-mlp-moe": Case(NONE, recompute("mlp", "moe")),
+    "pos2-shared-experts": Case(host=recompute("shared_experts")),
+    "pos2-layernorm": Case(host=recompute("layernorm")),
+}
+
+
+def kept_bytes(case: Case) -> tuple[int, float]:
+    """Measured and counted, of one micro-batch."""
+    case = replace(case, host=WIDE | case.host)
+    config = model_config(case, position_embedding_type="none")
+    if case.host.get("bf16"):
+        config.transformer.params_dtype = torch.bfloat16
+    model = build(config).to(config.transformer.params_dtype)
+    kept = KeptBytes([model])
+    with kept.measure():
+        output = loss(model)
+    assert output.requires_grad
+    size = model_size(config, SEQUENCE, BATCH)
+    return kept.now, sum(operator.kept_bytes for _, operator in size.operators)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_activations_are_what_autograd_keeps(name: str) -> None:
+    measured, counted = kept_bytes(KEPT[name])
+    assert counted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["pos2-cg1", "pos2-no-overlap"])
+def test_shortcut_keeps_one_tensor_more(name: str) -> None:
+    """The tap is kept by the main branch anyway; its normed copy is one [s, b, h] per unit, with
+    the all-to-alls beside dense work or not."""
+    units, fp32 = 2, 4
+    more = kept_bytes(KEPT[name])[0] - kept_bytes(KEPT["none"])[0]
+    indices = 0.05
+    assert more / (units * fp32 * TOKENS * WIDE["hidden_size"]) == pytest.approx(1, rel=indices)
+
+
+# What is not counted. ---------------------------------------------------------------------------
+
+RUN = {
+    "world_size": 8,
+    "params_dtype": torch.bfloat16,
+    "accumulate_allreduce_grads_in_fp32": True,
+    "optimizer": "adam",
+    "sgd_momentum": 0.9,
+    "use_distributed_optimizer": True,
+    "num_distributed_optimizer_instances": 2,
+    "use_precision_aware_optimizer": False,
+    "use_megatron_fsdp": False,
+    "use_torch_fsdp2": False,
+    "fp8_param_gather": False,
+    "gtp_weight_remat_size": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_per_parameter"),
+    [
+        ({}, (4, 12, 2)),
+        ({"accumulate_allreduce_grads_in_fp32": False}, (2, 12, 2)),
+        ({"params_dtype": torch.float32, "use_distributed_optimizer": False}, (4, 8, None)),
+        ({"optimizer": "sgd"}, (4, 8, 2)),
+        ({"optimizer": "sgd", "sgd_momentum": 0.0}, (4, 4, 2)),
+    ],
+)
+def test_bytes_per_parameter(options: dict[str, Any], bytes_per_parameter: tuple) -> None:
+    run = training_from_args(Namespace(**(RUN | options)), num_microbatches=4)
+    found = (run.gradient_bytes, run.optimizer_bytes, run.optimizer_instances)
+    assert found == bytes_per_parameter
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+    ],
+)
+def test_other_state_is_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is not counted"):
+        training_from_args(Namespace(**(RUN | options)), num_microbatches=4)
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"moe_latent_size": 8}, "latent MoE"),
+        ({"softmax_type": "learnable"}, "a learned softmax offset"),
+    ],
+)
+def test_other_parts_are_refused(host: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is not counted"):
+        model_size(model_config(Case(NONE, host)), SEQUENCE, BATCH)
+
+
+def test_report_leaves_to_the_host_what_it_cannot_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = reporting(lambda args, num_microbatches, verbose: "the host's")
+    assert report(Namespace()) == "the host's"  # a script without our options
+    assert capsys.readouterr().out == ""
+    config = model_config(Case(NONE, {"mtp_num_layers": 1}))
+    monkeypatch.setattr("megatron_scmoe.arguments.model_config_from_args", lambda args: config)
+    args = Namespace(scmoe_shortcut_position="none", seq_length=SEQUENCE, micro_batch_size=BATCH)
+    assert report(args) == "the host's"
+    assert capsys.readouterr().out == (
+        "Theoretical memory as Megatron estimates it, unverified: multi-token prediction is not "
+        "counted.\n"
+    )
+
+
+def test_throughput_leaves_the_options_alone() -> None:
+    """The host writes num_query_groups into them."""
+    config = model_config(CASES["pos2-no-gqa"])
+    args = host_options(config)
+    args.num_query_groups = 1
+    training.num_floating_point_operations(args, BATCH)
+    assert args.num_query_groups == 1
+
+
+def test_upper_bounds_say_so() -> None:
+    """Recomputation that is not counted."""
+    config = model_config(Case(host=LATENT | recompute("mla_up_proj", "core_attn")))
+    size = model_size(config, SEQUENCE, BATCH)
+    assert report_lines(size, [])[-1].endswith(
+        "an upper bound, because recomputing mla_up_proj is not counted"
+    )
+    config = model_config(Case(host=recompute("core_attn")))
+    assert "upper bound" not in report_lines(model_size(config, SEQUENCE, BATCH), [])[-1]

@@ -23,6 +23,8 @@ ALLOWED = {
     "moe": {"moe", "overlap", "config"},
     "shortcut_layer": {"moe", "overlap", "config"},
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
+    "model_size": {"config", "layer_specs", "model"},
+    "memory": {"model_size", "layer_specs", "model", "arguments"},
     "host": {"host"},
     "data": {"data"},
 }
