@@ -3,9 +3,10 @@
 Numbers come from model_size.py and the pipeline split; tests/distributed_tests/test_memory.py holds
 them against models and optimizers built on gloo ranks.
 
-Covered: parameters, gradient buffers, main parameters and optimizer state; and what autograd keeps of
-the micro-batches in flight, with balanced routing. Not covered: temporaries, communication buffers,
-the padding of the distributed optimizer's buffers, the allocator's fragmentation, CUDA's context.
+Covered: parameters, gradient buffers, main parameters and optimizer state; and what autograd keeps
+of the micro-batches in flight, with balanced routing. Not covered: temporaries, communication
+buffers, the padding of the distributed optimizer's buffers, the allocator's fragmentation, CUDA's
+context.
 """
 
 from argparse import Namespace
@@ -18,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.layer_specs import block_layers, pipeline_stages
 from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, Weights, model_size, sum_weights
+from megatron_scmoe.model_size import ModelSize, Weights, model_size
 
 MEBIBYTE = 1024 * 1024
 
@@ -99,7 +100,8 @@ def memory_of_ranks(
     """Memory by pipeline rank.
 
     Args:
-        model, size: the model, and its count at the sequence length and micro-batch size of the run.
+        model: the model.
+        size: its count, at the sequence length and micro-batch size of the run.
         training: the run.
     """
     config = model.transformer

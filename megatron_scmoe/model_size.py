@@ -18,11 +18,11 @@ Conventions:
 Shapes: s sequence, b micro-batch, h hidden, E experts, K top-k
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.layer_specs import moe_layer_pattern
@@ -88,7 +88,7 @@ class LayerSize:
 
     @property
     def weights(self) -> Weights:
-        return sum_weights(self.operators.values())
+        return sum((operator.weights for operator in self.operators.values()), Weights())
 
     @property
     def kept_bytes(self) -> float:
@@ -136,16 +136,11 @@ class ModelSize:
         )
 
 
-def sum_weights(operators: Iterable[Operator]) -> Weights:
-    return sum((operator.weights for operator in operators), Weights())
-
-
 def model_size(model: ScMoEModelConfig, seq_length: int, micro_batch_size: int) -> ModelSize:
     """Count a model.
 
     Args:
-        model: the model; the vocabulary is padded already (`should_pad_vocab` False), parallel
-            sizes are those of its TransformerConfig.
+        model: the model; parallel sizes are those of its TransformerConfig.
         seq_length: s of one sample.
         micro_batch_size: b.
 
@@ -154,11 +149,19 @@ def model_size(model: ScMoEModelConfig, seq_length: int, micro_batch_size: int) 
     """
     check_countable(model.transformer)
     counter = _Counter(model.transformer, model.scmoe, seq_length, micro_batch_size)
-    assert not model.should_pad_vocab and model.vocab_size is not None
+    vocab_size = model.vocab_size
+    assert vocab_size is not None
+    if model.should_pad_vocab:
+        vocab_size = calculate_padded_vocab_size(
+            vocab_size,
+            model.make_vocab_size_divisible_by,
+            model.transformer.tensor_model_parallel_size,
+            logging_enabled=False,
+        )
     pattern = moe_layer_pattern(model.transformer)
     has_experts = model.transformer.num_moe_experts is not None
     layers = tuple(counter.layer(has_experts and bool(is_moe)) for is_moe in pattern)
-    table = model.vocab_size * model.transformer.hidden_size
+    table = vocab_size * model.transformer.hidden_size
     # Megatron takes --max-position-embeddings for the model's `seq_length`.
     positions = (
         model.seq_length * model.transformer.hidden_size
@@ -169,7 +172,7 @@ def model_size(model: ScMoEModelConfig, seq_length: int, micro_batch_size: int) 
     return ModelSize(
         layers=layers,
         embedding=counter.embedding(table, positions),
-        output=counter.output(model.vocab_size, tied),
+        output=counter.output(vocab_size, tied),
         tied=tied,
         hidden_bytes=counter.kept(outer=model.transformer.hidden_size),
         config=model.transformer,
@@ -377,11 +380,13 @@ class _Counter:
             # A unit repeats the experts only, from their rows; the host the exchanges too.
             kept = row if self.scmoe.enabled else 0
         rows = config.moe_router_topk
+        capacity = config.moe_expert_capacity_factor
+        filled = capacity if capacity and config.moe_pad_expert_input_to_capacity else 1
         return Operator(
             Weights(expert=experts * one),
             activated=rows * one,
             flops=2 * rows * one,
-            kept_bytes=self.kept(outer=rows * kept),
+            kept_bytes=self.kept(outer=rows * filled * kept),
         )
 
     def _shared_expert(self) -> Operator:

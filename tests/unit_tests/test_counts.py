@@ -1,6 +1,7 @@
 """Parameters, FLOPs and kept activations against the built model: its module tree, the matrix
 products that it executes, and the tensors that autograd keeps."""
 
+import functools
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_scmoe.memory import report_lines, reporting, training_from_args
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, Operator, model_size
+from megatron_scmoe.model_size import ModelSize, model_size
 from tests.kept_bytes import KeptBytes
 from tests.models import Case
 
@@ -177,8 +178,9 @@ def test_parameters_are_those_of_the_module_tree(name: str) -> None:
     [
         {"share_embeddings_and_output_weights": False},
         {"position_embedding_type": "learned_absolute"},
+        {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64},
     ],
-    ids=["untied", "learned positions"],
+    ids=["untied", "learned positions", "padded vocabulary"],
 )
 def test_parameters_of_embedding_and_output(options: dict[str, Any]) -> None:
     config = model_config(Case(), **options)
@@ -190,8 +192,10 @@ def test_parameters_of_embedding_and_output(options: dict[str, Any]) -> None:
 # FLOPs. ---------------------------------------------------------------------------------------
 
 
-def executed_flops(model: GPTModel) -> tuple[int, int]:
+@functools.cache
+def executed_flops(name: str) -> tuple[int, int]:
     """Of one forward and backward pass: the score matrices' products, and all others."""
+    model = build(model_config(CASES[name]))
     with FlopCounterMode(display=False) as counter:
         loss(model).backward()
     counts = counter.get_flop_counts()["Global"]
@@ -219,7 +223,7 @@ def host_options(config: ScMoEModelConfig) -> Namespace:
 def test_flops_are_those_of_the_matrix_products(name: str) -> None:
     """The local attention computes the whole score matrix; half of it is counted."""
     config = model_config(CASES[name])
-    core, rest = executed_flops(build(config))
+    core, rest = executed_flops(name)
     assert 3 * TOKENS * model_size(config, SEQUENCE, BATCH).flops == core / 2 + rest
 
 
@@ -228,7 +232,7 @@ def test_throughput_counts_all_but_routers_and_gates(name: str) -> None:
     """Megatron's convention, for the baseline and for units; for latent attention it adds one
     product for each element of the latent norms."""
     config = model_config(CASES[name])
-    core, rest = executed_flops(build(config))
+    core, rest = executed_flops(name)
     size = model_size(config, SEQUENCE, BATCH)
     small = by_operator(size, lambda operator: operator.flops)
     small_flops = 3 * TOKENS * (small.get("router", 0) + small.get("merge", 0))
@@ -274,6 +278,9 @@ KEPT = {
     "pos2-plain-mlp": Case(host=PLAIN_MLP | {"bias_activation_fusion": False}),
     "pos2-latent": Case(host=LATENT | {"q_lora_rank": 32, "qk_layernorm": True}),
     "pos2-bf16": Case(host={"bf16": True}),
+    "pos2-capacity": Case(
+        host={"moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True}
+    ),
     "pos2-core-attention": Case(host=recompute("core_attn")),
     "pos2-mlp-moe": Case(host=recompute("mlp", "moe")),
     "none-mlp-moe": Case(NONE, recompute("mlp", "moe")),
