@@ -252,13 +252,23 @@ def report_lines(size: ModelSize, ranks: list[RankMemory]) -> list[str]:
             f"activation={activation:.2f} MB, total={state + activation:.2f} MB "
             f"({where}{rank.parameters:,} parameters)"
         )
-    recomputed = set(size.config.recompute_modules or [])
-    bound = ""
-    if size.config.recompute_granularity == "selective" and recomputed - COUNTED_RECOMPUTATION:
-        names = ", ".join(sorted(recomputed - COUNTED_RECOMPUTATION))
-        bound = f"; an upper bound, because recomputing {names} is not counted"
+    remarks = "".join(f"; {remark}" for remark in _activation_remarks(size.config))
     lines.append(
         "  activation: what is kept for backward, with balanced routing; no temporaries, no "
-        f"communication buffers{bound}"
+        f"communication buffers{remarks}"
     )
     return lines
+
+
+def _activation_remarks(config: TransformerConfig) -> list[str]:
+    """Where the number is a bound, or could not be measured."""
+    remarks = []
+    recomputed = set(config.recompute_modules or []) - COUNTED_RECOMPUTATION
+    if config.recompute_granularity == "selective" and recomputed:
+        names = ", ".join(sorted(recomputed))
+        remarks.append(f"an upper bound, because recomputing {names} is not counted")
+    if config.fp8 or config.fp4:
+        remarks.append("an upper bound, because everything counts in the model's precision")
+    if config.transformer_impl == "transformer_engine":
+        remarks.append("not yet measured with Transformer Engine")
+    return remarks

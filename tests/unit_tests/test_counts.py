@@ -406,12 +406,17 @@ def test_throughput_leaves_the_options_alone() -> None:
     assert args.num_query_groups == 1
 
 
-def test_upper_bounds_say_so() -> None:
-    """Recomputation that is not counted."""
-    config = model_config(Case(host=LATENT | recompute("mla_up_proj", "core_attn")))
-    size = model_size(config, SEQUENCE, BATCH)
-    assert report_lines(size, [])[-1].endswith(
-        "an upper bound, because recomputing mla_up_proj is not counted"
-    )
+@pytest.mark.parametrize(
+    ("options", "remark"),
+    [
+        ({"recompute_modules": ["core_attn"]}, "no communication buffers"),
+        ({"recompute_modules": ["core_attn", "moe_act"]}, "recomputing moe_act is not counted"),
+        ({"fp8": "hybrid"}, "because everything counts in the model's precision"),
+        ({"transformer_impl": "transformer_engine"}, "not yet measured with Transformer Engine"),
+    ],
+)
+def test_what_is_a_bound_or_unmeasured_says_so(options: dict[str, Any], remark: str) -> None:
     config = model_config(Case(host=recompute("core_attn")))
-    assert "upper bound" not in report_lines(model_size(config, SEQUENCE, BATCH), [])[-1]
+    for name, value in options.items():
+        setattr(config.transformer, name, value)
+    assert report_lines(model_size(config, SEQUENCE, BATCH), [])[-1].endswith(remark)
