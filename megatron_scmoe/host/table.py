@@ -39,13 +39,12 @@ def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -
     return Replacement(symbol, "cpu", host_file, reason, make)
 
 
-def _checkpoint(name: str) -> Callable[[Any], Any]:
-    """A wrapper of our checkpoint package, which imports the host."""
+def _wrapped_by(name: str) -> Callable[[Any], Any]:
+    """A wrapper from another part of the package, which imports the host."""
 
     def make(original: Any) -> Any:
-        module, function = name.split(".")
-        package = importlib.import_module(f"megatron_scmoe.checkpoint.{module}")
-        return getattr(package, function)(original)
+        module, function = name.rsplit(".", 1)
+        return getattr(importlib.import_module(f"megatron_scmoe.{module}"), function)(original)
 
     return make
 
@@ -222,28 +221,42 @@ TABLE: tuple[Replacement, ...] = (
         "always",
         "training/training.py:3086",
         "no hook: writes the record of the options first; a full disk is one line",
-        _checkpoint("errors.saving"),
+        _wrapped_by("checkpoint.errors.saving"),
     ),
     Replacement(
         "megatron.training.training.maybe_finalize_async_save",
         "always",
         "training/training.py",
         "no hook: a full disk is one line with --async-save too",
-        _checkpoint("errors.finalizing"),
+        _wrapped_by("checkpoint.errors.finalizing"),
     ),
     Replacement(
         "megatron.training.training.load_checkpoint",
         "always",
         "training/training.py:2199",
         "no hook: a broken file is one line",
-        _checkpoint("errors.loading"),
+        _wrapped_by("checkpoint.errors.loading"),
     ),
     Replacement(
         "megatron.training.checkpointing._load_global_dist_base_checkpoint",
         "always",
         "training/checkpointing.py:1601",
         "no hook: --finetune from the baseline leaves what is new as it was initialised",
-        _checkpoint("transfer.loading_related"),
+        _wrapped_by("checkpoint.transfer.loading_related"),
+    ),
+    Replacement(
+        "megatron.training.training.num_floating_point_operations",
+        "always",
+        "training/training.py:390",
+        "counts two of the three products of a --quick-geglu unit",
+        wheel.flops_of_gated_units,
+    ),
+    Replacement(
+        "megatron.training.training.report_theoretical_memory",
+        "always",
+        "training/theoretical_memory_usage.py:456",
+        "even stages only, bf16 only, no shortcut, activations of a dense layer without SwiGLU",
+        _wrapped_by("memory.reporting"),
     ),
     Replacement(
         "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",

@@ -1,5 +1,6 @@
 """Replacements for defects of the megatron-core 0.19.2 wheel, on every kind of machine."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -44,3 +45,18 @@ def checkpoint_without_fp8(init: Callable[..., None]) -> Callable[..., None]:
 def skip_compiling(compile_helpers: Callable[[], None]) -> Callable[[], None]:
     """The extension is in the wheel; only the Makefile that would rebuild it is not."""
     return lambda: None
+
+
+def flops_of_gated_units(count: Callable[..., float]) -> Callable[..., float]:
+    """`num_floating_point_operations` that knows every gated unit.
+
+    The host asks for --swiglu and counts two products for --quick-geglu, which has three. On a
+    copy: it writes `num_query_groups` into the run's options on its way.
+    """
+
+    def replacement(args: Any, *others: Any, **named: Any) -> float:
+        args = copy.copy(args)
+        args.swiglu |= args.quick_geglu
+        return count(args, *others, **named)
+
+    return replacement

@@ -24,6 +24,8 @@ ALLOWED = {
     "shortcut_layer": {"moe", "overlap", "config"},
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
     "planner": {"planner", "overlap", "config", "layer_specs"},
+    "model_size": {"config", "layer_specs", "model"},
+    "memory": {"model_size", "layer_specs", "model", "arguments"},
     "host": {"host"},
     "data": {"data"},
 }
