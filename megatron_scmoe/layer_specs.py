@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_scmoe.attention import LatentDotProductAttention
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, uses_grouped_experts
 from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.norm import SequenceParallelTorchNorm
@@ -155,15 +155,6 @@ def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
     if uses_grouped_experts(config):
         replacements[SequentialMLP] = GroupedExperts
     return _replaced(spec, replacements) if replacements else spec
-
-
-def uses_grouped_experts(config: TransformerConfig) -> bool:
-    """Whether `--moe-grouped-gemm` means our experts: the local spec's only ones are SequentialMLP.
-
-    Experts with biases, which a shortcut refuses, stay the host's.
-    """
-    is_local = config.transformer_impl == "local"
-    return is_local and config.moe_grouped_gemm and not config.add_bias_linear
 
 
 def _replaced(spec: Any, replacements: dict[Any, Any]) -> Any:
