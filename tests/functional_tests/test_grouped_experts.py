@@ -7,46 +7,66 @@ import pytest
 
 from .layouts import CHECKPOINT_LAYOUTS, DISTRIBUTED, TOLERANCE, Curves, Layout, Runs, deviation
 
-OPTIONS = shlex.split(f"{DISTRIBUTED} --train-iters 10 --scmoe-shortcut-position pos2")
-SEQUENTIAL, GROUPED = "", "--moe-grouped-gemm"
+OPTIONS = shlex.split(f"{DISTRIBUTED} --train-iters 6 --scmoe-shortcut-position pos2")
+EXPERTS = {"sequential": "", "grouped": "--moe-grouped-gemm"}
+SAVED_AFTER = 3
+
+
+class Experiment:
+    """Runs with either kind of experts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs = Runs(folder)
+        self.saved = {kind: self.train("EP2", kind, *self.save(kind)) for kind in EXPERTS}
+
+    def checkpoint(self, kind: str) -> str:
+        return str(self.runs.folder / f"checkpoint-{kind}")
+
+    def save(self, kind: str) -> list[str]:
+        return ["--save", self.checkpoint(kind), "--save-interval", str(SAVED_AFTER)]
+
+    def train(self, layout_name: str, kind: str, *options: str) -> Curves:
+        base = CHECKPOINT_LAYOUTS[layout_name]
+        layout = Layout(base.name, base.ranks, f"{base.options} {EXPERTS[kind]}")
+        name = f"{layout_name}-{kind}-{len(list(self.runs.folder.iterdir()))}"
+        return self.runs.train(layout, name, *OPTIONS, *options)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(Path(tmp_path_factory.mktemp("grouped")))
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    return Experiment(Path(tmp_path_factory.mktemp("experts")))
 
 
-def train(runs: Runs, layout: str, experts: str, name: str, *options: str) -> Curves:
-    base = CHECKPOINT_LAYOUTS[layout]
-    layout_with = Layout(name, base.ranks, f"{base.options} {experts}")
-    return runs.train(layout_with, name, *OPTIONS, *options)
-
-
-def test_choice_of_experts_changes_no_curve(runs: Runs) -> None:
-    """From one seed: no weight differs; later only the gradient norm's sum is in another order."""
-    sequential = train(runs, "EP2", SEQUENTIAL, "sequential")
-    grouped = train(runs, "EP2", GROUPED, "grouped")
+def test_choice_changes_no_curve(experiment: Experiment) -> None:
+    """From one seed: the same weights; later only the gradient norm's sum is in another order."""
+    sequential, grouped = experiment.saved["sequential"], experiment.saved["grouped"]
     assert grouped["lm loss"][1] == sequential["lm loss"][1]
     assert max(deviation(grouped, sequential)) <= TOLERANCE
 
 
+def test_choice_changes_no_curve_without_a_shortcut(experiment: Experiment) -> None:
+    """`none` is stock Megatron with SequentialMLP, and the same up to that sum with ours."""
+    curves = [experiment.train("1", kind, "--scmoe-shortcut-position", "none") for kind in EXPERTS]
+    assert max(deviation(*curves)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
+    ("saved", "loaded", "layout"),
     [
-        (("EP2", SEQUENTIAL), [("EP2", GROUPED), ("ETP2xEP2", GROUPED)]),
-        (("ETP2xEP2", GROUPED), [("EP2", SEQUENTIAL), ("1", SEQUENTIAL), ("1", GROUPED)]),
+        ("sequential", "grouped", "EP2"),
+        ("sequential", "grouped", "ETP2xEP2"),
+        ("grouped", "sequential", "ETP2xEP2"),
+        ("grouped", "sequential", "1"),
     ],
-    ids=["sequential to grouped", "grouped to sequential"],
 )
 def test_checkpoints_are_interchangeable(
-    runs: Runs, saved: tuple[str, str], loaded: list[tuple[str, str]]
+    experiment: Experiment, saved: str, loaded: str, layout: str
 ) -> None:
-    """Optimizer included: the other experts go on as those that saved would have."""
-    name = "-".join(saved)
-    folder = str(runs.folder / f"checkpoint{name}")
-    whole = train(runs, *saved, f"saved{name}", "--save", folder, "--save-interval", "5")
-    rest = {tag: {i: v for i, v in curve.items() if i > 5} for tag, curve in whole.items()}
-    for layout, experts in loaded:
-        load = ["--load", folder, "--ckpt-step", "5"]
-        curves = train(runs, layout, experts, f"{name}to{layout}{experts}", *load)
-        assert max(deviation(curves, rest)) <= TOLERANCE, f"{saved} to {layout} {experts}"
+    """Optimizer included: the other experts go on as those that saved."""
+    load = ["--load", experiment.checkpoint(saved), "--ckpt-step", str(SAVED_AFTER)]
+    curves = experiment.train(layout, loaded, *load)
+    rest = {
+        tag: {step: value for step, value in curve.items() if step > SAVED_AFTER}
+        for tag, curve in experiment.saved[saved].items()
+    }
+    assert max(deviation(curves, rest)) <= TOLERANCE
