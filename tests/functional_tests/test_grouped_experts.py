@@ -70,3 +70,13 @@ def test_checkpoints_are_interchangeable(
         for tag, curve in experiment.saved[saved].items()
     }
     assert max(deviation(curves, rest)) <= TOLERANCE
+
+
+def test_buffers_of_other_experts_are_refused(experiment: Experiment) -> None:
+    """A checkpoint that holds the optimizer's buffers as they lay, in one line."""
+    options = ["--no-dist-ckpt-optim-fully-reshardable", "--train-iters", "2"]
+    folder = str(experiment.runs.folder / "buffers")
+    experiment.train("1", "sequential", *options, "--save", folder, "--save-interval", "2")
+    with pytest.raises(RuntimeError, match="--moe-grouped-gemm False there, True here") as refusal:
+        experiment.train("1", "grouped", *options, "--load", folder)
+    assert "Traceback" not in str(refusal.value)
