@@ -4,6 +4,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 
+import torch
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
     core_transformer_config_from_args,
@@ -23,9 +24,12 @@ from megatron_scmoe.config import (
     ScMoEConfig,
     check_transformer_impl,
     router_has_no_gradient,
+    uses_grouped_experts,
 )
+from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.moe.experts import why_no_grouped_mm
 
 
 def parse_and_validate_args() -> Namespace:
@@ -48,6 +52,7 @@ def parse_and_validate_args() -> Namespace:
     notes += [
         f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
     ]
+    notes += explain_grouped_gemm(args)
     notes += prepare_load(args)
     if args.rank == 0:
         print(*notes, sep="\n", end="\n" if notes else "")
@@ -87,6 +92,22 @@ def complete_async_save(args: Namespace) -> list[str]:
         args.async_strategy = "mcore"
         notes.append("--async-save sets --async-strategy mcore: no nvidia-resiliency-ext here")
     return notes
+
+
+def explain_grouped_gemm(args: Namespace) -> list[str]:
+    """Say where `--moe-grouped-gemm` without Transformer Engine does not mean grouped_mm.
+
+    Returns:
+        One line, or none.
+    """
+    if not args.moe_grouped_gemm or args.num_experts is None or args.transformer_impl != "local":
+        return []
+    if not uses_grouped_experts(args):
+        return ["--moe-grouped-gemm: experts with biases run one by one; add --disable-bias-linear"]
+    ffn = (args.moe_ffn_hidden_size or args.ffn_hidden_size) // args.expert_tensor_parallel_size
+    device = torch.device("cpu" if no_cuda_device() else "cuda")
+    reason = why_no_grouped_mm(args.params_dtype, (args.hidden_size, ffn), device)
+    return [f"--moe-grouped-gemm: a loop of matmuls: {reason}"] if reason else []
 
 
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:

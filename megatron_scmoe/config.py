@@ -160,6 +160,8 @@ class ScMoEConfig:
                 raise ValueError(
                     f"--{dest.replace('_', '-')} does not work with a shortcut: {reason}; drop it."
                 )
+        if uses_grouped_experts(args):
+            _check_stacked_weights(args)
 
 
 def check_transformer_impl(transformer_impl: str) -> None:
@@ -176,6 +178,35 @@ def check_transformer_impl(transformer_impl: str) -> None:
             "--transformer-impl transformer_engine, the default, needs Transformer Engine, which "
             "is not installed: install it, or use --transformer-impl local."
         )
+
+
+def uses_grouped_experts(config: TransformerConfig | Namespace) -> bool:
+    """Whether `--moe-grouped-gemm` means the experts of moe/experts.py.
+
+    The host's local spec has no grouped experts and ignores the option. Experts with biases, which
+    a shortcut refuses, stay the host's.
+    """
+    return (
+        config.transformer_impl == "local"
+        and config.moe_grouped_gemm
+        and not config.add_bias_linear
+    )
+
+
+def _check_stacked_weights(args: Namespace) -> None:
+    """Refuse what looks for every expert's own matrix."""
+    if args.optimizer not in ("adam", "sgd"):
+        option = f"--optimizer {args.optimizer}"
+    elif args.moe_use_upcycling:
+        option = "--moe-use-upcycling"
+    elif args.ckpt_format != "torch_dist" and (args.save or args.load):
+        option = f"--ckpt-format {args.ckpt_format}"
+    else:
+        return
+    raise ValueError(
+        f"{option} wants every expert's weights as matrices of their own, and --moe-grouped-gemm "
+        "with --transformer-impl local stacks them: drop --moe-grouped-gemm."
+    )
 
 
 def _check_norms(config: TransformerConfig) -> None:

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import LNImpl, get_gpt_decoder_lay
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -30,7 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_scmoe.attention import LatentDotProductAttention
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, uses_grouped_experts
+from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.norm import SequenceParallelTorchNorm
 from megatron_scmoe.shortcut_layer import (
@@ -140,21 +142,27 @@ def scmoe_block_spec(
 
 
 def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
-    """Replace what the local spec cannot do in a (nested) spec; see norm.py and attention.py.
+    """Replace what the local spec cannot do in a (nested) spec.
 
-    Without sequence parallelism and latent attention the spec is returned as it is.
+    See norm.py, attention.py and moe/experts.py. Without sequence parallelism, latent attention
+    and grouped experts the spec is returned as it is.
     """
     replacements: dict[Any, Any] = {}
     if config.sequence_parallel:
         replacements[WrappedTorchNorm] = SequenceParallelTorchNorm
     if config.multi_latent_attention:
         replacements[DotProductAttention] = LatentDotProductAttention
+    if uses_grouped_experts(config):
+        replacements[SequentialMLP] = GroupedExperts
     return _replaced(spec, replacements) if replacements else spec
 
 
 def _replaced(spec: Any, replacements: dict[Any, Any]) -> Any:
     if isinstance(spec, type):
         return replacements.get(spec, spec)
+    if isinstance(spec, partial):
+        keywords = {name: _replaced(value, replacements) for name, value in spec.keywords.items()}
+        return partial(_replaced(spec.func, replacements), *spec.args, **keywords)
     if isinstance(spec, list):
         return [_replaced(item, replacements) for item in spec]
     if is_dataclass(spec):

@@ -1,5 +1,6 @@
 """Tiny blocks of units, with the oracle's parameters in them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,18 @@ def build_block(case: Case) -> TransformerBlock:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return block.to(config.params_dtype)
+
+
+def parameters_by_expert(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters()` under the oracle's names: stacked experts one by one."""
+    for name, parameter in module.named_parameters():
+        if ".experts.linear_fc" not in name:
+            yield name, parameter
+            continue
+        for index, weight in enumerate(parameter.data):
+            if parameter.grad is not None:
+                weight.grad = parameter.grad[index]
+            yield name.replace(".experts.", f".experts.local_experts.{index}."), weight
 
 
 def run_block(

@@ -203,7 +203,8 @@ def _check_optimizer(
         )
     kind = (saved.get("content_metadata") or {}).get("distrib_optim_sharding_type")
     if args.use_distributed_optimizer and kind == "dp_reshardable":
-        changed = differences(saved_args, args, (*LAYOUT, *SCMOE[:1]))
+        # Grouped experts are other parameters, in other buffers.
+        changed = differences(saved_args, args, (*LAYOUT, *SCMOE[:1], "moe_grouped_gemm"))
         if changed:
             raise ValueError(
                 f"{where} holds its optimizer as it lay in the buffers of its layout, and this run "

@@ -102,10 +102,17 @@ def device_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def get_device_capability(device: Any = None) -> tuple[int, int]:
+    """10.0, the first one for which the host does not demand CUDA_DEVICE_MAX_CONNECTIONS=1
+    (training/arguments.py:1412)."""
+    return 10, 0
+
+
 def get_device_properties(device: Any = None) -> SimpleNamespace:
-    """Compute capability 10, the first one for which the host does not demand
-    CUDA_DEVICE_MAX_CONNECTIONS=1 (training/arguments.py:1412)."""
-    return SimpleNamespace(name="cpu", major=10, minor=0, multi_processor_count=1, total_memory=0)
+    major, minor = get_device_capability()
+    return SimpleNamespace(
+        name="cpu", major=major, minor=minor, multi_processor_count=1, total_memory=0
+    )
 
 
 def memory_stats(device: Any = None) -> dict[str, int]:
@@ -250,7 +257,6 @@ CPU_OPTIONS = (
     CpuOption("apply_rope_fusion", False, "--no-rope-fusion", "Transformer Engine kernel"),
     CpuOption("no_persist_layer_norm", True, "--no-persist-layer-norm", "Apex kernel"),
     CpuOption("cross_entropy_loss_fusion", False, "no --cross-entropy-loss-fusion", "CUDA kernel"),
-    CpuOption("moe_grouped_gemm", False, "no --moe-grouped-gemm", "Transformer Engine kernel"),
     CpuOption("moe_permute_fusion", False, "no --moe-permute-fusion", "Transformer Engine kernel"),
     CpuOption("moe_router_fusion", False, "no --moe-router-fusion", "Transformer Engine kernel"),
     CpuOption(

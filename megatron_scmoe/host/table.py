@@ -84,6 +84,12 @@ TABLE: tuple[Replacement, ...] = (
         _use(lambda device=None: None),
     ),
     _cpu(
+        "torch.cuda.get_device_capability",
+        "training/arguments.py:1339",
+        "asserted for --moe-grouped-gemm",
+        _use(cpu.get_device_capability),
+    ),
+    _cpu(
         "torch.cuda.get_device_properties",
         "training/utils/common_utils.py:504",
         "architecture checks of the options",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tests.distributed_utils import run_distributed
-from tests.models import SEQUENCE, Case, build_block, run_block
+from tests.models import SEQUENCE, Case, build_block, parameters_by_expert, run_block
 from tests.reference import (
     Parameters,
     dense_layer_shapes,
@@ -60,6 +60,9 @@ CASES = {
             "moe_router_topk": 2,
             "moe_token_dispatcher_type": "allgather",
         },
+    ),
+    "pos2, grouped experts": Case(
+        host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 2, "moe_grouped_gemm": True}
     ),
     "pos3": Case(
         scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
@@ -150,7 +153,7 @@ def own_tokens(whole: Tensor) -> Tensor:
     ]
 
 
-def summed(name: str, parameter: torch.nn.Parameter) -> Tensor:
+def summed(name: str, parameter: Tensor) -> Tensor:
     """The gradient over all tokens, as the host's reductions make it (with sums, no means)."""
     grad = parameter.grad.clone()
     if getattr(parameter, "sequence_parallel", False):
@@ -171,8 +174,8 @@ def errors(case: Case, problem: Problem, layout: dict[str, int]) -> dict[str, fl
     host = {**case.host, **layout, "sequence_parallel": sequence_parallel}
     block = build_block(Case(case.scmoe, host, case.moe_frequency, case.num_layers))
     num_local_experts = block.config.num_moe_experts // layout.get("expert_model_parallel_size", 1)
-    names = {name: global_name(name, num_local_experts) for name, _ in block.named_parameters()}
-    for name, parameter in block.named_parameters():
+    names = {name: global_name(name, num_local_experts) for name, _ in parameters_by_expert(block)}
+    for name, parameter in parameters_by_expert(block):
         parameter.data.copy_(own_part(name, problem.parameters[names[name]]))
 
     hidden_states = own_tokens(problem.hidden_states).contiguous().requires_grad_()
@@ -187,7 +190,7 @@ def errors(case: Case, problem: Problem, layout: dict[str, int]) -> dict[str, fl
         "output": error(output, own_tokens(problem.output)),
         "hidden_states": error(hidden_states.grad, own_tokens(problem.gradients["hidden_states"])),
     }
-    for name, parameter in block.named_parameters():
+    for name, parameter in parameters_by_expert(block):
         expected = own_part(name, problem.gradients[names[name]])
         result[names[name]] = error(summed(name, parameter), expected)
     return result

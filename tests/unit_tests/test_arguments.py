@@ -10,9 +10,11 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
+from megatron_scmoe import host
 from megatron_scmoe.arguments import (
     add_scmoe_args,
     apply_scmoe_defaults,
+    explain_grouped_gemm,
     model_config_from_args,
     parse_and_validate_args,
     scmoe_config_from_args,
@@ -253,3 +255,22 @@ def test_a_cut_unit_is_refused_before_any_rank_builds(
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="inside the unit of layers 1 and 2"):
         model_config(MODEL, MOE, POS2, "--pipeline-model-parallel-size 4")
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ("", None),
+        ("--moe-grouped-gemm", None),
+        ("--moe-grouped-gemm --moe-ffn-hidden-size 18", "multiple of 16 bytes"),
+        ("--moe-grouped-gemm --add-bias", "experts with biases run one by one"),
+    ],
+)
+def test_grouped_gemm_is_kept_and_explained(arguments, options: str, note: str | None) -> None:
+    """On a machine without a CUDA device too."""
+    model = MODEL.replace("--disable-bias-linear", "") if "--add-bias" in options else MODEL
+    args = arguments(model, MOE, options.replace("--add-bias", ""))
+    host.apply_cpu_defaults(args)
+    assert args.moe_grouped_gemm == bool(options)
+    notes = explain_grouped_gemm(args)
+    assert notes == [] if note is None else note in "".join(notes)

@@ -320,6 +320,7 @@ def test_pos1_units_are_never_cut(cut: str) -> None:
 def test_options_outside_the_config_are_refused(dest: str) -> None:
     """Each by its name, in one line; without a shortcut they stay Megatron's."""
     args = Namespace(**(dict.fromkeys(_UNSUPPORTED_OPTIONS) | {dest: "set"}))
+    args.transformer_impl = "transformer_engine"
     flag = "--" + dest.replace("_", "-")
     with pytest.raises(ValueError, match=f"^{flag} does not work with a shortcut: .*; drop it.$"):
         ScMoEConfig(scmoe_shortcut_position="pos1").check_options(args)
@@ -338,3 +339,21 @@ def test_options_outside_the_config_are_refused(dest: str) -> None:
 def test_what_torch_norms_cannot_do_is_refused(position: str, option: str, remedy: str) -> None:
     config = host_config(**{option: True})
     assert remedy in refusal(config, scmoe_shortcut_position=position)
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"moe_use_upcycling": True}, "--moe-use-upcycling"),
+        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+    ],
+)
+def test_what_wants_single_experts_is_refused(option: dict[str, Any], flag: str) -> None:
+    defaults = {"optimizer": "adam", "ckpt_format": "torch_dist", "save": "folder", "load": None}
+    model = {"transformer_impl": "local", "moe_grouped_gemm": True, "add_bias_linear": False}
+    args = Namespace(**(dict.fromkeys(_UNSUPPORTED_OPTIONS) | defaults | model | option))
+    with pytest.raises(ValueError, match=f"^{flag} wants .*: drop --moe-grouped-gemm.$"):
+        ScMoEConfig().check_options(args)
+    for other in ({"moe_grouped_gemm": False}, {"transformer_impl": "transformer_engine"}):
+        ScMoEConfig().check_options(Namespace(**(vars(args) | other)))

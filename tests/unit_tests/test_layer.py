@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_scmoe.overlap.schedule import POSITIONS, window
-from tests.models import Case, build_block, run_block
+from tests.models import Case, build_block, parameters_by_expert, run_block
 from tests.reference import (
     UnitTrace,
     dense_layer_shapes,
@@ -77,7 +77,7 @@ def random_layers(case: Case) -> tuple[Layers, dict[str, Tensor]]:
 
 def block_tensors(block: TransformerBlock) -> dict[str, Tensor]:
     """Everything in the block that the oracle has too, by name."""
-    tensors: dict[str, Tensor] = dict(block.named_parameters())
+    tensors: dict[str, Tensor] = dict(parameters_by_expert(block))
     biases = {n: buffer for n, buffer in block.named_buffers() if n.endswith("expert_bias")}
     return tensors | biases
 
@@ -104,7 +104,7 @@ def run(block: TransformerBlock, padding_mask: Tensor | None = None) -> Result:
     block.zero_grad()
     output = run_block(block, hidden_states, padding_mask)
     output.backward(random_tensor(2))
-    tensors = {"input": hidden_states, **dict(block.named_parameters())}
+    tensors = {"input": hidden_states, **dict(parameters_by_expert(block))}
     # The host leaves None for an expert that no token visited.
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in tensors.items()}
     return Result(output.detach(), {name: grad.clone() for name, grad in grads.items()})
@@ -204,6 +204,7 @@ HOST_OPTIONS = {
     "scaling-factor": {"moe_router_topk_scaling_factor": 2.5},
     "layernorm": {"normalization": "LayerNorm"},
     "gelu": {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu},
+    "grouped-experts": {"moe_grouped_gemm": True, "moe_router_topk": 2},
 }
 
 
