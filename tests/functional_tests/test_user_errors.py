@@ -9,6 +9,12 @@ from .launch import SCRIPT, TINY_MODEL, launch, launch_rank
 MOCK = [*TINY_MODEL, "--mock-data"]
 
 
+def without(option: str) -> list[str]:
+    """MOCK without an option and its value."""
+    place = MOCK.index(option)
+    return MOCK[:place] + MOCK[place + 2 :]
+
+
 def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
 
@@ -17,8 +23,12 @@ def error_lines(stderr: str) -> list[str]:
     ("options", "expected"),
     [
         ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (without("--train-iters"), "add --train-iters or --train-samples"),
+        (without("--lr"), "add --lr"),
+        (without("--eval-interval"), "add --eval-interval"),
+        (without("--vocab-size"), "needs --vocab-size"),
         ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
-        ([*MOCK, "--global-batch-size", "3"], "must be divisible by"),
+        ([*MOCK, "--global-batch-size", "3"], "use for example --global-batch-size 4"),
         (
             [*MOCK, "--num-attention-heads", "5"],
             "check --hidden-size, --num-attention-heads",
@@ -56,4 +66,4 @@ def test_too_few_ranks() -> None:
     run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)
     assert run.returncode != 0
     (line,) = error_lines(run.stderr)
-    assert "world size (2) is not divisible" in line
+    assert "The number of ranks, 2, is no multiple" in line

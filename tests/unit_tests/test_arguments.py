@@ -24,6 +24,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
     "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --lr 1e-2 --train-iters 6 "
+    "--eval-interval 3 "
     "--tokenizer-type NullTokenizer --vocab-size 64 --transformer-impl local "
     "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion"

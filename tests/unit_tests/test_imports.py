@@ -23,7 +23,9 @@ ALLOWED = {
     "moe": {"moe", "overlap", "config"},
     "shortcut_layer": {"moe", "overlap", "config"},
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
+    "layout": set(),
     "host": {"host"},
+    "doctor": {"doctor", "host", "checkpoint"},
     "data": {"data"},
 }
 
