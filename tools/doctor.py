@@ -43,7 +43,7 @@ from megatron.training.arguments import parse_args
 from megatron_scmoe import __version__
 from megatron_scmoe.arguments import add_scmoe_args, validate
 from megatron_scmoe.doctor import environment, gpu, links
-from megatron_scmoe.doctor.findings import Finding, Place, merge
+from megatron_scmoe.doctor.findings import Finding, Place, merge, name_ranks
 from pretrain_gpt_scmoe import prepare
 
 TIMEOUT_MINUTES = 2
@@ -112,38 +112,77 @@ def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Fin
     timeout = timedelta(minutes=minutes)
     if gpu.here():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if gpu.here() else "gloo", timeout=timeout)
+    store, rank, world_size = meet(timeout)
+    torch.distributed.init_process_group(
+        "nccl" if gpu.here() else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     # What is not measured goes over gloo, which names the ranks that do not come.
     control = torch.distributed.new_group(backend="gloo", timeout=timeout)
-    here = Place(torch.distributed.get_rank(), socket.gethostname())
-    everyone = gather((here, machine, layout), control)
+    here = Place(rank, socket.gethostname())
+    everyone = gather((here, machine, layout), control, timeout)
     parts = {
         "machine": merge([(place, findings) for place, findings, _ in everyone]),
         "layout": merge([(place, findings) for place, _, findings in everyone]),
     }
     if not any(finding.severity == "error" for found in parts.values() for finding, _ in found):
         hosts = {place.rank: place.host for place, _, _ in everyone}
-        parts["links"] = [(finding, "") for finding in examine_links(args, control, hosts)]
+        parts["links"] = [(finding, "") for finding in examine_links(args, control, timeout, hosts)]
     exit_code = report(parts)
     torch.distributed.barrier(control)  # the first rank to leave would end the others
     torch.distributed.destroy_process_group()
     return exit_code
 
 
-def gather(mine: Any, control: links.Group) -> list[Any]:
+def meet(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """Wait for all ranks where they leave word, before the groups that would only time out.
+
+    Returns:
+        The job's store, this rank, the number of ranks.
+
+    Raises:
+        RuntimeError: who did not come.
+    """
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store.set(f"here/{rank}", socket.gethostname())
+    words = {other: f"here/{other}" for other in range(world_size)}
+    try:
+        store.wait(list(words.values()), timeout)
+    except RuntimeError as error:
+        missing = [other for other, word in words.items() if not store.check([word])]
+        raise RuntimeError(
+            f"{name_ranks(missing)} did not come within {timeout}: look at those processes, and at "
+            "the network between the nodes"
+        ) from error
+    return store, rank, world_size
+
+
+def name_missing(control: links.Group, timeout: timedelta) -> None:
+    """Wait for all ranks; without a time of its own this call takes torch's 30 minutes.
+
+    Raises:
+        RuntimeError: who did not come.
+    """
+    torch.distributed.monitored_barrier(control, timeout, wait_all_ranks=True)
+
+
+def gather(mine: Any, control: links.Group, timeout: timedelta) -> list[Any]:
     """By rank.
 
     Raises:
         RuntimeError: who did not come.
     """
-    torch.distributed.monitored_barrier(control, wait_all_ranks=True)
+    name_missing(control, timeout)
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine, control)
     return everyone
 
 
 def examine_links(
-    args: Namespace | None, control: links.Group, hosts: dict[int, str]
+    args: Namespace | None, control: links.Group, timeout: timedelta, hosts: dict[int, str]
 ) -> list[Finding]:
     """Measure every expert parallel group; without options, all ranks as one group."""
     group = torch.distributed.group.WORLD
@@ -154,7 +193,12 @@ def examine_links(
     assert group is not None
     if group.size() == 1:
         return [Finding("ok", "--expert-model-parallel-size 1: nothing is exchanged")]
-    measured, pairs = links.measure(group, partial(gather, control=control))
+    try:
+        collect = partial(gather, control=control, timeout=timeout)
+        measured, pairs = links.measure(group, collect, timeout)
+    except RuntimeError as error:
+        name_missing(control, timeout)
+        raise RuntimeError(f"the exchange failed on every rank: {error}") from error
     return links.judge(measured, pairs, hosts)
 
 

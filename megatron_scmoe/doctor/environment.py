@@ -177,7 +177,9 @@ def checkpoint_bytes(args: Namespace) -> int:
 
 
 def _size(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(size, 1)) // 10), len(units) - 1)
+    return f"{size / 2 ** (10 * power):.3g} {units[power]}"
 
 
 _STARTUP: tuple[Check, ...] = (

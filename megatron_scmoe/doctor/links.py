@@ -9,6 +9,7 @@ everybody, the others with that one only.
 import statistics
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -46,12 +47,13 @@ class Slowest(NamedTuple):
 
 
 def measure(
-    group: Group, gather: Callable[[object], list]
+    group: Group, gather: Callable[[object], list], timeout: timedelta
 ) -> tuple[list[AllToAll], list[PairTimes]]:
     """Call it on every rank of the job with its own group.
 
     Args:
         gather: collects what every rank passes, by rank.
+        timeout: of a collective in the groups that are made here.
 
     Returns:
         Every group's all-to-all, and for every block of groups the exchanges of its pairs.
@@ -62,7 +64,7 @@ def measure(
     of_block = group
     for members in every_block:
         if members not in groups:
-            made = torch.distributed.new_group(list(members))
+            made = torch.distributed.new_group(list(members), timeout)
             of_block = made if torch.distributed.get_rank() in members else of_block
     all_to_alls: dict[tuple[int, ...], AllToAll] = {}
     pairs = {members: PairTimes() for members in every_block}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-SUPPORTED = SpecifierSet(">=0.19.2,<0.20")  # as in pyproject.toml
+SUPPORTED = ">=0.19.2,<0.20"  # as in pyproject.toml
 
 
 def megatron_core_folder() -> Path:
@@ -37,7 +37,7 @@ def check_megatron_core() -> None:
         ImportError: one line that says which one is needed and where the other one lies.
     """
     version = megatron_core_version()
-    if version not in SUPPORTED:
+    if version not in SpecifierSet(SUPPORTED):
         raise ImportError(
             f"megatron-core {version} in {megatron_core_folder()}: this package extends "
             f"{SUPPORTED}, so pip install 'megatron-core{SUPPORTED}' and take other copies off "

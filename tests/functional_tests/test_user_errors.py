@@ -9,12 +9,6 @@ from .launch import SCRIPT, TINY_MODEL, launch, launch_rank
 MOCK = [*TINY_MODEL, "--mock-data"]
 
 
-def without(option: str) -> list[str]:
-    """MOCK without an option and its value."""
-    place = MOCK.index(option)
-    return MOCK[:place] + MOCK[place + 2 :]
-
-
 def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
 
@@ -23,10 +17,6 @@ def error_lines(stderr: str) -> list[str]:
     ("options", "expected"),
     [
         ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
-        (without("--train-iters"), "add --train-iters or --train-samples"),
-        (without("--lr"), "add --lr"),
-        (without("--eval-interval"), "add --eval-interval"),
-        (without("--vocab-size"), "needs --vocab-size"),
         ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
         ([*MOCK, "--global-batch-size", "3"], "use for example --global-batch-size 4"),
         (

@@ -238,6 +238,23 @@ def test_refusals_of_the_command_line(model_config, options: str, expected: str)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--train-iters", "add --train-iters or --train-samples"),
+        ("--lr", "add --lr"),
+        ("--eval-interval", "add --eval-interval"),
+        ("--vocab-size", "needs --vocab-size"),
+    ],
+)
+def test_missing_option(monkeypatch: pytest.MonkeyPatch, option: str, expected: str) -> None:
+    words = shlex.split(MODEL)
+    place = words.index(option)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words[:place], *words[place + 2 :]])
+    with pytest.raises(ValueError, match=expected):
+        parse_and_validate_args()
+
+
 def test_every_refused_option_exists() -> None:
     """A misspelt row would stop every run, not one."""
     names = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
