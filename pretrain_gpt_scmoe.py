@@ -14,7 +14,8 @@ PROGRAM_START = time.time()
 
 from megatron_scmoe import host
 
-host.apply_replacements()
+with host.user_errors():
+    host.apply_replacements()
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -44,12 +45,15 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, print_rank_0
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.config.container import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
 from megatron_scmoe.checkpoint.errors import CheckpointError
+from megatron_scmoe.doctor.environment import start_up
+from megatron_scmoe.layout import check_vocabulary
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -215,13 +219,25 @@ def check_split(prefix: str, split: str) -> None:
             )
 
 
+def prepare(args: Namespace) -> PretrainConfigContainer:
+    """Everything that needs no process group, so that what is wrong ends the run here.
+
+    Raises:
+        ValueError and other host.USER_ERRORS: what the host or we refuse.
+    """
+    check_data(args)
+    set_global_variables(args)
+    check_vocabulary(args, get_tokenizer().vocab_size)
+    return pretrain_cfg_container_from_args(args, model_config_from_args(args))
+
+
 def main() -> None:
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     with host.user_errors():
         args = parse_and_validate_args()
-        check_data(args)
-        set_global_variables(args)
-        container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
+        container = prepare(args)
+        for warning in start_up(args):
+            print_rank_0(warning, args.rank)
 
     run, store = pretrain, None
     if args.inprocess_restart:

@@ -1,6 +1,5 @@
 """Command line: the host's, plus one group generated from ScMoEConfig."""
 
-import math
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 
@@ -28,6 +27,7 @@ from megatron_scmoe.config import (
 )
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.layer_specs import block_config
+from megatron_scmoe.layout import check_ranks, check_shares
 from megatron_scmoe.model import ScMoEModelConfig
 from megatron_scmoe.moe.experts import why_no_grouped_mm
 
@@ -38,16 +38,26 @@ def parse_and_validate_args() -> Namespace:
     Raises:
         ValueError, AssertionError: what the host or we refuse; see host.user_errors.
     """
-    args = parse_args(add_scmoe_args)
+    return validate(parse_args(add_scmoe_args))
+
+
+def validate(args: Namespace) -> Namespace:
+    """What follows the parsing; options are changed in place.
+
+    Raises:
+        ValueError, AssertionError: what the host or we refuse; see host.user_errors.
+    """
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
     if args.use_checkpoint_args:
         restore_args(args)
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
+    check_complete(args)
+    check_ranks(args)
     notes = complete_async_save(args)
     validate_args(args)
-    check_world_size(args)
+    check_shares(args)
     position = args.scmoe_shortcut_position
     notes += [
         f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
@@ -59,23 +69,22 @@ def parse_and_validate_args() -> Namespace:
     return args
 
 
-def check_world_size(args: Namespace) -> None:
-    """Refuse a number of ranks that the experts' layout does not divide.
+def check_complete(args: Namespace) -> None:
+    """Refuse a command line without what the host misses too late to say so in one line.
 
-    The host finds out while it builds process groups (core/parallel_state.py).
+    Raises:
+        ValueError: the option that is missing.
     """
-    layout = {
-        "--expert-tensor-parallel-size": args.expert_tensor_parallel_size,
-        "--expert-model-parallel-size": args.expert_model_parallel_size,
-        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
-    }
-    ranks = math.prod(layout.values())
-    if args.num_experts is not None and args.world_size % ranks:
-        product = " x ".join(f"{option} {size}" for option, size in layout.items())
-        raise ValueError(
-            f"{args.world_size} ranks are no multiple of {ranks} = {product} (the first is "
-            "--tensor-model-parallel-size unless it is given)."
-        )
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size.")
+    if args.skip_train:
+        return
+    if args.train_iters is None and args.train_samples is None:
+        raise ValueError("How long to train is missing: add --train-iters or --train-samples.")
+    if args.lr is None:
+        raise ValueError("The learning rate is missing: add --lr.")
+    if args.eval_interval is None and not args.full_validation:
+        raise ValueError("When to evaluate is missing: add --eval-interval.")
 
 
 def complete_async_save(args: Namespace) -> list[str]:

@@ -247,11 +247,6 @@ def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
             f"{advice}."
         )
     pattern = [1] * config.num_layers if isinstance(freq, int) else freq
-    if len(pattern) != config.num_layers:
-        raise ValueError(
-            f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is "
-            f"{config.num_layers}: make them equal."
-        )
     if not any(pattern):
         raise ValueError(
             "--moe-layer-freq lists no MoE layer, so there is nothing to connect: put a 1 behind a "
@@ -308,12 +303,6 @@ _UNSUPPORTED = (
         lambda config: config.add_bias_linear,
         "the host's shared and routed experts have no biases",
         "add it",
-    ),
-    _Unsupported(
-        "--tensor-model-parallel-size > 1 without --sequence-parallel",
-        lambda config: config.tensor_model_parallel_size > 1 and not config.sequence_parallel,
-        "every token would be sent once per tensor parallel rank",
-        "add --sequence-parallel",
     ),
     _Unsupported(
         "--moe-token-dispatcher-type flex",

@@ -35,9 +35,9 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_scmoe.arguments import (
     add_scmoe_args,
     apply_scmoe_defaults,
-    check_world_size,
     model_config_from_args,
 )
+from megatron_scmoe.layout import check_ranks
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.planner.plan import Source, make_plan
@@ -106,15 +106,9 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
     if args.scmoe_shortcut_position == "none":
         args.scmoe_shortcut_position = "pos2"
         notes.append("--scmoe-shortcut-position pos2 for the memory: the command line has none")
+    check_ranks(args)
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
-    check_world_size(args)
-    if args.global_batch_size % (args.micro_batch_size * args.data_parallel_size):
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is no multiple of "
-            f"{args.micro_batch_size} x {args.data_parallel_size}, --micro-batch-size x data "
-            "parallel ranks."
-        )
     if args.padded_vocab_size is None:
         if args.vocab_size is None:
             raise ValueError("--vocab-size is missing: the planner reads no tokenizer.")

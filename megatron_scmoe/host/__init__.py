@@ -6,13 +6,22 @@ host's `parse_args` and `validate_args`; `user_errors` turns a refusal into one 
 """
 
 from megatron_scmoe.host.cpu import apply_cpu_defaults, switch_kernels
-from megatron_scmoe.host.errors import one_line_usage_errors, user_errors
+from megatron_scmoe.host.errors import (
+    USER_ERRORS,
+    leave,
+    message,
+    one_line_usage_errors,
+    user_errors,
+)
 from megatron_scmoe.host.table import apply_replacements, format_table, restore
 
 __all__ = [
+    "USER_ERRORS",
     "apply_cpu_defaults",
     "apply_replacements",
     "format_table",
+    "leave",
+    "message",
     "one_line_usage_errors",
     "restore",
     "switch_kernels",

@@ -278,10 +278,6 @@ def apply_cpu_defaults(args: Namespace) -> None:
     """
     if not no_cuda_device():
         return
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            "--context-parallel-size > 1 needs Transformer Engine's attention, and that a GPU"
-        )
     switched = switch_kernels(args)
     if args.rank == 0:
         print(f"No CUDA device: CPU backend. Switched: {', '.join(switched) or 'nothing'}")

@@ -38,14 +38,19 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
     try:
         yield
     except kinds as error:
-        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-        if rank != 0:
-            # The launcher ends all ranks when the first one leaves. A rank that is still alive
-            # after a while has an error that rank 0 does not have, such as a file missing on its
-            # node; the first rank of a node speaks for all.
-            time.sleep(SECONDS_TO_SPEAK + local_rank)
-        print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        leave(message(error), EXIT_CODE)
+
+
+def leave(text: str, exit_code: int) -> NoReturn:
+    """Say in one line why this rank ends, and end it."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank != 0:
+        # The launcher ends all ranks when the first one leaves. A rank that is still alive after a
+        # while has an error that rank 0 does not have, such as a file missing on its node; the
+        # first rank of a node speaks for all.
+        time.sleep(SECONDS_TO_SPEAK + local_rank)
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
 
 
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +62,7 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """The error's text on one line; for a bare assert of the host, its condition and the options
     that it speaks of."""
     text = " ".join(str(error).split())

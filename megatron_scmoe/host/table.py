@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_scmoe.host import cpu, optimizer, wheel
+from megatron_scmoe.host.version import check_megatron_core
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
@@ -310,9 +311,13 @@ def apply_replacements() -> list[Replacement]:
     """Replace what this machine needs, once per process, and return the rows applied.
 
     Call it before the first import from `megatron`: messages of that import are filtered too.
+
+    Raises:
+        ImportError: no megatron-core, or one of another minor version.
     """
     if _undo:
         return []
+    check_megatron_core()
     if cpu.no_cuda_device():
         cpu.silence_noise()
         cpu.hide_gpu_libraries()

@@ -10,6 +10,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests import distributed_utils  # the server's preloaded modules
@@ -21,16 +22,21 @@ STOP_S = 10  # from the first failure of a rank until the others are killed
 
 
 def launch_forked(
-    options: list[str], nproc: int, folder: Path, largest_file: int | None = None
+    options: list[str],
+    nproc: int,
+    folder: Path,
+    largest_file: int | None = None,
+    main: Callable[[], int | None] | None = None,
 ) -> Run:
     """Run the entry script on `nproc` ranks; their output goes through files in `folder`.
 
     Args:
         largest_file: bytes beyond which the kernel lets no file of a rank grow.
+        main: a module-level function to call in place of the entry script's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.txt" for rank in range(nproc)]
-    ranks = start_ranks(options, outputs, largest_file)
+    ranks = start_ranks(options, outputs, largest_file, main)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while any(rank.exitcode is None for rank in ranks):
@@ -49,7 +55,10 @@ def launch_forked(
 
 
 def start_ranks(
-    options: list[str], outputs: list[Path], largest_file: int | None = None
+    options: list[str],
+    outputs: list[Path],
+    largest_file: int | None = None,
+    main: Callable[[], int | None] | None = None,
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Fork one rank for each output file and return without waiting."""
     context = multiprocessing.get_context("forkserver")
@@ -57,7 +66,7 @@ def start_ranks(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world_size = len(outputs)
-    job = (world_size, port, options, largest_file)
+    job = (world_size, port, options, largest_file, main)
     ranks = [
         context.Process(target=_run_rank, args=(rank, output, *job))
         for rank, output in enumerate(outputs)
@@ -74,6 +83,7 @@ def _run_rank(
     port: int,
     options: list[str],
     largest_file: int | None,
+    main: Callable[[], int | None] | None,
 ) -> None:
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -93,6 +103,6 @@ def _run_rank(
     import torch
 
     torch.set_num_threads(1)
-    from pretrain_gpt_scmoe import main
-
-    main()
+    if main is None:
+        from pretrain_gpt_scmoe import main
+    sys.exit(main())

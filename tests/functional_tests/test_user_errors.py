@@ -18,7 +18,7 @@ def error_lines(stderr: str) -> list[str]:
     [
         ([*MOCK, "--no-such-option"], "unrecognized arguments: --no-such-option"),
         ([*TINY_MODEL, "--data-path", "/nowhere/corpus"], "no dataset /nowhere/corpus.bin"),
-        ([*MOCK, "--global-batch-size", "3"], "must be divisible by"),
+        ([*MOCK, "--global-batch-size", "3"], "use for example --global-batch-size 4"),
         (
             [*MOCK, "--num-attention-heads", "5"],
             "check --hidden-size, --num-attention-heads",
@@ -56,4 +56,4 @@ def test_too_few_ranks() -> None:
     run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)
     assert run.returncode != 0
     (line,) = error_lines(run.stderr)
-    assert "world size (2) is not divisible" in line
+    assert "The number of ranks, 2, is no multiple" in line

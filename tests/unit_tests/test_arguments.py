@@ -26,6 +26,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
     "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --lr 1e-2 --train-iters 6 "
+    "--eval-interval 3 "
     "--tokenizer-type NullTokenizer --vocab-size 64 --transformer-impl local "
     "--no-masked-softmax-fusion --no-rope-fusion --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion"
@@ -241,6 +242,23 @@ def test_refusals_of_the_command_line(model_config, options: str, expected: str)
     with pytest.raises(ValueError, match=expected) as error:
         model_config(MODEL, MOE, shared, options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--train-iters", "add --train-iters or --train-samples"),
+        ("--lr", "add --lr"),
+        ("--eval-interval", "add --eval-interval"),
+        ("--vocab-size", "needs --vocab-size"),
+    ],
+)
+def test_missing_option(monkeypatch: pytest.MonkeyPatch, option: str, expected: str) -> None:
+    words = shlex.split(MODEL)
+    place = words.index(option)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words[:place], *words[place + 2 :]])
+    with pytest.raises(ValueError, match=expected):
+        parse_and_validate_args()
 
 
 def test_every_refused_option_exists() -> None:

@@ -21,9 +21,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": None
     },
     "Leaving out --disable-bias-linear": {"add_bias_linear": True},
-    "--tensor-model-parallel-size > 1 without --sequence-parallel": {
-        "tensor_model_parallel_size": 2
-    },
     "--moe-token-dispatcher-type flex": {"moe_token_dispatcher_type": "flex"},
     "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
@@ -94,10 +91,6 @@ def test_unsupported_option_is_refused(row: Any, position: str) -> None:
 @pytest.mark.parametrize("option", REFUSED)
 def test_without_a_shortcut_nothing_is_refused(option: str) -> None:
     check(host_config(**REFUSED[option]), scmoe_shortcut_position="none")
-
-
-def test_sequence_parallelism_makes_tensor_parallelism_work() -> None:
-    check(host_config(tensor_model_parallel_size=2, sequence_parallel=True))
 
 
 # Our own options. -------------------------------------------------------------------------------
@@ -233,14 +226,6 @@ def test_single_layer_has_one_remedy() -> None:
     message = refusal(host_config(num_layers=1, moe_layer_freq=1))
     assert "use pos1" in message
     assert "--moe-layer-freq" not in message
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("pattern", [[0, 1], [0, 1] * 5], ids=["short", "long"])
-def test_pattern_of_another_length(position: str, pattern: list[int]) -> None:
-    config = host_config(moe_layer_freq=pattern)
-    message = refusal(config, scmoe_shortcut_position=position)
-    assert f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is 8" in message
 
 
 # Pipeline stages. -------------------------------------------------------------------------------

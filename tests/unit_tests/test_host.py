@@ -98,17 +98,7 @@ def test_random_numbers_of_both_kinds_are_one_stream(originals: None) -> None:
 def cpu_args() -> Namespace:
     """A command line that the CPU backend takes as it is."""
     options = {option.dest: option.value for option in cpu.CPU_OPTIONS}
-    return Namespace(rank=0, context_parallel_size=1, **options)
-
-
-def test_context_parallelism_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = cpu_args()
-    args.context_parallel_size = 2
-    monkeypatch.setattr(cpu, "no_cuda_device", lambda: True)
-    with pytest.raises(ValueError, match=r"--context-parallel-size > 1 needs .* a GPU"):
-        host.apply_cpu_defaults(args)
-    monkeypatch.setattr(cpu, "no_cuda_device", lambda: False)
-    host.apply_cpu_defaults(args)
+    return Namespace(rank=0, **options)
 
 
 def test_cpu_options_exist_and_are_announced_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,9 @@ ALLOWED = {
     "planner": {"planner", "overlap", "config", "layer_specs"},
     "model_size": {"config", "layer_specs", "model"},
     "memory": {"model_size", "layer_specs", "model", "arguments"},
+    "layout": set(),
     "host": {"host"},
+    "doctor": {"doctor", "host", "checkpoint"},
     "data": {"data"},
 }
 

@@ -563,7 +563,7 @@ def test_stock_command_lines_are_planned_too(output) -> None:
         (f"{MODEL} {POS2} {CLUSTER} --cluster-bandwidth-efficiency 40", "at most 1"),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-network-gbytes -1", "must be positive"),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-message-us -1", "message latency"),
-        (f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32", "Number of experts"),
+        (f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32", "no multiple of --expert-model-parallel-size 32"),
         (f"{MODEL} {POS2} {CLUSTER} --global-batch-size 48", "48"),
         (f"{MODEL} {CLUSTER} --moe-layer-freq 1", "use pos1"),
         (f"{MODEL} {POS2} {CLUSTER} --use-checkpoint-args --load x", "reads no checkpoint"),
