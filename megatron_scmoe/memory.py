@@ -42,9 +42,18 @@ class Training:
     """Over which the distributed optimizer repeats its shards; None without one."""
 
     def optimizer_shards(self, data_parallel_size: int) -> int:
-        """Ranks that share the optimizer state of one parameter."""
+        """Ranks that share the optimizer state of one parameter.
+
+        Raises:
+            ValueError: they cannot be split into the instances; one line.
+        """
         if self.optimizer_instances is None:
             return 1
+        if data_parallel_size % self.optimizer_instances:
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {self.optimizer_instances} does not divide "
+                f"{data_parallel_size}, the ranks that hold the same parameters."
+            )
         return data_parallel_size // self.optimizer_instances
 
 
@@ -54,10 +63,16 @@ class RankMemory:
 
     pipeline_rank: int
     parameters: int
-    weight_and_optimizer_bytes: float
-    """Weights, gradients, main parameters, optimizer state."""
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: float
+    """Main parameters and optimizer state."""
     activation_bytes: float
     """Kept for the backward pass at the peak of the pipeline schedule."""
+
+    @property
+    def weight_and_optimizer_bytes(self) -> float:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -103,6 +118,9 @@ def memory_of_ranks(
         model: the model.
         size: its count, at the sequence length and micro-batch size of the run.
         training: the run.
+
+    Raises:
+        ValueError: the optimizer state cannot be split as the run asks; one line.
     """
     config = model.transformer
     stages = pipeline_stages(config)
@@ -127,21 +145,23 @@ def memory_of_ranks(
                     # A copy of the word embedding, kept equal by an all-reduce.
                     weights += Weights(tensor=size.embedding.weights.tensor)
         activations = sum(kept[chunk] for chunk in _chunks_in_flight(config, training, pp_rank))
+        parameters = weights.dense_on_rank(config) + weights.expert_on_rank(config)
         ranks.append(
             RankMemory(
                 pipeline_rank=pp_rank,
-                parameters=weights.dense_on_rank(config) + weights.expert_on_rank(config),
-                weight_and_optimizer_bytes=_state_bytes(config, training, weights),
+                parameters=parameters,
+                weight_bytes=parameters * config.params_dtype.itemsize,
+                gradient_bytes=parameters * training.gradient_bytes,
+                optimizer_bytes=_optimizer_bytes(config, training, weights),
                 activation_bytes=activations + transient,
             )
         )
     return ranks
 
 
-def _state_bytes(config: TransformerConfig, training: Training, weights: Weights) -> float:
+def _optimizer_bytes(config: TransformerConfig, training: Training, weights: Weights) -> float:
     """Dense parameters are shared by all data (and context) parallel ranks, experts by those that
     hold the same experts."""
-    whole = config.params_dtype.itemsize + training.gradient_bytes
     ranks = training.world_size // config.pipeline_model_parallel_size
     expert_ranks = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1)
     total = 0.0
@@ -150,7 +170,7 @@ def _state_bytes(config: TransformerConfig, training: Training, weights: Weights
         (weights.expert_on_rank(config), expert_ranks),
     ):
         shards = training.optimizer_shards(ranks // model_ranks)
-        total += parameters * (whole + training.optimizer_bytes / shards)
+        total += parameters * training.optimizer_bytes / shards
     return total
 
 
@@ -252,17 +272,16 @@ def report_lines(size: ModelSize, ranks: list[RankMemory]) -> list[str]:
             f"activation={activation:.2f} MB, total={state + activation:.2f} MB "
             f"({where}{rank.parameters:,} parameters)"
         )
-    remarks = "".join(f"; {remark}" for remark in _activation_remarks(size.config))
-    lines.append(
-        "  activation: what is kept for backward, with balanced routing; no temporaries, no "
-        f"communication buffers{remarks}"
-    )
+    lines.append(f"  activation: {activation_remarks(size.config)}")
     return lines
 
 
-def _activation_remarks(config: TransformerConfig) -> list[str]:
-    """Where the number is a bound, or could not be measured."""
-    remarks = []
+def activation_remarks(config: TransformerConfig) -> str:
+    """What the number covers, and where it is a bound or could not be measured."""
+    remarks = [
+        "what is kept for backward, with balanced routing",
+        "no temporaries, no communication buffers",
+    ]
     recomputed = set(config.recompute_modules or []) - COUNTED_RECOMPUTATION
     if config.recompute_granularity == "selective" and recomputed:
         names = ", ".join(sorted(recomputed))
@@ -271,4 +290,4 @@ def _activation_remarks(config: TransformerConfig) -> list[str]:
         remarks.append("an upper bound, because everything counts in the model's precision")
     if config.transformer_impl == "transformer_engine":
         remarks.append("not yet measured with Transformer Engine")
-    return remarks
+    return "; ".join(remarks)

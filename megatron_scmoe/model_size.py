@@ -80,9 +80,9 @@ class Operator:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One attention layer: `attention`, then `mlp`, or `router`, `experts`, `shared_expert` and
-    `merge`, the steps of overlap/schedule.py. A norm counts with the operator that reads it, the
-    combine gate and the post-norm with `merge`."""
+    """One attention layer: `qkv`, `core_attention` and `projection`, then `mlp`, or `router`,
+    `experts`, `shared_expert` and `merge`, the steps of overlap/schedule.py. A norm counts with the
+    operator that reads it, the combine gate and the post-norm with `merge`."""
 
     operators: dict[str, Operator]
 
@@ -238,7 +238,7 @@ class _Counter:
         self.outer_tokens = self.inner_tokens // (self.tp if config.sequence_parallel else 1)
 
     def layer(self, is_moe: bool) -> LayerSize:
-        operators = {"attention": self._attention()}
+        operators = self._attention()
         if is_moe:
             operators |= {
                 "router": self._router(),
@@ -272,34 +272,44 @@ class _Counter:
 
     # Operators of a layer. --------------------------------------------------------------------
 
-    def _attention(self) -> Operator:
+    def _attention(self) -> dict[str, Operator]:
         config = self.config
         if isinstance(config, MLATransformerConfig):
             projections = self._latent_projections(config)
         else:
             projections = self._projections()
         context = self.heads * projections.value_width
-        biases = self.hidden if config.add_bias_linear else 0
-        weights = Weights(
-            tensor=projections.split + projections.split_biases + context * self.hidden,
-            replicated=projections.duplicated
-            + projections.norms
-            + biases
-            + self._norm(self.hidden),
+        to_qkv = Weights(
+            tensor=projections.split + projections.split_biases,
+            replicated=projections.duplicated + projections.norms + self._norm(self.hidden),
         )
-        matrices = projections.split + projections.duplicated + context * self.hidden
-        # Half of the scores is masked: s/2 keys for the average query.
-        core = self.heads * (projections.key_width + projections.value_width) * self.seq_length
-        kept = self.kept(
-            inner=self.heads * projections.key_width + projections.keys_and_values + context,
-            outer=self._normed_input() + projections.latents,
+        back = Weights(
+            tensor=context * self.hidden,
+            replicated=self.hidden if config.add_bias_linear else 0,
         )
-        return Operator(
-            weights,
-            activated=weights.total,
-            flops=2 * matrices + core,
-            kept_bytes=kept + self._score_matrix() + self._dropout_mask(),
-        )
+        queries = self.heads * projections.key_width
+        return {
+            "qkv": Operator(
+                to_qkv,
+                activated=to_qkv.total,
+                flops=2 * (projections.split + projections.duplicated),
+                kept_bytes=self.kept(outer=self._normed_input() + projections.latents),
+            ),
+            "core_attention": Operator(
+                Weights(),
+                activated=0,
+                # Half of the scores is masked: s/2 keys for the average query.
+                flops=(queries + context) * self.seq_length,
+                kept_bytes=self.kept(inner=queries + projections.keys_and_values)
+                + self._score_matrix(),
+            ),
+            "projection": Operator(
+                back,
+                activated=back.total,
+                flops=2 * context * self.hidden,
+                kept_bytes=self.kept(inner=context) + self._dropout_mask(),
+            ),
+        }
 
     def _projections(self) -> "_Projections":
         """To queries, keys and values, with or without groups."""

@@ -38,6 +38,7 @@ from megatron_scmoe.arguments import (
     model_config_from_args,
 )
 from megatron_scmoe.layout import check_ranks
+from megatron_scmoe.model import ScMoEModelConfig
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.planner.plan import Source, make_plan
@@ -78,11 +79,11 @@ def add_planner_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
-def parse_command_line() -> tuple[Namespace, list[str]]:
+def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     """The host's options, validated for a world of the cluster's size.
 
     Returns:
-        options, and what was set beside them.
+        options, their model, and what was set beside them.
 
     Raises:
         ValueError, AssertionError: what the host or we refuse; see host.user_errors.
@@ -101,6 +102,8 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
         if getattr(args, name) is None or getattr(args, name) < 1:
             raise ValueError(f"{_flag(name)} is missing or not positive: it makes the layout.")
     args.rank, args.world_size = 0, args.cluster_nodes * args.cluster_gpus_per_node
+    # Validated for this machine; the memory is that of the cluster's kernels.
+    transformer_impl = args.transformer_impl
     host.switch_kernels(args)
     notes = []
     if args.scmoe_shortcut_position == "none":
@@ -119,7 +122,9 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
             logging_enabled=False,
         )
     notes += apply_scmoe_defaults(args)
-    return args, notes
+    config = model_config_from_args(args)
+    config.transformer.transformer_impl = transformer_impl
+    return args, config, notes
 
 
 def _flag(name: str) -> str:
@@ -176,15 +181,13 @@ def source_from_args(args: Namespace) -> Source:
 def main() -> None:
     with host.user_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's, about training
-        args, notes = parse_command_line()
-        model_config = model_config_from_args(args)
+        args, config, notes = parse_command_line()
         source = source_from_args(args)
-        config, scmoe = model_config.transformer, model_config.scmoe
-        plan = make_plan(args, config, scmoe, source, args.extrapolate)
+        plan = make_plan(args, config, source, args.extrapolate)
     if args.json:
-        print(json.dumps(as_json(args, config, source, plan, notes), indent=2))
+        print(json.dumps(as_json(args, config.transformer, source, plan, notes), indent=2))
     else:
-        print(as_text(args, config, source, plan, notes))
+        print(as_text(args, config.transformer, source, plan, notes))
 
 
 if __name__ == "__main__":

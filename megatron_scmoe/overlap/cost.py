@@ -89,24 +89,14 @@ def slot_seconds(times: UnitTimes, slot: int) -> SlotCost:
     )
 
 
-def best_slot(*directions: UnitTimes) -> int:
-    """The slot at which the given directions together take the least time.
+def best_slot(times: UnitTimes) -> int:
+    """The slot at which a unit takes the least time in one direction.
 
-    Pass one direction, or forward and backward for a slot that both share. Equally good slots: the
-    one nearest the middle of the window, of two such the earlier. Equal times give equal answers
-    on every rank.
-
-    Raises:
-        ValueError: no direction, or directions of different windows.
+    Equally good slots: the one nearest the middle of the window, of two such the earlier. Equal
+    times give equal answers on every rank.
     """
-    lengths = {len(times.dense) for times in directions}
-    if len(lengths) != 1:
-        raise ValueError(f"directions have windows of {sorted(lengths)} operators")
-    (operators,) = lengths
-    seconds = [
-        math.fsum(slot_seconds(times, slot).seconds for times in directions)
-        for slot in range(operators + 1)
-    ]
+    operators = len(times.dense)
+    seconds = [slot_seconds(times, slot).seconds for slot in range(operators + 1)]
     limit = min(seconds) * (1 + _RELATIVE_TIE)
     fastest = [slot for slot, cost in enumerate(seconds) if cost <= limit]
     return min(fastest, key=lambda slot: (abs(2 * slot - operators), slot))

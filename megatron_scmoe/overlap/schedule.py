@@ -64,6 +64,10 @@ class Slots(NamedTuple):
     backward: int
     """Whose backward runs after that of the experts."""
 
+    def __str__(self) -> str:
+        """As --scmoe-expert-slot takes it."""
+        return ",".join(map(str, dict.fromkeys(self)))
+
 
 POSITIONS = ("pos1", "pos2", "pos3")
 

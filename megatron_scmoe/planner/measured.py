@@ -5,14 +5,15 @@ One JSON file (`Measurement.read`):
     {
       "source": "machine, commit, command",
       "topk": 1,
-      "forward":  {"dense_attention": 0.010, "dense_mlp": 0.012, "attention": 0.010,
+      "forward":  {"dense_qkv": 0.003, "dense_core_attention": 0.004, "dense_projection": 0.003,
+                   "dense_mlp": 0.012, "qkv": 0.003, "core_attention": 0.004, "projection": 0.003,
                    "shared_expert": 0.012, "experts": 0.013, "dispatch": 0.020, "combine": 0.019},
       "backward": {the same keys},
       "rest": 0.005,
       "runs": [
         {"position": "none", "topk": 2, "shared_expert": false, "seconds": 0.21},
         {"position": "none", "topk": 1, "shared_expert": true, "seconds": 0.18},
-        {"position": "pos2", "slot": 1, "overlap": true, "seconds": 0.15}
+        {"position": "pos2", "slot": 1, "backward_slot": 3, "overlap": true, "seconds": 0.15}
       ]
     }
 
@@ -21,7 +22,8 @@ of it: an iteration divided by its micro-batches and MoE layers. `topk` is that 
 dispatch and combine. The keys of a direction are the dense steps of schedule.window("pos3"),
 `experts`, and `dispatch` and `combine`, which may both be left out: then they are the cluster's.
 `rest` (default 0) is everything outside the pair, forward and backward, and `runs` (default none)
-are whole runs, `rest` included, that the prediction is compared with.
+are whole runs, `rest` included, that the prediction is compared with. `backward_slot` is `slot`
+where it is left out.
 """
 
 import json
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_scmoe.overlap.schedule import POSITIONS, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.predict import (
     PAIR,
     Model,
@@ -50,7 +52,7 @@ class MeasuredRun(NamedTuple):
     position: str
     seconds: float
     topk: int
-    slot: int | None = None
+    slots: Slots | None = None
     overlap: bool = True
     shared_expert: bool = True
 
@@ -58,7 +60,7 @@ class MeasuredRun(NamedTuple):
     def name(self) -> str:
         if self.position == "none":
             return f"top-{self.topk}" + (" + shared expert" if self.shared_expert else "")
-        return f"{self.position} slot {self.slot}" + ("" if self.overlap else ", no overlap")
+        return f"{self.position} slot {self.slots}" + ("" if self.overlap else ", no overlap")
 
 
 class Comparison(NamedTuple):
@@ -138,8 +140,8 @@ def _run_seconds(model: Model, topk: int, run: MeasuredRun) -> float:
     if run.position == "none":
         pair = stock_seconds(model, wider=run.topk == topk + 1, shared_expert=run.shared_expert)
     elif run.overlap:
-        assert run.slot is not None
-        pair = predict(model, run.position, run.slot).seconds
+        assert run.slots is not None
+        pair = predict(model, run.position, run.slots).seconds
     else:
         # Without overlap a unit runs what the stock layers run, in another order.
         pair = stock_seconds(model, wider=False, shared_expert=True)
@@ -178,8 +180,12 @@ def _pass_times(content: Any, topk: int, has_exchanges: bool) -> PassTimes:
 
 
 def _run(content: Any, topk: int) -> MeasuredRun:
-    _check_keys(content, {"position", "seconds"}, {"topk", "slot", "overlap", "shared_expert"})
-    run = MeasuredRun(**{"topk": topk, **content})
+    optional = {"topk", "slot", "backward_slot", "overlap", "shared_expert"}
+    _check_keys(content, {"position", "seconds"}, optional)
+    values = {"topk": topk, **content}
+    forward = values.pop("slot", None)
+    slots = Slots(forward, values.pop("backward_slot", forward))
+    run = MeasuredRun(**values, slots=slots)
     if _seconds(run.seconds, "seconds of a run") == 0:
         raise ValueError("seconds of a run is 0")
     if run.position == "none":
@@ -191,6 +197,6 @@ def _run(content: Any, topk: int) -> MeasuredRun:
         raise ValueError(f"a run at position {run.position!r}")
     elif run.topk != topk:
         raise ValueError(f"a run at {run.position} with topk {run.topk}, the parts have {topk}")
-    elif run.slot not in range(len(window(run.position)) + 1):
-        raise ValueError(f"a run at {run.position} with slot {run.slot}")
+    elif not all(slot in range(len(window(run.position)) + 1) for slot in slots):
+        raise ValueError(f"a run at {run.position} with slot {slots}")
     return run

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model_size import model_size
 from megatron_scmoe.overlap.schedule import Step
-from megatron_scmoe.planner.counts import forward_flops
 from megatron_scmoe.planner.predict import (
     PAIR,
     Model,
@@ -29,6 +30,7 @@ from megatron_scmoe.planner.predict import (
     predict_best,
     stock_seconds,
 )
+from megatron_scmoe.planner.times import step_flops
 
 
 class Row(NamedTuple):
@@ -65,14 +67,19 @@ GPT3_XL = Architecture(hidden_size=2048, heads=32, positions=2048 // 2)
 def pair_by_flops(architecture: Architecture, share: float, topk: int = 1) -> Model:
     """A pair with top-`topk` whose top-2 MoE takes the time 1, `share` of it in exchanges."""
     hidden = architecture.hidden_size
-    config = TransformerConfig(
+    transformer = TransformerConfig(
         num_layers=2,
         hidden_size=hidden,
         num_attention_heads=architecture.heads,
         ffn_hidden_size=4 * hidden,
+        add_bias_linear=False,
+        num_moe_experts=8,
+        moe_layer_freq=[0, 1],
+        moe_ffn_hidden_size=4 * hidden,
         moe_shared_expert_intermediate_size=4 * hidden,
     )
-    flops = {step: forward_flops(config, step, 2 * architecture.positions) for step in PAIR}
+    config = ScMoEModelConfig(transformer=transformer, vocab_size=1)
+    flops = step_flops(model_size(config, 2 * architecture.positions, micro_batch_size=1))
     expert, exchange = (1 - share) / 2, share / 4
 
     def routed(k: int) -> Routed:

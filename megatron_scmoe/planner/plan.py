@@ -3,16 +3,16 @@
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.overlap.schedule import POSITIONS, window
+from megatron_scmoe.memory import RankMemory, Training, memory_of_ranks, training_from_args
+from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model_size import ModelSize, model_size
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.measured import Comparison, Measurement, compare
-from megatron_scmoe.planner.memory import Memory, fullest_gpu, model_parameters
 from megatron_scmoe.planner.predict import Model, PassTimes, Prediction, predict, predict_best
 from megatron_scmoe.planner.times import (
     all_passes,
@@ -42,7 +42,7 @@ class Source:
     measurement: Measurement | None
 
     def model(
-        self, args: Namespace, config: TransformerConfig, measured_exchanges: bool = True
+        self, args: Namespace, config: ScMoEModelConfig, measured_exchanges: bool = True
     ) -> Model:
         """The times of a model; `measured_exchanges` prefers measured ones to the cluster's."""
         if self.measurement is None:
@@ -51,10 +51,13 @@ class Source:
         passes = [self.measurement.forward, self.measurement.backward]
         if not (measured_exchanges and self.measurement.has_exchanges):
             assert self.cluster is not None
-            passes = [with_exchanges(times, args, config, self.cluster) for times in passes]
-        forward, backward = passes
+            passes = [
+                with_exchanges(times, args, config.transformer, self.cluster) for times in passes
+            ]
         return Model(
-            all_passes(config, forward, backward), is_paired(config), self.measurement.rest
+            all_passes(config.transformer, *passes),
+            is_paired(config.transformer),
+            self.measurement.rest,
         )
 
 
@@ -76,7 +79,7 @@ class Larger(NamedTuple):
     experts: int
     parameters: int
     degree: Degree
-    memory: Memory
+    memory: RankMemory
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,19 @@ class Plan:
 
     model: Model
     predictions: dict[str, list[Prediction]]
-    """By position, then slot."""
+    """By position: every slot in both directions, then the best slots if they differ."""
     refused: dict[str, str]
     """Positions that the model cannot have, and why."""
     degrees: list[Degree]
     """EP 1, 2, 4, ...; empty without a cluster."""
     comparisons: list[Comparison]
     parameters: int
-    memory: Memory
+    memory: RankMemory
+    """Of the pipeline stage that needs most."""
     larger: list[Larger]
 
     def best(self, position: str) -> Prediction:
-        """The slot that takes the least time."""
+        """The slots that take the least time, of each direction on its own."""
         return predict_best(self.model, position)
 
     def first_misfit(self, position: str) -> int | None:
@@ -108,8 +112,7 @@ class Plan:
 
 def make_plan(
     args: Namespace,
-    config: TransformerConfig,
-    scmoe: ScMoEConfig,
+    config: ScMoEModelConfig,
     source: Source,
     extrapolate: bool = False,
 ) -> Plan:
@@ -117,74 +120,92 @@ def make_plan(
 
     Args:
         args: the host's validated options, of a hypothetical world.
-        config: the model's config; `num_layers` counts attention layers.
+        config: the model.
 
     Raises:
-        ValueError: a measurement of another top-k, or a network that would be needed, in one line.
+        ValueError: a measurement of another top-k, a network that would be needed, or a model or
+            an optimizer that is not counted; one line.
     """
+    transformer = config.transformer
     measurement = source.measurement
-    if measurement is not None and measurement.topk != config.moe_router_topk:
+    if measurement is not None and measurement.topk != transformer.moe_router_topk:
         raise ValueError(
             f"--measured has times of top-{measurement.topk} and --moe-router-topk is "
-            f"{config.moe_router_topk}: make them equal."
+            f"{transformer.moe_router_topk}: make them equal."
         )
-    refused = _refused_positions(config, scmoe)
+    refused = _refused_positions(config)
     positions = [position for position in POSITIONS if position not in refused]
     model = source.model(args, config)
+    size = model_size(config, args.seq_length, args.micro_batch_size)
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    training = training_from_args(args, num_microbatches)
     return Plan(
         model=model,
-        predictions={
-            position: [predict(model, position, slot) for slot in range(len(window(position)) + 1)]
-            for position in positions
-        },
+        predictions={position: _predictions(model, position) for position in positions},
         refused=refused,
         degrees=list(_degrees(args, config, source, positions)),
         comparisons=compare(model, measurement.topk, measurement.runs) if measurement else [],
-        parameters=model_parameters(args, config, scmoe).total,
-        memory=fullest_gpu(args, config, scmoe, args.world_size),
-        larger=list(_larger(args, config, scmoe, source, positions)) if extrapolate else [],
+        parameters=size.parameters,
+        memory=_fullest_rank(config, size, training),
+        larger=list(_larger(args, config, training, source, positions)) if extrapolate else [],
     )
 
 
-def _refused_positions(config: TransformerConfig, scmoe: ScMoEConfig) -> dict[str, str]:
+def _predictions(model: Model, position: str) -> list[Prediction]:
+    best = predict_best(model, position)
+    equal = [
+        predict(model, position, Slots(slot, slot)) for slot in range(len(window(position)) + 1)
+    ]
+    return equal if best in equal else [*equal, best]
+
+
+def _fullest_rank(config: ScMoEModelConfig, size: ModelSize, training: Training) -> RankMemory:
+    return max(memory_of_ranks(config, size, training), key=lambda rank: rank.total_bytes)
+
+
+def _refused_positions(config: ScMoEModelConfig) -> dict[str, str]:
+    # It is the layout that is asked: what is installed on this machine does not matter.
+    transformer = changed(config, transformer_impl="local").transformer
     refused = {}
     for position in POSITIONS:
         moved = ScMoEConfig(
             **{
-                **asdict(scmoe),
+                **asdict(config.scmoe),
                 "scmoe_shortcut_position": position,
                 "scmoe_expert_slot": "auto",
             }
         )
         try:
-            moved.check(config)
+            moved.check(transformer)
         except ValueError as error:
             refused[position] = str(error)
     return refused
 
 
 def _degree(
-    args: Namespace, config: TransformerConfig, source: Source, positions: list[str], ranks: int
+    args: Namespace, config: ScMoEModelConfig, source: Source, positions: list[str], ranks: int
 ) -> Degree:
     assert source.cluster is not None
     wider = changed(config, expert_model_parallel_size=ranks)
     model = source.model(args, wider, measured_exchanges=False)
     return Degree(
         ranks=ranks,
-        leaving_node=source.cluster.share_leaving_node(ranks, config.expert_tensor_parallel_size),
+        leaving_node=source.cluster.share_leaving_node(
+            ranks, config.transformer.expert_tensor_parallel_size
+        ),
         times=model.passes[0],
         best={position: predict_best(model, position) for position in positions},
     )
 
 
 def _degrees(
-    args: Namespace, config: TransformerConfig, source: Source, positions: list[str]
+    args: Namespace, config: ScMoEModelConfig, source: Source, positions: list[str]
 ) -> Iterator[Degree]:
     if source.cluster is None:
         return
     largest = LARGEST_EP
     if source.cluster.network_bandwidth is None:
-        stride = config.expert_tensor_parallel_size
+        stride = config.transformer.expert_tensor_parallel_size
         largest = source.cluster.ranks_in_node(LARGEST_EP, stride)
     for power in range(int(math.log2(largest)) + 1):
         yield _degree(args, config, source, positions, 2**power)
@@ -192,32 +213,32 @@ def _degrees(
 
 def _larger(
     args: Namespace,
-    config: TransformerConfig,
-    scmoe: ScMoEConfig,
+    config: ScMoEModelConfig,
+    training: Training,
     source: Source,
     positions: list[str],
 ) -> Iterator[Larger]:
     """One expert parallel group over all GPUs of a pipeline stage, experts of a rank kept."""
     if source.cluster is None:
         raise ValueError("--extrapolate needs a network: add the --cluster options.")
-    pp, dense_ranks = (
-        config.pipeline_model_parallel_size,
-        config.tensor_model_parallel_size * config.context_parallel_size,
-    )
-    experts_per_rank = config.num_moe_experts // config.expert_model_parallel_size
+    layout = config.transformer
+    pp, expert_tp = layout.pipeline_model_parallel_size, layout.expert_tensor_parallel_size
+    dense_ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+    experts_per_rank = layout.num_moe_experts // layout.expert_model_parallel_size
     for gpus in EXTRAPOLATED_GPUS:
-        if gpus % (pp * math.lcm(dense_ranks, config.expert_tensor_parallel_size)):
+        if gpus % (pp * math.lcm(dense_ranks, expert_tp)):
             continue
-        ranks = gpus // (pp * config.expert_tensor_parallel_size)
+        ranks = gpus // (pp * expert_tp)
         grown = changed(
             config,
             expert_model_parallel_size=ranks,
             num_moe_experts=ranks * experts_per_rank,
         )
+        size = model_size(grown, args.seq_length, args.micro_batch_size)
         yield Larger(
             gpus=gpus,
             experts=ranks * experts_per_rank,
-            parameters=model_parameters(args, grown, scmoe).total,
+            parameters=size.parameters,
             degree=_degree(args, grown, source, positions, ranks),
-            memory=fullest_gpu(args, grown, scmoe, gpus),
+            memory=_fullest_rank(grown, size, replace(training, world_size=gpus)),
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
-from megatron_scmoe.overlap.schedule import Step, window
+from megatron_scmoe.overlap.schedule import Slots, Step, window
 
 PAIR = window("pos3")
 """Dense operators of a pair; the widest window holds them all."""
@@ -41,7 +41,7 @@ class PassTimes:
     """Seconds of a pair's parts on one rank, for one micro-batch in one direction."""
 
     dense: Mapping[Step, float]
-    """Every operator of PAIR."""
+    """Every operator of PAIR that the model has."""
     routed: Routed
     """With top-K."""
     wider: Routed
@@ -70,13 +70,17 @@ class Model:
     def operators(self) -> tuple[Step, ...]:
         return PAIR if self.paired else MOE_LAYER
 
+    def slot_of_each_pass(self, slots: Slots) -> list[int]:
+        """A recomputed forward pass has the forward slot."""
+        return [slots.forward] * (len(self.passes) - 1) + [slots.backward]
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """A position at a slot. Seconds are of all passes of a pair, for one micro-batch."""
+    """A position at its slots. Seconds are of all passes of a pair, for one micro-batch."""
 
     position: str
-    slot: int
+    slots: Slots
     passes: tuple[SlotCost, ...]
     seconds: float
     hidden_share: float
@@ -98,13 +102,16 @@ class Prediction:
         return self.exposed == 0
 
 
-def predict(model: Model, position: str, slot: int) -> Prediction:
-    """One position at one slot.
+def predict(model: Model, position: str, slots: Slots) -> Prediction:
+    """One position at one slot for each direction.
 
     Raises:
-        ValueError: the slot lies outside the window.
+        ValueError: a slot lies outside the window.
     """
-    costs = tuple(slot_seconds(times.unit(position), slot) for times in model.passes)
+    costs = tuple(
+        slot_seconds(times.unit(position), slot)
+        for times, slot in zip(model.passes, model.slot_of_each_pass(slots), strict=True)
+    )
     outside = [step for step in model.operators if step not in window(position)]
     seconds = math.fsum(
         cost.seconds + math.fsum(times.dense[step] for step in outside)
@@ -115,7 +122,7 @@ def predict(model: Model, position: str, slot: int) -> Prediction:
     wider = stock_seconds(model, wider=True, shared_expert=False)
     return Prediction(
         position=position,
-        slot=slot,
+        slots=slots,
         passes=costs,
         seconds=seconds,
         hidden_share=1 - exposed / communication if communication else 1.0,
@@ -126,8 +133,9 @@ def predict(model: Model, position: str, slot: int) -> Prediction:
 
 
 def predict_best(model: Model, position: str) -> Prediction:
-    """The best slot; a unit has one for both directions."""
-    return predict(model, position, best_slot(*(times.unit(position) for times in model.passes)))
+    """The best slot of each direction."""
+    forward, backward = model.passes[0].unit(position), model.passes[-1].unit(position)
+    return predict(model, position, Slots(best_slot(forward), best_slot(backward)))
 
 
 def stock_seconds(model: Model, wider: bool, shared_expert: bool) -> float:

@@ -7,11 +7,10 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.layer_specs import moe_layer_pattern
-from megatron_scmoe.overlap.cost import UnitTimes
-from megatron_scmoe.overlap.schedule import default_slot
+from megatron_scmoe.memory import RankMemory, activation_remarks
+from megatron_scmoe.overlap.schedule import Slots, default_slot
 from megatron_scmoe.planner.cluster import PRESETS
 from megatron_scmoe.planner.measured import TOLERANCE
-from megatron_scmoe.planner.memory import Memory
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
 from megatron_scmoe.planner.predict import Model, Prediction, Routed
 from megatron_scmoe.planner.times import tokens_per_rank
@@ -56,7 +55,7 @@ def as_json(
         "rest_seconds": plan.model.rest,
         "communication_share": communication_share(plan.model),
         "predictions": [
-            _prediction(prediction, prediction.slot == plan.best(position).slot)
+            _prediction(prediction, prediction.slots == plan.best(position).slots)
             for position, slots in plan.predictions.items()
             for prediction in slots
         ],
@@ -131,13 +130,15 @@ def assumptions(
         if source.measurement is not None
         else "the baselines wait for every exchange where it starts",
         "collectives of TP, CP, PP and DP, and the pipeline's bubble, take no time",
-        "one expert slot for both directions; with it `best` minimises their sum",
+        "forward and backward have an expert slot each (1,3, or 1 if equal); the best slots "
+        "minimise the time of each direction on its own",
     ]
     if config.recompute_granularity == "full":
-        lines.append("full recomputation: every micro-batch runs the forward pass twice")
+        lines.append(
+            "full recomputation: every micro-batch runs the forward pass twice, at the forward slot"
+        )
     lines.append(
-        "memory: Adam; activations are an estimate (flash attention, no allocator overhead, no "
-        "communication buffers)"
+        f"memory: --optimizer {args.optimizer}; activations are {activation_remarks(config)}"
     )
     if args.extrapolate:
         lines.append(
@@ -186,14 +187,15 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
     rows = []
     for position, slots in plan.predictions.items():
         units = [times.unit(position) for times in plan.model.passes]
+        default = Slots(default_slot(position), default_slot(position))
         for prediction in slots:
-            marks = "*" if prediction.slot == default_slot(position) else ""
-            marks += "+" if prediction.slot == plan.best(position).slot else ""
+            marks = "*" if prediction.slots == default else ""
+            marks += "+" if prediction.slots == plan.best(position).slots else ""
             rows.append(
                 [
                     position,
-                    f"{prediction.slot}{marks}",
-                    _sides(units, prediction.slot),
+                    f"{prediction.slots}{marks}",
+                    _sides(plan.model, prediction),
                     " | ".join(
                         _ms(sum(getattr(u, n) for u in units)) for n in ("dispatch", "combine")
                     ),
@@ -210,7 +212,7 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
         "Positions and slots, forward and backward together (ms; window before | after the "
         "experts, dispatch | combine)\n"
         + _table(header, rows)
-        + f"\n* default slot, + best slot; model: over {_wider(config)} with all other layers"
+        + f"\n* default slot, + best slots; model: over {_wider(config)} with all other layers"
         + refused
     )
 
@@ -231,7 +233,7 @@ def _degrees_table(plan: Plan) -> str:
     ]
     header = ["EP", "leaves node", "dispatch", "combine"]
     lines = [
-        "EP degrees: one all-to-all (ms), and the share that the best slot hides",
+        "EP degrees: one all-to-all (ms), and the share that the best slots hide",
         _table([*header, *positions], rows),
     ]
     largest = plan.degrees[-1].ranks
@@ -261,13 +263,13 @@ def _larger_table(plan: Plan) -> str:
             f"{larger.degree.leaving_node:.0%}",
             _ms(larger.degree.times.routed.dispatch),
             *(_hidden_and_speed(larger.degree.best[position]) for position in positions),
-            f"{larger.memory.total / GIB:.1f}",
+            f"{larger.memory.total_bytes / GIB:.1f}",
         ]
         for larger in plan.larger
     ]
     header = ["GPUs", "EP", "experts", "B params", "leaves node", "dispatch", *positions, "GiB/GPU"]
     return (
-        "Extrapolated, not measured: hidden share and speed-up of the pair at the best slot (ms)\n"
+        "Extrapolated, not measured: hidden share and speed-up of the pair at the best slots (ms)\n"
         + _table(header, rows)
     )
 
@@ -294,16 +296,16 @@ def _comparison_table(source: Source, plan: Plan) -> str:
 
 def _memory_table(args: Namespace, plan: Plan) -> str:
     memory = plan.memory
-    names = ("weights", "gradients", "optimizer", "activations")
-    rows = [[name, f"{getattr(memory, name) / GIB:.2f}"] for name in names]
-    rows[-1][0] += " (estimate)"
-    rows.append(["total", f"{memory.total / GIB:.2f}"])
+    rows = [
+        [name.replace("_estimate", " (estimate)"), f"{size / GIB:.2f}"]
+        for name, size in _memory_parts(memory).items()
+    ]
     text = (
-        f"Memory of a GPU (GiB), pipeline stage {memory.stage}, which needs most; "
+        f"Memory of a GPU (GiB), pipeline stage {memory.pipeline_rank}, which needs most; "
         f"{memory.parameters / 1e9:.3g} B parameters\n" + _table(["", "GiB"], rows)
     )
     if args.cluster_memory_gib is not None:
-        fits = memory.total <= args.cluster_memory_gib * GIB
+        fits = memory.total_bytes <= args.cluster_memory_gib * GIB
         text += f"\n{'fits' if fits else 'does not fit'} in {args.cluster_memory_gib:g} GiB"
     return text
 
@@ -325,9 +327,12 @@ def _wider(config: TransformerConfig) -> str:
     return f"top-{config.moe_router_topk + 1}"
 
 
-def _sides(units: Sequence[UnitTimes], slot: int) -> str:
-    before = sum(sum(unit.dense[:slot]) for unit in units)
-    after = sum(sum(unit.dense[slot:]) for unit in units)
+def _sides(model: Model, prediction: Prediction) -> str:
+    before = after = 0.0
+    for times, slot in zip(model.passes, model.slot_of_each_pass(prediction.slots), strict=True):
+        dense = times.unit(prediction.position).dense
+        before += sum(dense[:slot])
+        after += sum(dense[slot:])
     return f"{_ms(before)} | {_ms(after)}"
 
 
@@ -362,7 +367,7 @@ def _routed(routed: Routed) -> dict[str, float]:
 def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:
     return {
         "position": prediction.position,
-        "slot": prediction.slot,
+        "slots": prediction.slots._asdict(),
         "best": best,
         "passes": [cost._asdict() for cost in prediction.passes],
         "seconds": prediction.seconds,
@@ -374,13 +379,20 @@ def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:
     }
 
 
-def _memory(memory: Memory) -> dict[str, float]:
+def _memory(memory: RankMemory) -> dict[str, float]:
     return {
-        "stage": memory.stage,
+        "stage": memory.pipeline_rank,
         "parameters": memory.parameters,
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations_estimate": memory.activations,
-        "total": memory.total,
+        **_memory_parts(memory),
+    }
+
+
+def _memory_parts(memory: RankMemory) -> dict[str, float]:
+    """Bytes."""
+    return {
+        "weights": memory.weight_bytes,
+        "gradients": memory.gradient_bytes,
+        "optimizer": memory.optimizer_bytes,
+        "activations_estimate": memory.activation_bytes,
+        "total": memory.total_bytes,
     }

@@ -9,24 +9,24 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.layer_specs import moe_layer_pattern
+from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model_size import ModelSize, model_size
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
-from megatron_scmoe.planner.counts import (
-    BACKWARD_FACTOR,
-    forward_flops,
-    logits_flops,
-    rows_per_token,
-)
-from megatron_scmoe.planner.predict import DENSE_LAYER, PAIR, Model, PassTimes, Routed
+from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes, Routed
 
 _ROUTER_WEIGHT_BYTES = 4
+# Gradients of the input and of the weights, a multiplication of the same size for each.
+_BACKWARD_FACTOR = 2
 
 
-def changed(config: TransformerConfig, **options: Any) -> TransformerConfig:
-    """The same model with some options changed; the host's checks are not repeated."""
+def changed(config: ScMoEModelConfig, **options: Any) -> ScMoEModelConfig:
+    """The same model with other options of its TransformerConfig; the host's checks are not
+    repeated."""
     other = copy.copy(config)
+    other.transformer = copy.copy(config.transformer)
     for name, value in options.items():
-        setattr(other, name, value)
+        setattr(other.transformer, name, value)
     return other
 
 
@@ -43,12 +43,30 @@ def is_paired(config: TransformerConfig) -> bool:
     return all(not (here and there) for there, here in zip(before, pattern, strict=True))
 
 
-def exchange_bytes(args: Namespace, config: TransformerConfig) -> tuple[float, float]:
+def step_flops(size: ModelSize) -> dict[Step, int]:
+    """FLOPs of the experts and of every dense operator of the model, forward, one token."""
+    layers = {"experts" in layer.operators: layer for layer in size.layers}
+    steps = {True: (*MOE_LAYER, Step.EXPERTS), False: DENSE_LAYER}
+    return {
+        step: layer.operators[step.value.removeprefix("dense_")].flops
+        for is_moe, layer in layers.items()
+        for step in steps[is_moe]
+    }
+
+
+def padding_factor(config: TransformerConfig) -> float:
+    """Rows that travel and are computed, for each one that was routed."""
+    if config.moe_pad_expert_input_to_capacity:
+        return config.moe_expert_capacity_factor
+    return 1.0
+
+
+def exchange_bytes(args: Namespace, config: TransformerConfig, topk: int) -> tuple[float, float]:
     """Bytes that a rank sends in dispatch and in combine, to itself included.
 
     Rows of hidden states in the parameters' precision, in dispatch each with its router weight.
     """
-    rows = tokens_per_rank(args, config) * rows_per_token(config)
+    rows = tokens_per_rank(args, config) * topk * padding_factor(config)
     row = config.hidden_size * config.params_dtype.itemsize
     return rows * (row + _ROUTER_WEIGHT_BYTES), rows * row
 
@@ -67,7 +85,7 @@ def with_exchanges(
             cluster.all_to_all_seconds(
                 sent, config.expert_model_parallel_size, config.expert_tensor_parallel_size
             )
-            for sent in exchange_bytes(args, changed(config, moe_router_topk=topk))
+            for sent in exchange_bytes(args, config, topk)
         )
         return replace(routed, dispatch=dispatch, combine=combine)
 
@@ -80,38 +98,40 @@ def with_exchanges(
 
 
 def computed_model(
-    args: Namespace, config: TransformerConfig, cluster: Cluster, flops_per_second: float
+    args: Namespace, config: ScMoEModelConfig, cluster: Cluster, flops_per_second: float
 ) -> Model:
     """A model's times on a cluster whose GPUs reach `flops_per_second`.
 
     Raises:
-        ValueError: the expert parallel group leaves the node and no network is known.
+        ValueError: the expert parallel group leaves the node and no network is known, or the model
+            has a part that is not counted.
     """
-    tokens = tokens_per_rank(args, config)
+    size = model_size(config, args.seq_length, args.micro_batch_size)
+    transformer = config.transformer
+    topk = transformer.moe_router_topk
+    seconds_per_flop = tokens_per_rank(args, transformer) / flops_per_second
 
-    def seconds(step: Step, factor: float) -> float:
-        flops = tokens * forward_flops(config, step, args.seq_length)
-        return factor * flops / flops_per_second
-
-    def one_pass(factor: float) -> PassTimes:
-        experts = seconds(Step.EXPERTS, factor)
+    def one_pass(factor: int) -> PassTimes:
+        dense = {
+            step: factor * flops * seconds_per_flop for step, flops in step_flops(size).items()
+        }
+        experts = dense.pop(Step.EXPERTS) * padding_factor(transformer)
         compute = PassTimes(
-            dense={step: seconds(step, factor) for step in PAIR},
+            dense=dense,
             routed=Routed(experts, 0.0, 0.0),
-            wider=Routed(experts * (config.moe_router_topk + 1) / config.moe_router_topk, 0.0, 0.0),
+            wider=Routed(experts * (topk + 1) / topk, 0.0, 0.0),
         )
-        return with_exchanges(compute, args, config, cluster)
+        return with_exchanges(compute, args, transformer, cluster)
 
-    passes = all_passes(config, one_pass(1.0), one_pass(BACKWARD_FACTOR))
-    pattern = moe_layer_pattern(config)
-    dense_layers = len(pattern) - sum(pattern) - (sum(pattern) if is_paired(config) else 0)
-    logits = tokens * logits_flops(config, args.padded_vocab_size)
+    passes = all_passes(transformer, one_pass(1), one_pass(_BACKWARD_FACTOR))
+    pattern, paired = moe_layer_pattern(transformer), is_paired(transformer)
+    dense_layers = len(pattern) - sum(pattern) - (sum(pattern) if paired else 0)
     # Full recomputation repeats layers, not the output layer.
     rest = (
-        dense_layers * sum(times.dense[step] for times in passes for step in DENSE_LAYER)
-        + (1 + BACKWARD_FACTOR) * logits / flops_per_second
+        dense_layers * sum(times.dense.get(step, 0) for times in passes for step in DENSE_LAYER)
+        + (1 + _BACKWARD_FACTOR) * size.output.flops * seconds_per_flop
     )
-    return Model(passes, is_paired(config), rest / sum(pattern))
+    return Model(passes, paired, rest / sum(pattern))
 
 
 def all_passes(

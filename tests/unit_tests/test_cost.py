@@ -99,12 +99,6 @@ def test_best_slot(dense: tuple[float, ...], dispatch: float, combine: float, sl
     assert best_slot(UnitTimes(dense, 5.0, dispatch, combine)) == slot
 
 
-def test_one_slot_for_both_directions_weighs_them() -> None:
-    forward = UnitTimes((1.0, 1.0), 1.0, 1.0, 0.0)
-    backward = UnitTimes((2.0, 2.0), 2.0, 0.0, 4.0)
-    assert (best_slot(forward), best_slot(backward), best_slot(forward, backward)) == (1, 0, 0)
-
-
 @pytest.mark.parametrize("slot", [-1, 3])
 def test_slots_outside_the_window_are_refused(slot: int) -> None:
     with pytest.raises(ValueError, match=rf"expert slot {slot} is outside 0\.\.2"):
@@ -115,10 +109,3 @@ def test_slots_outside_the_window_are_refused(slot: int) -> None:
 def test_impossible_times_are_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match="a time of"):
         UnitTimes((1.0, wrong), 1.0, 1.0, 1.0)
-
-
-def test_different_windows_are_refused() -> None:
-    one, two = (UnitTimes((1.0,) * n, 1.0, 1.0, 1.0) for n in (1, 2))
-    for directions in ((), (one, two)):
-        with pytest.raises(ValueError, match="directions have windows of"):
-            best_slot(*directions)

@@ -23,7 +23,7 @@ ALLOWED = {
     "moe": {"moe", "overlap", "config"},
     "shortcut_layer": {"moe", "overlap", "config"},
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
-    "planner": {"planner", "overlap", "config", "layer_specs"},
+    "planner": {"planner", "overlap", "config", "layer_specs", "model", "model_size", "memory"},
     "model_size": {"config", "layer_specs", "model"},
     "memory": {"model_size", "layer_specs", "model", "arguments"},
     "layout": set(),

@@ -1,8 +1,9 @@
-"""The planner against built models, the host's counters, brute force and the paper."""
+"""The planner against the host's memory, sums by hand and the paper."""
 
 import copy
 import json
 import math
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -10,26 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
-from megatron.training.training import num_floating_point_operations
 
-from megatron_scmoe.arguments import model_config_from_args
+from megatron_scmoe.model import ScMoEModelConfig
 from megatron_scmoe.overlap.cost import UnitTimes, slot_seconds
-from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner import paper
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
-from megatron_scmoe.planner.counts import (
-    forward_flops,
-    layer_parameters,
-    logits_flops,
-    norm_parameters,
-)
-from megatron_scmoe.planner.memory import fullest_gpu, model_parameters
 from megatron_scmoe.planner.plan import Plan, make_plan
 from megatron_scmoe.planner.predict import (
-    DENSE_LAYER,
     MOE_LAYER,
     PAIR,
     Model,
@@ -40,63 +30,9 @@ from megatron_scmoe.planner.predict import (
     stock_seconds,
 )
 from megatron_scmoe.planner.times import exchange_bytes
-from tests.models import Case, build_block
 from tools import plan_overlap
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-# Counts. ------------------------------------------------------------------------------------------
-
-LATENT = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 6,
-    "kv_lora_rank": 5,
-    "qk_head_dim": 4,
-    "qk_pos_emb_head_dim": 2,
-    "v_head_dim": 3,
-    "num_query_groups": 4,
-}
-BUILT = {
-    "gqa": Case(),
-    "gelu": Case(host={"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}),
-    "layernorm": Case(host={"normalization": "LayerNorm"}),
-    "qk-layernorm": Case(host={"qk_layernorm": True}),
-    "qkv-bias": Case(host={"add_qkv_bias": True}),
-    "cg2": Case(scmoe={"scmoe_combine": "cg2", "scmoe_post_norm": True}),
-    "add-shared-norm": Case(scmoe={"scmoe_combine": "add", "scmoe_shortcut_norm": "shared"}),
-    "top-2": Case(host={"moe_router_topk": 2}),
-    "moe-in-every-layer": Case(scmoe={"scmoe_shortcut_position": "pos1"}, moe_frequency=1),
-    "every-fourth": Case(moe_frequency=4),
-    "latent": Case(host=LATENT),
-    "latent-qk-layernorm": Case(host={**LATENT, "qk_layernorm": True}),
-    "latent-full-query": Case(host={**LATENT, "q_lora_rank": None}),
-}
-
-
-@pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("case", BUILT.values(), ids=BUILT)
-def test_parameters_are_those_of_the_built_model(case: Case) -> None:
-    config, scmoe = case.host_config(), case.scmoe_config()
-    counted = [layer_parameters(config, scmoe, layer) for layer in range(config.num_layers)]
-    dense = replicated = experts = 0
-    for name, parameter in build_block(case).named_parameters():
-        if ".experts." in name:
-            experts += parameter.numel()
-        elif getattr(parameter, "tensor_model_parallel", False):
-            dense += parameter.numel()
-        else:
-            replicated += parameter.numel()
-    final_norm = norm_parameters(config, config.hidden_size)
-    assert sum(layer.dense for layer in counted) == dense
-    assert sum(layer.experts for layer in counted) == experts
-    assert sum(layer.replicated for layer in counted) + final_norm == replicated
-
-
-def test_every_operator_of_a_unit_is_counted() -> None:
-    config = Case().host_config()
-    for step in {*window("pos1"), *window("pos2"), *window("pos3"), Step.EXPERTS}:
-        assert forward_flops(config, step, 8) > 0
-
 
 # The command line. --------------------------------------------------------------------------------
 
@@ -122,10 +58,10 @@ def command_line(monkeypatch: pytest.MonkeyPatch):
     """Options as the tool reads them, without a cluster's number of ranks."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
-    def read(*options: str) -> tuple[Namespace, Any]:
+    def read(*options: str) -> tuple[Namespace, ScMoEModelConfig]:
         monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *shlex.split(" ".join(options))])
-        args, _ = plan_overlap.parse_command_line()
-        return args, model_config_from_args(args)
+        args, config, _ = plan_overlap.parse_command_line()
+        return args, config
 
     return read
 
@@ -134,14 +70,10 @@ def command_line(monkeypatch: pytest.MonkeyPatch):
 def planned(command_line):
     """The plan of a command line."""
 
-    def plan(*options: str) -> tuple[Namespace, TransformerConfig, Plan]:
+    def plan(*options: str) -> tuple[Namespace, Plan]:
         args, config = command_line(*options)
         source = plan_overlap.source_from_args(args)
-        return (
-            args,
-            config.transformer,
-            make_plan(args, config.transformer, config.scmoe, source, args.extrapolate),
-        )
+        return args, make_plan(args, config, source, args.extrapolate)
 
     return plan
 
@@ -159,28 +91,6 @@ def output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-@pytest.mark.parametrize("topk", [1, 2])
-@pytest.mark.parametrize("freq", ["([0,1]*2)", "([0,0,0,1])", "([1]*4)"])
-def test_flops_are_the_hosts(command_line, freq: str, topk: int) -> None:
-    args, config = command_line(
-        MODEL,
-        CLUSTER,
-        f"--scmoe-shortcut-position pos1 --moe-layer-freq {freq} --moe-router-topk {topk}",
-    )
-    transformer = config.transformer
-    moe_layers = sum(transformer.moe_layer_freq)
-
-    def flops(*steps: Step) -> float:
-        return sum(forward_flops(transformer, step, args.seq_length) for step in steps)
-
-    of_a_token = (
-        moe_layers * flops(*MOE_LAYER, Step.EXPERTS)
-        + (4 - moe_layers) * flops(*DENSE_LAYER)
-        + logits_flops(transformer, args.padded_vocab_size)
-    )
-    assert 3 * of_a_token * args.seq_length * 8 == num_floating_point_operations(args, 8)
-
-
 LAYOUTS = {
     "dp": "",
     "ep": "--expert-model-parallel-size 8",
@@ -194,40 +104,38 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
 def test_weights_gradients_and_optimizer_are_the_hosts(
-    command_line, layout: str, optimizer: str
+    planned, layout: str, optimizer: str
 ) -> None:
     model = MODEL.replace("--use-distributed-optimizer", optimizer)
     # The host does not know the shortcut's own norm.
-    args, config = command_line(model, CLUSTER, POS2, layout, "--scmoe-shortcut-norm shared")
-    memory = fullest_gpu(args, config.transformer, config.scmoe, args.world_size)
-    ours = memory.weights + memory.gradients + memory.optimizer
+    args, plan = planned(model, CLUSTER, POS2, layout, "--scmoe-shortcut-norm shared")
+    ours = plan.memory.weight_and_optimizer_bytes
     assert ours == pytest.approx(compute_weight_and_optimizer_memory(args), rel=1e-12)
 
 
-def test_pipeline_stages_hold_the_model_once(command_line) -> None:
-    args, config = command_line(MODEL, CLUSTER, POS2)
-    whole = fullest_gpu(args, config.transformer, config.scmoe, args.world_size)
-    stages = []
-    for options in ("", "--micro-batch-size 8"):
-        args, config = command_line(
-            MODEL, CLUSTER, POS2, "--pipeline-model-parallel-size 2", options
-        )
-        stages.append(fullest_gpu(args, config.transformer, config.scmoe, args.world_size))
-        total = model_parameters(args, config.transformer, config.scmoe).total
-        assert total == whole.parameters
-    first, _ = stages
-    # Embedding and output layer are of one size; the last stage has the final norm, the first one
-    # two micro-batches in flight.
-    assert first.stage == 0
-    assert first.parameters == (whole.parameters - 64) // 2
-    assert first.activations > whole.activations / 2
+def test_activations_are_those_of_the_clusters_kernels(planned) -> None:
+    """Here the local attention runs; a cluster's keeps no score matrices, unless it is asked to."""
+    *_, fused = planned(MODEL, CLUSTER, POS2)
+    *_, local = planned(MODEL, CLUSTER, POS2, "--transformer-impl local")
+    # At least the softmax, in bf16, of 4 layers and 8 heads.
+    scores = 2 * 4 * 2 * 8 * 128 * 128
+    assert local.memory.activation_bytes >= fused.memory.activation_bytes + scores
+
+
+def test_optimizer_instances_must_fit(planned) -> None:
+    options = "--expert-model-parallel-size 8 --num-distributed-optimizer-instances 2"
+    *_, plan = planned(MODEL, CLUSTER, POS2, options)
+    *_, whole = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8")
+    assert plan.memory.optimizer_bytes == 2 * whole.memory.optimizer_bytes
+    with pytest.raises(ValueError, match="2 does not divide 1, the ranks"):
+        planned(MODEL, CLUSTER, POS2, options.replace("size 8", "size 16"))
 
 
 def test_full_recomputation_keeps_less_and_computes_more(planned) -> None:
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    _, _, kept = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8")
-    _, _, recomputed = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8", recompute)
-    assert recomputed.memory.activations < kept.memory.activations
+    _, kept = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8")
+    _, recomputed = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 8", recompute)
+    assert recomputed.memory.activation_bytes < kept.memory.activation_bytes
     forward = kept.predictions["pos2"][1].passes[0].seconds
     assert recomputed.predictions["pos2"][1].seconds == pytest.approx(
         kept.predictions["pos2"][1].seconds
@@ -263,11 +171,12 @@ def test_presets_are_of_gpus_that_exist() -> None:
 def test_bytes_of_an_exchange(command_line) -> None:
     args, config = command_line(MODEL, CLUSTER, POS2, "--moe-router-topk 2")
     tokens = 128 * 2
-    assert exchange_bytes(args, config.transformer) == (2 * tokens * (64 * 2 + 4), 2 * tokens * 128)
+    sent = (2 * tokens * (64 * 2 + 4), 2 * tokens * 128)
+    assert exchange_bytes(args, config.transformer, topk=2) == sent
     args, config = command_line(
         MODEL, CLUSTER, POS2, "--tensor-model-parallel-size 2 --sequence-parallel"
     )
-    assert exchange_bytes(args, config.transformer)[1] == tokens // 2 * 128
+    assert exchange_bytes(args, config.transformer, topk=1)[1] == tokens // 2 * 128
 
 
 # Predictions. -------------------------------------------------------------------------------------
@@ -299,7 +208,7 @@ def test_pair_by_hand() -> None:
     assert stock_seconds(model, wider=False, shared_expert=True) == shared
     hidden_at_slot = {0: 2.0, 1: 6.0}  # combine alone; both
     for slot, hidden in hidden_at_slot.items():
-        prediction = predict(model, "pos2", slot)
+        prediction = predict(model, "pos2", Slots(slot, slot))
         assert prediction.seconds == shared - 2 * hidden
         assert prediction.hidden_share == pytest.approx(hidden / 6)
         assert prediction.exposed == 2 * (6 - hidden)
@@ -308,14 +217,28 @@ def test_pair_by_hand() -> None:
         assert prediction.over_shared == shared / prediction.seconds
         assert prediction.model_over_wider == (top_2 + 10) / (prediction.seconds + 10)
     # Slots 1 to 4 hide everything; of these the one nearest the middle.
-    assert predict_best(model, "pos2").slot == 2
+    assert predict_best(model, "pos2").slots == (2, 2)
+
+
+def test_each_direction_has_its_best_slot() -> None:
+    """Forward the dispatch is long, backward the combine; the window is 4, 3, 4, 3, 4."""
+    forward, backward = times(dispatch=9.0, combine=0.0), times(dispatch=0.0, combine=9.0)
+    model = Model([forward, forward, backward], paired=True)  # the forward pass is recomputed
+    best = predict_best(model, "pos2")
+    assert best.slots == Slots(forward=3, backward=2)
+    assert best.fits and [cost.hidden for cost in best.passes] == [9.0, 9.0, 9.0]
+    exposed = [cost.exposed for cost in predict(model, "pos2", Slots(2, 3)).passes]
+    assert exposed == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_dense_work_outside_the_window_counts(position: str) -> None:
     """Without communication every position takes the same time."""
     model = Model([times(dispatch=0, combine=0)], paired=True)
-    seconds = {predict(model, position, slot).seconds for slot in range(len(window(position)) + 1)}
+    seconds = {
+        predict(model, position, Slots(slot, slot)).seconds
+        for slot in range(len(window(position)) + 1)
+    }
     assert seconds == {stock_seconds(model, wider=False, shared_expert=True)}
 
 
@@ -327,7 +250,7 @@ def test_moe_in_every_layer_has_no_dense_layer() -> None:
 
 def test_plan_from_flops_and_bytes(planned) -> None:
     """One operator and one exchange, calculated here."""
-    _, _, plan = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 16")
+    _, plan = planned(MODEL, CLUSTER, POS2, "--expert-model-parallel-size 16")
     forward, backward = plan.model.passes
     tokens = 128 * 2
     mlp = 2 * tokens * 64 * 160 * 3 / 50e12
@@ -350,10 +273,10 @@ def test_first_degree_that_does_not_fit(planned) -> None:
     """A network slow enough that communication fits in the node only."""
     slow = CLUSTER.replace("--cluster-network-gbytes 10", "--cluster-network-gbytes 1")
     fast = slow.replace("intra-node-gbytes 100", "intra-node-gbytes 10000")
-    _, _, plan = planned(MODEL, fast, POS2)
+    _, plan = planned(MODEL, fast, POS2)
     assert [degree.ranks for degree in plan.degrees] == [2**power for power in range(13)]
     assert plan.first_misfit("pos2") == 8  # the first that leaves a node of four
-    _, _, plan = planned(MODEL, fast.replace("network-gbytes 1", "network-gbytes 9000"), POS2)
+    _, plan = planned(MODEL, fast.replace("network-gbytes 1", "network-gbytes 9000"), POS2)
     assert plan.first_misfit("pos2") is None
     # More expert parallel ranks never hide more.
     for position in POSITIONS:
@@ -363,12 +286,12 @@ def test_first_degree_that_does_not_fit(planned) -> None:
 
 def test_a_node_without_a_network_ends_the_degrees(planned) -> None:
     options = CLUSTER.replace("--cluster-network-gbytes 10", "")
-    _, _, plan = planned(MODEL, options, POS2, "--expert-model-parallel-size 4")
+    _, plan = planned(MODEL, options, POS2, "--expert-model-parallel-size 4")
     assert [degree.ranks for degree in plan.degrees] == [1, 2, 4]
 
 
 def test_extrapolation_keeps_a_ranks_experts(planned) -> None:
-    _, _, plan = planned(
+    _, plan = planned(
         MODEL,
         CLUSTER,
         POS2,
@@ -385,7 +308,7 @@ def test_extrapolation_keeps_a_ranks_experts(planned) -> None:
 
 
 def test_positions_that_the_pattern_refuses(planned) -> None:
-    _, _, plan = planned(
+    _, plan = planned(
         MODEL.replace("([0,1]*2)", "([1]*4)"), CLUSTER, "--scmoe-shortcut-position pos1"
     )
     assert list(plan.predictions) == ["pos1"]
@@ -442,7 +365,7 @@ NODES = "--cluster-nodes 2 --cluster-gpus-per-node 4"
 
 def test_measured_runs_are_compared(planned, output, write) -> None:
     options = (MODEL, NODES, POS2, write(measured_file()))
-    _, _, plan = planned(*options)
+    _, plan = planned(*options)
     assert [comparison.name for comparison in plan.comparisons] == [
         "top-2",
         "top-1 + shared expert",
@@ -457,13 +380,33 @@ def test_measured_runs_are_compared(planned, output, write) -> None:
     assert "3 of 4 within 10%" in text and "operator times measured: synthetic" in text
 
 
+def test_slots_of_the_directions_are_shown(output, write) -> None:
+    """Forward only the dispatch takes time, backward only the combine: two and a half operators."""
+    content = measured_file()
+    content["forward"] |= {"dispatch": 0.025, "combine": 0.0}
+    content["backward"] |= {"dispatch": 0.0, "combine": 0.025}
+    run = run_of("pos2", slot=3, backward_slot=2, seconds=0.003 + 2 * 0.010 * (len(PAIR) + 1))
+    content["runs"] = [run]
+    options = (MODEL, NODES, POS2, write(content))
+    text, found = output(*options), json.loads(output(*options, "--json"))
+    (best,) = (
+        entry for entry in found["predictions"] if entry["best"] and entry["position"] == "pos2"
+    )
+    assert best["slots"] == {"forward": 3, "backward": 2} and best["hidden_share"] == 1
+    # Before the experts three operators forward and two backward, behind them the rest.
+    assert re.search(r"^pos2 +3,2\+ +50 \| 50 ", text, re.MULTILINE)
+    (comparison,) = found["comparisons"]
+    assert comparison["name"] == "pos2 slot 3,2"
+    assert comparison["deviation"] == pytest.approx(0)
+
+
 def test_measured_compute_with_the_clusters_network(planned, write) -> None:
     content = measured_file()
     for direction in ("forward", "backward"):
         del content[direction]["dispatch"], content[direction]["combine"]
     ep = "--expert-model-parallel-size 16"
-    _, _, plan = planned(MODEL, CLUSTER, POS2, ep, write(content))
-    _, _, analytic = planned(MODEL, CLUSTER, POS2, ep)
+    _, plan = planned(MODEL, CLUSTER, POS2, ep, write(content))
+    _, analytic = planned(MODEL, CLUSTER, POS2, ep)
     ours, theirs = plan.model.passes[0], analytic.model.passes[0]
     assert ours.dense[Step.DENSE_MLP] == 0.010
     assert ours.routed.combine == theirs.routed.combine
@@ -497,6 +440,10 @@ def changed_file(*path: str, value: Any = None) -> dict[str, Any]:
         (changed_file("forward", "experts", value=-1), "experts is -1, not a time in seconds"),
         (changed_file("runs", value=[{"position": "pos2"}]), "no 'seconds'"),
         (changed_file("runs", value=[run_of("pos2", seconds=1)]), "with slot None"),
+        (
+            changed_file("runs", value=[run_of("pos2", slot=1, backward_slot=6, seconds=1)]),
+            "with slot 1,6",
+        ),
         (changed_file("runs", value=[run_of("pos4", seconds=1)]), "at position 'pos4'"),
         (changed_file("runs", value=[run_of("none", topk=4, seconds=1)]), "only 1 and 2"),
         (changed_file("runs", value=[run_of("pos1", topk=2, slot=1, seconds=1)]), "parts have 1"),
@@ -563,9 +510,13 @@ def test_stock_command_lines_are_planned_too(output) -> None:
         (f"{MODEL} {POS2} {CLUSTER} --cluster-bandwidth-efficiency 40", "at most 1"),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-network-gbytes -1", "must be positive"),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-message-us -1", "message latency"),
-        (f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32", "no multiple of --expert-model-parallel-size 32"),
+        (
+            f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32",
+            "no multiple of --expert-model-parallel-size 32",
+        ),
         (f"{MODEL} {POS2} {CLUSTER} --global-batch-size 48", "48"),
         (f"{MODEL} {CLUSTER} --moe-layer-freq 1", "use pos1"),
+        (f"{MODEL} {POS2} {CLUSTER} --optimizer muon", "--optimizer muon is not counted"),
         (f"{MODEL} {POS2} {CLUSTER} --use-checkpoint-args --load x", "reads no checkpoint"),
         (f"{MODEL} {POS2} {CLUSTER} --clusters 1", "unrecognized arguments: --clusters 1"),
         (f"{MODEL} {POS2} {CLUSTER} --measured nowhere.json", "nowhere.json"),
