@@ -18,7 +18,7 @@ PACKAGES = ("torch", "megatron-core", "megatron-scmoe", "numpy")
 def describe() -> dict[str, Any]:
     """Take it when the run begins: load and date are of that moment."""
     return {
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join([*_launcher(), "-m", _module(), *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -52,6 +52,14 @@ def as_markdown(environment: dict[str, Any]) -> str:
             f"load average {machine['load_average']} when it began. {versions}.",
         )
     )
+
+
+def _launcher() -> list[str]:
+    """Without where the ranks meet."""
+    nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if nodes is None or ranks is None:
+        return ["python"]
+    return ["torchrun", "--nnodes", nodes, "--nproc-per-node", ranks]
 
 
 def _module() -> str:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tools.benchmarks.network import ADDRESSES, INTERFACE, TwoHosts
 from tools.benchmarks.step_log import Step, StepReader
@@ -38,27 +39,12 @@ def two_node_job(
     Raises:
         JobError: it failed.
     """
-    env = os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    launcher += ["--nproc-per-node", "1", "--master-addr", ADDRESSES[0]]
-    launcher += ["--master-port", MASTER_PORT]
     log.parent.mkdir(parents=True, exist_ok=True)
-    nodes = []
+    nodes: list[subprocess.Popen] = []
     with open(f"{log}.0", "w") as silent:
         try:
-            for host in (0, 1):
-                command = [*launcher, "--node-rank", str(host), *script, *options]
-                nodes.append(
-                    subprocess.Popen(
-                        hosts.command(host, host, command),
-                        cwd=REPOSITORY,
-                        env=env,
-                        stdin=subprocess.DEVNULL,
-                        stdout=silent if host == 0 else subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )
-                )
+            for host, output in ((0, silent), (1, subprocess.PIPE)):
+                nodes.append(start_node(hosts, host, [*script, *options], output))
             steps = _follow(nodes, log)
             yield steps
             steps.close()
@@ -66,6 +52,22 @@ def two_node_job(
             hosts.kill_processes()
             for node in nodes:
                 node.wait()
+
+
+def start_node(hosts: TwoHosts, host: int, script: list[str], output: Any) -> subprocess.Popen:
+    """torchrun on one host, one rank on one core; `output` as Popen's `stdout`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    launcher += ["--nproc-per-node", "1", "--node-rank", str(host)]
+    launcher += ["--master-addr", ADDRESSES[0], "--master-port", MASTER_PORT]
+    return subprocess.Popen(
+        hosts.command(host, host, [*launcher, *script]),
+        cwd=REPOSITORY,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def _follow(nodes: list[subprocess.Popen], log: Path) -> Generator[Step, None, None]:

@@ -181,27 +181,24 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
     Raises:
         UsageError: a name that does not exist.
     """
-    rows = contenders(sizes)
+    table = contenders(sizes)
+    added: list[Contender] = []
     for text in args.contender:
-        rows.append(_derived(text, rows))
+        added.append(_derived(text, table + added))
     for position in args.slots:
         if position not in positions_of(sizes):
             raise UsageError(f"--slots {position}: not a position of this layout.")
-        rows += fixed_slots(next(row for row in rows if row.name == position))
-    names = args.only or (
-        [row.name for row in rows if row.name not in {r.name for r in contenders(sizes)}]
-        + list(QUICK_CONTENDERS)
-        if args.quick
-        else [row.name for row in rows]
-    )
+        added += fixed_slots(next(row for row in table if row.name == position))
+    rows = table + added
+    usual = [row.name for row in table if not args.quick or row.name in QUICK_CONTENDERS]
+    names = args.only or [*usual, *(row.name for row in added)]
     known = {row.name: row for row in rows}
     for name in names:
         if name not in known:
             raise UsageError(f"--only {name}: choose from {', '.join(known)}.")
-    kept = [row for row in rows if row.name in names]
-    # Who is compared needs whom it is compared with.
-    needed = {row.baseline for row in kept} - {row.name for row in kept}
-    return [known[name] for name in needed] + kept
+    # The rates are found with top2, and who is compared needs whom it is compared with.
+    wanted = {"top2", *names, *(known[name].baseline for name in names)}
+    return [row for row in rows if row.name in wanted]
 
 
 def _derived(text: str, rows: list[Contender]) -> Contender:
@@ -278,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
         prefix = write_text(folder / "text")
         bench = Bench(hosts, sizes, prefix, folder, shlex.split(args.megatron_options))
         print("== rates of the link", flush=True)
-        links = bench.calibrate(rows_by_name(rows)["top2"], settings)
+        links = bench.calibrate(rows[0], settings)
         print(f"== {len(rows) * len(links) * settings.repetitions} runs", flush=True)
         launches = measure_all(bench, rows, links, settings)
     table = summarize(launches, rows)
@@ -286,10 +283,6 @@ def run(args: argparse.Namespace) -> None:
     paths = write_report(folder, environment, described, links, launches, table, judge(table))
     print(paths[0].read_text())
     print("written:", *paths)
-
-
-def rows_by_name(rows: list[Contender]) -> dict[str, Contender]:
-    return {row.name: row for row in rows}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,17 @@ def write_report(
 
 
 def write_pair(
-    folder: Path, name: str, markdown: str, content: dict[str, Any]
+    folder: Path,
+    name: str,
+    markdown: str,
+    content: dict[str, Any],
+    more: Mapping[str, dict[str, Any]] | None = None,
 ) -> tuple[Path, Path]:
-    """Put both files in place when both are complete."""
+    """Write NAME.md and NAME.json, and more JSON files; in place when all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {f"{name}.md": markdown, f"{name}.json": json.dumps(content, indent=2) + "\n"}
+    contents = {f"{name}.json": content, **(more or {})}
+    texts = {file: json.dumps(value, indent=2) + "\n" for file, value in contents.items()}
+    texts[f"{name}.md"] = markdown
     for file, text in texts.items():
         (folder / f"{file}.tmp").write_text(text)
     for file in texts:
@@ -87,7 +93,7 @@ def link_table(links: dict[float | None, LayerTime]) -> list[str]:
         for share, time in links.items()
     ]
     head = ("wanted", "Mbit/s", "training", "inference", "all-to-all ms", "rest of the layer ms")
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def row_table(rows: list[Row]) -> list[str]:
@@ -121,12 +127,12 @@ def row_table(rows: list[Row]) -> list[str]:
         "inference speed",
         "inference / unlimited",
     )
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def goal_table(goals: list[Goal]) -> list[str]:
     body = [(goal.claim, goal.measured, "yes" if goal.reached else "**no**") for goal in goals]
-    return _table(("goal", "measured", "reached"), body)
+    return markdown_table(("goal", "measured", "reached"), body)
 
 
 def _times(ratio: Ratio) -> str:
@@ -137,6 +143,7 @@ def _over(ratio: Ratio | None) -> str:
     return "-" if ratio is None else f"{ratio.median:.3f}"
 
 
-def _table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+def markdown_table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table."""
     rows = [head, tuple("---" for _ in head), *body]
     return ["| " + " | ".join(row) + " |" for row in rows]

@@ -67,7 +67,8 @@ class StepReader:
             self._timers[match[1]] = float(match[3]) / 1e3
         elif (match := _END.search(line)) and self._iteration == int(match[1]):
             step = Step(self._iteration, self._fields, self._timers)
-            self._iteration = None  # the pass at the end of a run repeats the line
+            # The pass at the end of a run says the same once more.
+            self._iteration, self._timers = None, {}
             return step
         return None
 
