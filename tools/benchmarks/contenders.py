@@ -25,7 +25,7 @@ class Sizes:
     ffn_hidden_size: int = 1024
     """Of the dense MLP, the shared expert and every routed expert."""
     num_attention_heads: int = 4
-    num_layers: int = 4
+    num_layers: int = 2
     num_experts: int = 8
     seq_length: int = 128
     micro_batch_size: int = 16

@@ -32,10 +32,9 @@ _SYSCTL = {
     "net/ipv4/tcp_slow_start_after_idle": "0",
 }
 _QUEUE_BYTES = 256 << 20
-# With Ethernet's 1500 bytes a rate-limited receiver is woken every few kilobytes, which costs the
-# compute core four times the transport's work (docs/log.md). Large frames stand for a card that
-# reports whole messages.
-_MTU = 65_000
+# With Ethernet's 1500 bytes a rate-limited receiver is woken every few kilobytes, and the core that
+# computes pays for it (docs/log.md). Large frames stand for a card that reports whole messages.
+MTU = 65_000
 # One frame, and what passes in the time that a timer may be late.
 _MIN_BURST_BYTES = 66_000
 _TIMER_S = 250e-6
@@ -75,8 +74,11 @@ class TwoHosts:
 
 
 @contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
+def two_hosts(mtu: int = MTU) -> Iterator[TwoHosts]:
     """Make the two hosts, without a limit, and remove them with all their processes.
+
+    Args:
+        mtu: bytes of the largest frame.
 
     Raises:
         NetworkError: not root, no iproute2, or the kernel lacks namespaces, veth or tbf.
@@ -86,7 +88,7 @@ def two_hosts() -> Iterator[TwoHosts]:
     hosts = TwoHosts((f"scmoe-{os.getpid()}-0", f"scmoe-{os.getpid()}-1"))
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _make(hosts)
+        _make(hosts, mtu)
         yield hosts
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -119,7 +121,7 @@ def remove_stale() -> None:
             _remove(name)
 
 
-def _make(hosts: TwoHosts) -> None:
+def _make(hosts: TwoHosts, mtu: int) -> None:
     first, second = hosts.namespaces
     for namespace in hosts.namespaces:
         _run(["ip", "netns", "add", namespace])
@@ -128,7 +130,7 @@ def _make(hosts: TwoHosts) -> None:
     for namespace, address in zip(hosts.namespaces, ADDRESSES, strict=True):
         inside = ["ip", "-n", namespace]
         _run([*inside, "addr", "add", f"{address}/24", "dev", INTERFACE])
-        _run([*inside, "link", "set", INTERFACE, "mtu", str(_MTU)])
+        _run([*inside, "link", "set", INTERFACE, "mtu", str(mtu)])
         for interface in ("lo", INTERFACE):
             _run([*inside, "link", "set", interface, "up"])
         settings = "; ".join(f"echo {value} > /proc/sys/{key}" for key, value in _SYSCTL.items())

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from tools.benchmarks.job import start_node
-from tools.benchmarks.network import NetworkError, two_hosts
+from tools.benchmarks.network import MTU, NetworkError, two_hosts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +18,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="on_two_hosts", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--mbit", type=float, help="rate of each direction; default: no limit")
+    parser.add_argument("--mtu", type=int, default=MTU, help="bytes of the largest frame")
     parser.add_argument("script", nargs="+", help="behind --: what torchrun starts")
     args = parser.parse_args(argv)
     try:
         if args.mbit is not None and args.mbit <= 0:
             raise NetworkError(f"--mbit {args.mbit} is not positive.")
-        with two_hosts() as hosts:
+        with two_hosts(args.mtu) as hosts:
             hosts.limit(None if args.mbit is None else args.mbit * 1e6)
             nodes = [start_node(hosts, host, args.script, None) for host in (0, 1)]
             return max(node.wait() for node in nodes)

@@ -63,7 +63,7 @@ class Settings:
     """Counted steps of a rate that is tried."""
 
 
-FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=2, warmup=3, steps=6, calibration_steps=4)
+FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=2, warmup=2, steps=4, calibration_steps=4)
 QUICK = Settings((0.60,), repetitions=1, warmup=2, steps=3, calibration_steps=2)
 QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 
@@ -191,7 +191,7 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
         added += fixed_slots(next(row for row in table if row.name == position))
     rows = table + added
     usual = [row.name for row in table if not args.quick or row.name in QUICK_CONTENDERS]
-    names = args.only or [*usual, *(row.name for row in added)]
+    names = [*(args.only or usual), *(row.name for row in added)]
     known = {row.name: row for row in rows}
     for name in names:
         if name not in known:
