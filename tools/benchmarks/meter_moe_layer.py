@@ -35,11 +35,12 @@ class Clock:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(FIELDS, 0.0)
         self._started = 0.0
-        self._backward = False
+        self._training = False
 
-    def begin(self, backward: bool = False) -> None:
+    def begin(self, training: bool) -> None:
+        """Enter a layer; what is timed until `end` is of this kind."""
         self._started = time.perf_counter()
-        self._backward = backward
+        self._training = training
 
     def end(self) -> None:
         self._add(LAYER, LAYER_INFERENCE, self._started)
@@ -57,9 +58,9 @@ class Clock:
         return replacement
 
     def _add(self, training: str, inference: str, started: float) -> None:
-        # Backward functions run without gradients, as inference does.
-        is_training = self._backward or torch.is_grad_enabled()
-        self.seconds[training if is_training else inference] += time.perf_counter() - started
+        # Not is_grad_enabled(): inside of autograd functions, forward and backward, it is off.
+        field = training if self._training else inference
+        self.seconds[field] += time.perf_counter() - started
 
 
 class _Mark(torch.autograd.Function):
@@ -81,11 +82,11 @@ def timed_forward(forward: Callable[..., Any], clock: Clock) -> Callable[..., An
 
     @functools.wraps(forward)
     def replacement(self: MoELayer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        clock.begin()
+        clock.begin(torch.is_grad_enabled())
         # Backward goes the other way: it enters at the output and leaves at the input.
         hidden_states = _Mark.apply(hidden_states, clock.end)
         output, bias = forward(self, hidden_states, *args, **kwargs)
-        output = _Mark.apply(output, functools.partial(clock.begin, backward=True))
+        output = _Mark.apply(output, functools.partial(clock.begin, True))
         clock.end()
         return output, bias
 
