@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.overlap.schedule import default_slot, window
 from tests.distributed_utils import run_distributed
 
 SEQUENCE, BATCH = 8, 2
@@ -36,7 +36,7 @@ def test_every_operator_of_a_unit_is_timed() -> None:
     assert [run.get("slot") for run in measured["runs"]] == [
         None,
         None,
-        *(len(window(position)) // 2 for position in ("pos1", "pos2", "pos3")),
+        *(default_slot(position) for position in ("pos1", "pos2", "pos3")),
     ]
 
 

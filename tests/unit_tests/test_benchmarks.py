@@ -111,7 +111,7 @@ def launch(contender: str, share: float | None, repetition: int, seconds: float)
         layers=[0.9 * seconds, 0.9 * seconds],
         inference=[0.3 * seconds, 0.3 * seconds],
         exchange=in_flight,
-        blocked=[value / 40 for value in in_flight],
+        exposed=[value / 40 for value in in_flight],
     )
 
 

@@ -28,7 +28,7 @@ class Sizes:
     num_layers: int = 2
     num_experts: int = 8
     seq_length: int = 128
-    micro_batch_size: int = 16
+    micro_batch_size: int = 8
     num_micro_batches: int = 2
     moe_every_layer: bool = False
     """LLaMA2-MoE's layout; otherwise every second layer, as in the GPT models of the paper."""

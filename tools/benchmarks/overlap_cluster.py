@@ -56,15 +56,15 @@ class Settings:
     shares: Sequence[float]
     repetitions: int
     warmup: int
-    """First steps of each launch, not counted."""
+    """First steps of each launch, not counted: five of them choose the expert slot."""
     steps: int
     """Counted steps of each launch."""
     calibration_steps: int
     """Counted steps of a rate that is tried."""
 
 
-FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=2, warmup=2, steps=4, calibration_steps=4)
-QUICK = Settings((0.60,), repetitions=1, warmup=2, steps=3, calibration_steps=2)
+FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=2, warmup=6, steps=4, calibration_steps=4)
+QUICK = Settings((0.60,), repetitions=1, warmup=6, steps=2, calibration_steps=2)
 QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 
 
@@ -120,9 +120,9 @@ class Bench:
         with two_node_job(self.hosts, SCRIPT, options, self.folder / f"{name}.log") as all_steps:
             counted = list(all_steps)[settings.warmup :]
         curves = [
-            read_curve(self.folder / name, tag) for tag in ("a2a-seconds", "a2a-blocked-seconds")
+            read_curve(self.folder / name, tag) for tag in ("a2a-seconds", "a2a-exposed-seconds")
         ]
-        exchange, blocked = (
+        exchange, exposed = (
             [curve[step.iteration] for step in counted if step.iteration in curve]
             for curve in curves
         )
@@ -134,7 +134,7 @@ class Bench:
             layers=[step.layers for step in counted],
             inference=[step.inference for step in counted],
             exchange=exchange,
-            blocked=blocked,
+            exposed=exposed,
         )
 
 

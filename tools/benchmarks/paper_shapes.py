@@ -4,9 +4,9 @@
 
 Builds a dense layer and a MoE layer with the dimensions of a model of arXiv:2404.05019, table 8,
 once for each contender, and measures forward + backward and the forward-only pass; then the
-operators of a unit one by one, forward and backward, each behind a barrier. Every rank holds its
-share of the experts. Weights and inputs are random, dropout is 0, precision is fp32; sequence and
-batch are options, because 2K tokens in several attention matrices do not fit every machine.
+operators of a unit without overlap, forward and backward. Every rank holds its share of the
+experts. Weights and inputs are random, dropout is 0, precision is fp32; sequence and batch are
+options, because 2K tokens in several attention matrices do not fit every machine.
 
 Writes to --output: SHAPE.md, SHAPE.json, and SHAPE.measured.json for `plan_overlap --measured`.
 """
@@ -16,14 +16,12 @@ from megatron_scmoe import host
 host.apply_replacements()
 
 import argparse
-import functools
 import os
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +37,9 @@ from torch import Tensor
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
-from megatron_scmoe.overlap.schedule import window
-from megatron_scmoe.shortcut_layer import ShortcutLayer
+from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
+from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.schedule import default_slot, window
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.report import markdown_table, write_pair
 
@@ -87,15 +86,12 @@ class Contender:
 
 
 def contenders(shape: Shape) -> list[Contender]:
-    """Equal expert FLOPs; experts in the middle of the window."""
+    """Equal expert FLOPs; experts at the slot that a run begins with."""
     positions = ("pos1",) if shape.moe_every_layer else ("pos1", "pos2", "pos3")
     return [
         Contender("top2", "none", 2, False),
         Contender("shared", "none", 1, True),
-        *(
-            Contender(position, position, 1, True, len(window(position)) // 2)
-            for position in positions
-        ),
+        *(Contender(position, position, 1, True, default_slot(position)) for position in positions),
     ]
 
 
@@ -143,11 +139,12 @@ def build(shape: Shape, contender: Contender, num_layers: int, overlap: bool = T
             config, use_transformer_engine=False, normalization=config.normalization
         )
     else:
-        scmoe = ScMoEConfig(
-            scmoe_shortcut_position=contender.position,  # type: ignore[arg-type]
-            scmoe_expert_slot=contender.slot,
-            scmoe_overlap=overlap,
-        )
+        options: dict[str, Any] = {
+            "scmoe_shortcut_position": contender.position,
+            "scmoe_expert_slot": str(contender.slot),
+            "scmoe_overlap": overlap,
+        }
+        scmoe = ScMoEConfig(**options)
         scmoe.check(config)
         spec = scmoe_block_spec(config, scmoe)
         config = block_config(config, scmoe)
@@ -210,109 +207,66 @@ def measure_pair(
     return training, inference
 
 
-class OperatorClock:
-    """Times the steps of a unit one by one, forward and backward.
+def measure_operators(shape: Shape, inputs: Inputs, steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of the operators of a pair with top-1, by direction and name: mean over ranks.
 
-    The unit's own forward calls them. In front of each operator its inputs become leaves, behind it
-    its backward runs at once; an exchange is one operator from its start to its wait.
+    Without overlap nothing runs beside an exchange. The widest window holds all dense operators.
     """
-
-    def __init__(self, unit: ShortcutLayer) -> None:
-        self.forward: dict[str, list[float]] = defaultdict(list)
-        self.backward: dict[str, list[float]] = defaultdict(list)
-        self._started = 0.0
-        for step in unit.schedule:
-            setattr(
-                unit,
-                step.value,
-                functools.partial(self._run, step.value, getattr(unit, step.value)),
-            )
-
-    def _run(self, name: str, step: Callable[[Any], None], run: Any) -> None:
-        operator = name.removeprefix("start_").removeprefix("wait_")
-        if not name.startswith("wait_"):
-            for field in fields(run):
-                setattr(run, field.name, as_leaves(getattr(run, field.name)))
-            self._started = 0.0
-        self._started += seconds(lambda: step(run))
-        if name.startswith("start_"):
-            return
-        outputs = [
-            tensor
-            for field in fields(run)
-            for tensor in tensors(getattr(run, field.name))
-            if tensor.grad_fn is not None
-        ]
-        grads = [torch.ones_like(output) for output in outputs]
-        self.forward[operator].append(self._started)
-        self.backward[operator].append(seconds(lambda: torch.autograd.backward(outputs, grads)))
-
-
-def as_leaves(value: Any) -> Any:
-    """The same values as leaves of a graph of their own: tensors, tuples, dataclasses of them."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_() if value.is_floating_point() else value
-    if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        return tuple(as_leaves(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: as_leaves(getattr(value, f.name)) for f in fields(value)})
-    return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside of what `as_leaves` takes apart."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
-
-
-def measure_operators(shape: Shape, inputs: Inputs, steps: int) -> OperatorClock:
-    """Operators of a pair with top-1; the widest window holds all dense ones."""
-    everything = Contender("operators", "pos3", 1, True, len(window("pos3")) // 2)
+    everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
     block = build(shape, everything, num_layers=2, overlap=False)
-    clock = OperatorClock(block.layers[0])
+    unit = block.layers[0]
+    unit.record_steps(True)
+    names = [*(step.value for step in window("pos3")), "experts", "dispatch", "combine", "others"]
+    samples: dict[str, list[UnitTimes]] = {direction: [] for direction in DIRECTIONS}
+    others: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
     for _ in range(1 + steps):
-        block(hidden_states=inputs.hidden_states, **inputs.attention)
+        seconds(
+            lambda: block(hidden_states=inputs.hidden_states, **inputs.attention).sum().backward()
+        )
         block.zero_grad(set_to_none=True)
-    for times in (*clock.forward.values(), *clock.backward.values()):
-        del times[0]
-    return clock
+        record = unit.recorder.take()
+        for direction in DIRECTIONS:
+            samples[direction].append(unit_times(record, direction, "pos3"))
+            others[direction].append(
+                sum(
+                    span.end - span.begin
+                    for span in record.steps
+                    if span.activity.direction == direction
+                    and span.activity.name not in names
+                    # What a wait lasts is the exchange's time.
+                    and not span.activity.name.startswith("wait_")
+                )
+            )
+    result: dict[str, dict[str, float]] = {}
+    for direction in DIRECTIONS:
+        rows = [
+            (*times.dense, times.experts, times.dispatch, times.combine, other)
+            for times, other in zip(samples[direction][1:], others[direction][1:], strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.float64, device=torch.cuda.current_device())
+        medians = table.median(dim=0).values
+        torch.distributed.all_reduce(medians)
+        values = (medians / torch.distributed.get_world_size()).tolist()
+        result[direction] = dict(zip(names, values, strict=True))
+    return result
 
 
 # Reporting. ---------------------------------------------------------------------------------------
 
 
 def measured_file(
-    source: str, clock: OperatorClock, runs: dict[Contender, list[float]]
+    source: str, operators: dict[str, dict[str, float]], runs: dict[Contender, list[float]]
 ) -> dict[str, Any]:
-    """What `plan_overlap --measured` reads; times in seconds of one micro-batch and MoE layer.
-
-    Routing and merge are in no window and the same for everybody: they count as `rest`.
-    """
-    planned = [step.value for step in window("pos3")] + ["experts", "dispatch", "combine"]
-    directions = {"forward": clock.forward, "backward": clock.backward}
-    medians = {
-        direction: {name: statistics.median(times) for name, times in operators.items()}
-        for direction, operators in directions.items()
+    """What `plan_overlap --measured` reads (megatron_scmoe/planner/measured.py)."""
+    planned = {
+        direction: {name: value for name, value in times.items() if name != "others"}
+        for direction, times in operators.items()
     }
     return {
         "source": source,
         "topk": 1,
-        **{
-            direction: {name: operators[name] for name in planned}
-            for direction, operators in medians.items()
-        },
-        "rest": sum(
-            value
-            for operators in medians.values()
-            for name, value in operators.items()
-            if name not in planned
-        ),
+        **planned,
+        "rest": sum(times["others"] for times in operators.values()),
         "runs": [contender.as_run(statistics.median(times)) for contender, times in runs.items()],
     }
 
@@ -321,7 +275,7 @@ def as_tables(
     environment: dict[str, Any],
     settings: dict[str, Any],
     runs: dict[Contender, tuple[list[float], list[float]]],
-    clock: OperatorClock,
+    operators: dict[str, dict[str, float]],
 ) -> str:
     """The report of one shape."""
     medians = {
@@ -339,11 +293,8 @@ def as_tables(
         for contender, (training, inference) in medians.items()
     ]
     operator_rows = [
-        (
-            name,
-            *(f"{statistics.median(d[name]) * 1e3:.1f}" for d in (clock.forward, clock.backward)),
-        )
-        for name in clock.forward
+        (name, *(f"{operators[direction][name] * 1e3:.1f}" for direction in DIRECTIONS))
+        for name in operators["forward"]
     ]
     return "\n".join(
         (
@@ -399,11 +350,11 @@ def run(args: argparse.Namespace) -> None:
             more_training, more_inference = measure_pair(shape, contender, inputs, args.steps)
             training += more_training
             inference += more_inference
-    clock = measure_operators(shape, inputs, args.steps)
+    operators = measure_operators(shape, inputs, args.steps)
     if torch.distributed.get_rank() != 0:
         return
     source = f"{environment['command']}, commit {environment['commit']}, {environment['date']}"
-    measured = measured_file(source, clock, {one: both[0] for one, both in runs.items()})
+    measured = measured_file(source, operators, {one: both[0] for one, both in runs.items()})
     content = {
         "environment": environment,
         "settings": settings,
@@ -411,9 +362,9 @@ def run(args: argparse.Namespace) -> None:
             one.name: {"forward_backward": training, "inference": inference}
             for one, (training, inference) in runs.items()
         },
-        "operators": {"forward": clock.forward, "backward": clock.backward},
+        "operators": operators,
     }
-    markdown = as_tables(environment, settings, runs, clock)
+    markdown = as_tables(environment, settings, runs, operators)
     write_pair(
         args.output, args.shape, markdown, content, {f"{args.shape}.measured.json": measured}
     )

@@ -27,7 +27,7 @@ class Launch:
     """Forward-only passes."""
     exchange: list[float] = field(default_factory=list)
     """Time of all-to-alls in flight; empty for stock contenders, whose all-to-alls block."""
-    blocked: list[float] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
     """The part of it for which compute stood still."""
 
 
@@ -142,7 +142,7 @@ def spread(values: list[float]) -> float:
 
 
 def hidden_share(launches: list[Launch]) -> float | None:
-    """1 - blocked / in flight over all measured steps; None where nothing was reported."""
+    """1 - exposed / in flight over all measured steps; None where nothing was reported."""
     exchange = math.fsum(second for one in launches for second in one.exchange)
-    blocked = math.fsum(second for one in launches for second in one.blocked)
-    return 1 - blocked / exchange if exchange else None
+    exposed = math.fsum(second for one in launches for second in one.exposed)
+    return 1 - exposed / exchange if exchange else None
