@@ -1,0 +1,268 @@
+"""Benchmarks without their network and their clock: parsing, search for rates, tables, goals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_scmoe.overlap.schedule import window
+from tools.benchmarks import network, overlap_cluster
+from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
+from tools.benchmarks.contenders import Sizes, contenders, fixed_slots
+from tools.benchmarks.goals import judge
+from tools.benchmarks.report import write_pair, write_report
+from tools.benchmarks.results import UNLIMITED, Launch, hidden_share, spread, summarize
+from tools.benchmarks.step_log import StepReader
+
+# What the last rank of a run prints, shortened.
+LOG = """\
+INFO:megatron.core.timers:(min, max) time across ranks (ms):
+    model-and-optimizer-setup ......................: (6748.43, 6749.87)
+ [2026-11-24 22:11:18.634180] iteration        1/       2 | consumed samples:           32 | \
+elapsed time per iteration (ms): 812.5 | lm loss: 5.174809E+00 | a2a (ms): 91.2 | \
+a2a hidden: 43.0% | moe layer (ms): 300.500 | moe a2a (ms): 120.250 |
+INFO:megatron.core.timers:(min, max) time across ranks (ms):
+    forward-backward ...............................: (700.00, 710.00)
+    all-grads-sync .................................: (90.00, 110.00)
+    optimizer ......................................: (50.00, 51.00)
+INFO:megatron.core.timers:(min, max) time across ranks (ms):
+    evaluate .......................................: (200.00, 210.00)
+---------------------------------------
+ validation loss at iteration 1 | lm loss value: 4.430428E+00 | lm loss PPL: 8.396735E+01 |
+---------------------------------------
+    evaluate .......................................: (300.00, 310.00)
+ validation loss at iteration 1 on validation set | lm loss value: 4.430428E+00 |
+"""
+
+
+def test_step_of_a_log() -> None:
+    """Times of the slower rank, in seconds; the pass behind the last step is not a step."""
+    reader = StepReader()
+    steps = [step for line in LOG.splitlines(keepends=True) if (step := reader.feed(line))]
+    (step,) = steps
+    assert step.iteration == 1
+    assert (step.train, step.layers, step.inference) == pytest.approx((0.8125, 0.6, 0.21))
+    assert step.fields["moe layer (ms)"] == 300.5
+    assert step.fields["moe a2a (ms)"] == 120.25
+    assert "model-and-optimizer-setup" not in step.timers
+
+
+# The search for a rate. ---------------------------------------------------------------------------
+
+MEGABYTES, OVERHEAD, OTHER = 40, 0.02, 0.5
+
+
+def layer(rate: float | None, overhead: float = OVERHEAD) -> LayerTime:
+    """A link that behaves as the model of the search says."""
+    exchange = overhead + (0 if rate is None else MEGABYTES * 8e6 / rate)
+    return LayerTime(rate, exchange, OTHER, inference_share=0.5)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.30, 0.60, 0.75])
+@pytest.mark.parametrize("first_rate", [50e6, 400e6, 5e9])
+def test_rate_is_found(share: float, first_rate: float) -> None:
+    found = find_rate(layer, share, layer(None), first_rate, tolerance=0.01)
+    assert found.share == pytest.approx(share, abs=0.01)
+    assert found.rate is not None
+
+
+def test_a_link_that_meets_the_share_is_measured_once() -> None:
+    rates = []
+
+    def measure(rate: float) -> LayerTime:
+        rates.append(rate)
+        return layer(rate)
+
+    exact = find_rate(layer, 0.6, layer(None), 400e6, tolerance=1e-6).rate
+    assert exact is not None
+    find_rate(measure, 0.6, layer(None), exact, tolerance=0.01)
+    assert rates == [exact]
+
+
+def test_noise_ends_the_search_with_the_nearest_measurement() -> None:
+    """Times that do not depend on the rate: no share is found, and the search ends."""
+    measured = []
+
+    def measure(rate: float) -> LayerTime:
+        measured.append(replace(layer(None), rate=rate, exchange=0.1 + 0.01 * (len(measured) % 2)))
+        return measured[-1]
+
+    found = find_rate(measure, 0.6, layer(None), 400e6, tolerance=0.01)
+    assert found.exchange == pytest.approx(0.11)
+    assert all(time.rate is not None and time.rate > 0 for time in measured)
+
+
+def test_a_share_below_that_of_the_unlimited_link_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="without any limit"):
+        find_rate(layer, 0.15, layer(None, overhead=0.2), 400e6, tolerance=0.01)
+
+
+# From launches to tables. -------------------------------------------------------------------------
+
+
+def launch(contender: str, share: float | None, repetition: int, seconds: float) -> Launch:
+    in_flight = [] if contender in ("top2", "shared") else [0.4, 0.4]
+    return Launch(
+        contender=contender,
+        share=share,
+        repetition=repetition,
+        train=[seconds, seconds],
+        layers=[0.9 * seconds, 0.9 * seconds],
+        inference=[0.3 * seconds, 0.3 * seconds],
+        exchange=in_flight,
+        exposed=[value / 40 for value in in_flight],
+    )
+
+
+ROWS = [row for row in contenders(Sizes()) if row.name in ("top2", "shared", "pos2")]
+# The machine was three times as slow during the second repetition.
+LAUNCHES = [
+    launch(name, share, repetition, seconds * (1, 3)[repetition])
+    for repetition in range(2)
+    for share, times in ((UNLIMITED, (1.2, 1.1, 1.0)), (0.6, (1.53, 1.2, 1.02)))
+    for name, seconds in zip(("top2", "shared", "pos2"), times, strict=True)
+]
+
+
+def test_ratios_are_taken_within_a_repetition() -> None:
+    rows = {(row.contender, row.share): row for row in summarize(LAUNCHES, ROWS)}
+    pos2 = rows["pos2", 0.6]
+    assert (pos2.speed.median, pos2.speed.low, pos2.speed.high) == pytest.approx((1.5,) * 3)
+    assert pos2.unlimited is not None
+    assert pos2.unlimited.median == pytest.approx(1.02)
+    assert pos2.hidden == pytest.approx(0.975)
+    assert rows["pos2", UNLIMITED].unlimited is None
+    assert rows["top2", 0.6].hidden is None
+    assert list(rows)[:3] == [("top2", None), ("shared", None), ("pos2", None)]
+
+
+def test_spread_and_hidden_share() -> None:
+    assert spread([1.0, 2.0, 3.0]) == pytest.approx(0.5)
+    assert spread([1.0]) == 0
+    assert hidden_share([launch("top2", 0.6, 0, 1.0)]) is None
+
+
+def test_goals() -> None:
+    goals = {goal.claim: goal.reached for goal in judge(summarize(LAUNCHES, ROWS))}
+    assert goals["60%: training 1.49 times as fast as top-2"]
+    assert not goals["60%: inference 1.82 times as fast as top-2"]
+    assert goals["60%: pos2 not slower than stock top-1 + shared expert"]
+    assert len(goals) == 3  # 60 % is beyond what fits behind the window
+
+
+def test_goal_of_the_adaptive_slot() -> None:
+    slots = fixed_slots(ROWS[2])
+    assert [row.options[-1] for row in slots] == [str(i) for i in range(len(window("pos2")) + 1)]
+    launches = LAUNCHES + [
+        launch(row.name, share, repetition, (0.9 + i / 10) * (1, 3)[repetition])
+        for repetition in range(2)
+        for share in (UNLIMITED, 0.6)
+        for i, row in enumerate(slots)
+    ]
+    goals = judge(summarize(launches, [*ROWS, *slots]))
+    (goal,) = (goal for goal in goals if "fixed slot" in goal.claim)
+    assert not goal.reached
+    assert goal.measured == "1.133 (pos2/slot0)"
+
+
+def test_report(tmp_path: Path) -> None:
+    environment = {
+        "command": "python -m tools.benchmarks.overlap_cluster",
+        "commit": "abc",
+        "date": "2026-11-24",
+        "machine": {
+            "processor": "P",
+            "cores": 2,
+            "memory_gib": 8,
+            "kernel": "6",
+            "load_average": 0.1,
+        },
+        "versions": {"torch": "2.11.0"},
+    }
+    links = {UNLIMITED: layer(None), 0.6: layer(400e6)}
+    rows = summarize(LAUNCHES, ROWS)
+    paths = write_report(tmp_path, environment, {"seed": 1}, links, LAUNCHES, rows, judge(rows))
+    markdown, content = paths[0].read_text(), json.loads(paths[1].read_text())
+    assert "Communication 60% of the top-2 MoE layer, 400 Mbit/s" in markdown
+    assert "| pos2 | 2040 +- " in markdown
+    assert content["links"][1]["wanted_share"] == 0.6
+    assert content["links"][1]["share"] == pytest.approx(layer(400e6).share)
+    assert len(content["launches"]) == len(LAUNCHES)
+    assert {"command", "commit", "date", "machine", "versions"} <= set(content["environment"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_pair(tmp_path, "name", "text", {"bad": object()})
+    assert not list(tmp_path.iterdir())
+
+
+# The command line. --------------------------------------------------------------------------------
+
+
+def chosen(*argv: str) -> list[str]:
+    args = overlap_cluster.parse_args(list(argv))
+    sizes = Sizes(moe_every_layer=args.moe_every_layer)
+    return [row.name for row in overlap_cluster.choose_rows(args, sizes)]
+
+
+def test_contenders() -> None:
+    everybody = ["top2", "shared", "pos1", "pos2", "pos3", "top3", "scmoe2"]
+    assert chosen() == everybody
+    assert chosen("--moe-every-layer") == ["top2", "shared", "pos1", "top3", "scmoe2"]
+    assert chosen("--only", "scmoe2") == ["top2", "top3", "scmoe2"]
+    assert chosen("--only", "pos2", "--slots", "pos2")[2] == "pos2/slot0"
+    names = chosen("--quick", "--contender", "pos2/add=pos2 --scmoe-combine add")
+    assert names == ["top2", "shared", "pos1", "pos2", "pos2/add"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--only", "pos4"], "--only pos4: choose from top2"),
+        (["--contender", "fast"], "write 'NAME=BASE OPTIONS'"),
+        (["--contender", "fast=top9 --x"], "BASE one of top2"),
+        (["--slots", "pos2", "--moe-every-layer"], "not a position of this layout"),
+        (["--shares", "60"], "between 0 and 1"),
+        (["--steps", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert overlap_cluster.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("overlap_cluster: error: ") and message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "user, programs, message", [(1000, True, "need root"), (0, False, "install iproute2")]
+)
+def test_a_machine_without_root_or_iproute2_is_one_line(
+    user: int,
+    programs: bool,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(network.os, "geteuid", lambda: user)
+    monkeypatch.setattr(network.shutil, "which", lambda _: "/sbin/ip" if programs else None)
+    assert overlap_cluster.main([]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_kernel_without_tbf_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed:
+        returncode, stdout = 2, ""
+        stderr = "Error: Specified qdisc kind is unknown.\n"
+
+    monkeypatch.setattr(network.subprocess, "run", lambda *_, **__: Failed())
+    with pytest.raises(
+        network.NetworkError, match=r"`tc .* failed: Error: Specified qdisc"
+    ) as error:
+        network.TwoHosts(("a", "b")).limit(1e6)
+    assert "\n" not in str(error.value)

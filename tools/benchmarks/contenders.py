@@ -1,0 +1,125 @@
+"""Who is compared: one Megatron command line each, as a table.
+
+All have the data, the sizes and the expert FLOPs of the group that they stand in:
+
+    two experts a token      top2, shared, pos1, pos2, pos3
+    three experts a token    top3, scmoe2
+
+`top2`, `top3` and `shared` are stock Megatron (`--scmoe-shortcut-position none`; bit for bit:
+tests/functional_tests/test_scmoe.py::test_none_is_stock_megatron).
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_scmoe.overlap.schedule import window
+from tools.benchmarks.text import VOCABULARY
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Dimensions of the model and of a step, for each of two ranks."""
+
+    hidden_size: int = 256
+    ffn_hidden_size: int = 1024
+    """Of the dense MLP, the shared expert and every routed expert."""
+    num_attention_heads: int = 4
+    num_layers: int = 2
+    num_experts: int = 8
+    seq_length: int = 128
+    micro_batch_size: int = 8
+    num_micro_batches: int = 2
+    moe_every_layer: bool = False
+    """LLaMA2-MoE's layout; otherwise every second layer, as in the GPT models of the paper."""
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def moe_layer_freq(self) -> str:
+        if self.moe_every_layer:
+            return f"([1]*{self.num_layers})"
+        return f"([0,1]*{self.num_layers // 2})"
+
+    def options(self) -> list[str]:
+        """The part of the command line that all contenders share."""
+        return shlex.split(
+            f"--num-layers {self.num_layers} --moe-layer-freq {self.moe_layer_freq} "
+            f"--hidden-size {self.hidden_size} --ffn-hidden-size {self.ffn_hidden_size} "
+            f"--num-attention-heads {self.num_attention_heads} --disable-bias-linear "
+            f"--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 "
+            f"--seq-length {self.seq_length} --max-position-embeddings {self.seq_length} "
+            f"--micro-batch-size {self.micro_batch_size} "
+            f"--global-batch-size {2 * self.micro_batch_size * self.num_micro_batches} "
+            f"--num-experts {self.num_experts} --moe-ffn-hidden-size {self.ffn_hidden_size} "
+            "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
+            # What a shortcut with top-1 needs; for all, so that all route in the same way.
+            "--moe-router-pre-softmax "
+            "--moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 "
+            "--lr 1e-3 --seed 1234"
+        )
+
+    def shared_expert(self) -> list[str]:
+        """Stock Megatron's shared expert, with the gate that ScMoE has by default."""
+        size = str(self.ffn_hidden_size)
+        return ["--moe-shared-expert-intermediate-size", size, "--moe-shared-expert-gate"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the comparison."""
+
+    name: str
+    options: tuple[str, ...]
+    baseline: str = "top2"
+    """Whose time it is compared with."""
+
+
+def contenders(sizes: Sizes) -> list[Contender]:
+    """Everybody that this layout allows, baselines first."""
+    none = ("--scmoe-shortcut-position", "none")
+    shared = tuple(sizes.shared_expert())
+    one, two, three = (("--moe-router-topk", str(count)) for count in (1, 2, 3))
+    positions = positions_of(sizes)
+    last = "pos2" if "pos2" in positions else positions[0]
+    return [
+        Contender("top2", (*two, *none)),
+        Contender("shared", (*one, *none, *shared)),
+        *(
+            Contender(position, (*one, *shared, "--scmoe-shortcut-position", position))
+            for position in positions
+        ),
+        Contender("top3", (*three, *none), baseline="top3"),
+        Contender("scmoe2", (*two, *shared, "--scmoe-shortcut-position", last), baseline="top3"),
+    ]
+
+
+def positions_of(sizes: Sizes) -> tuple[str, ...]:
+    """Shortcut positions that this layout allows; Pos-2 and Pos-3 need a dense layer in front."""
+    return ("pos1",) if sizes.moe_every_layer else ("pos1", "pos2", "pos3")
+
+
+def fixed_slots(contender: Contender) -> list[Contender]:
+    """A contender with a shortcut, once for every expert slot that its window allows."""
+    position = contender.options[contender.options.index("--scmoe-shortcut-position") + 1]
+    return [
+        Contender(
+            f"{contender.name}/slot{slot}",
+            (*contender.options, "--scmoe-expert-slot", str(slot)),
+            contender.baseline,
+        )
+        for slot in range(len(window(position)) + 1)
+    ]
+
+
+def run_options(prefix: Path, cache: Path, tensorboard: Path, iterations: int) -> list[str]:
+    """Data, length and logs of one run: a forward-only pass follows every training step."""
+    return shlex.split(
+        f"--data-path {prefix} --data-cache-path {cache} --split 95,5,0 --num-workers 0 "
+        f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
+        f"--make-vocab-size-divisible-by 64 --train-iters {iterations} --eval-interval 1 "
+        f"--eval-iters 1 --log-interval 1 --timing-log-level 1 --logging-level 20 "
+        f"--tensorboard-dir {tensorboard} --tensorboard-log-interval 1"
+    )

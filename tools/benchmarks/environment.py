@@ -1,0 +1,94 @@
+"""What a result must say about itself: command, commit, machine, versions, date."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.text import REPOSITORY
+
+PACKAGES = ("torch", "megatron-core", "megatron-scmoe", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """Take it when the run begins: load and date are of that moment."""
+    return {
+        "command": shlex.join([*_launcher(), "-m", _module(), *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(
+                os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
+            ),
+            "kernel": platform.release(),
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+    }
+
+
+def as_markdown(environment: dict[str, Any]) -> str:
+    """The same for the head of a report."""
+    machine = environment["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    return "\n".join(
+        (
+            "```",
+            environment["command"],
+            "```",
+            "",
+            f"{environment['date']}, commit {environment['commit']}. {machine['processor']}, "
+            f"{machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
+            f"load average {machine['load_average']} when it began. {versions}.",
+        )
+    )
+
+
+def _launcher() -> list[str]:
+    """Without where the ranks meet."""
+    nodes, ranks = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if nodes is None or ranks is None:
+        return ["python"]
+    return ["torchrun", "--nnodes", nodes, "--nproc-per-node", ranks]
+
+
+def _module() -> str:
+    path = Path(sys.argv[0]).resolve()
+    inside = path.is_relative_to(REPOSITORY)
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts) if inside else path.name
+
+
+def _commit() -> str:
+    """The commit, and whether the files differ from it."""
+    commit, changes = (
+        subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True).stdout
+        for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
+    )
+    if not commit:
+        return "unknown"
+    return commit.strip() + (" with uncommitted changes" if changes.strip() else "")
+
+
+def _first_value(path: str, key: str) -> str | None:
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
+                return line.split(":", 1)[1].strip()
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,403 @@
+"""The paper's shapes, a pair of layers at a time, against the stock layers in the same run.
+
+    torchrun --nproc-per-node 2 -m tools.benchmarks.paper_shapes --shape gpt2-moe-medium
+
+Builds a dense layer and a MoE layer with the dimensions of a model of arXiv:2404.05019, table 8,
+once for each contender, and measures forward + backward and the forward-only pass; then the
+operators of a unit without overlap, forward and backward. Every rank holds its share of the
+experts. Weights and inputs are random, dropout is 0, precision is fp32; sequence and batch are
+options, because 2K tokens in several attention matrices do not fit every machine.
+
+Writes to --output: SHAPE.md, SHAPE.json, and SHAPE.measured.json for `plan_overlap --measured`.
+"""
+
+from megatron_scmoe import host
+
+host.apply_replacements()
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.host.cpu import no_cuda_device
+from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
+from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
+from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.schedule import default_slot, window
+from tools.benchmarks.environment import as_markdown, describe
+from tools.benchmarks.report import markdown_table, write_pair
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model of table 8."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    num_experts: int
+    moe_every_layer: bool
+    llama: bool
+    """SwiGLU and RMSNorm, otherwise GELU and LayerNorm."""
+
+
+SHAPES = {
+    "gpt2-moe-small": Shape(768, 3072, 12, 12, 8, False, False),
+    "gpt2-moe-medium": Shape(1024, 4096, 16, 16, 16, False, False),
+    "gpt3-moe-xl": Shape(2048, 8192, 32, 32, 8, False, False),
+    # The paper does not give the FFN size: with this one the model has its 6.7 B parameters.
+    "llama2-moe": Shape(2048, 5376, 16, 4, 8, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A pair of layers; the names of the planner's file of measured runs."""
+
+    name: str
+    position: str
+    topk: int
+    shared_expert: bool
+    slot: int | None = None
+
+    def as_run(self, seconds: float) -> dict[str, Any]:
+        """A row of `runs` in SHAPE.measured.json."""
+        run: dict[str, Any] = {"position": self.position, "topk": self.topk, "seconds": seconds}
+        if self.position == "none":
+            return run | {"shared_expert": self.shared_expert}
+        return run | {"slot": self.slot, "overlap": True}
+
+
+def contenders(shape: Shape) -> list[Contender]:
+    """Equal expert FLOPs; experts at the slot that a run begins with."""
+    positions = ("pos1",) if shape.moe_every_layer else ("pos1", "pos2", "pos3")
+    return [
+        Contender("top2", "none", 2, False),
+        Contender("shared", "none", 1, True),
+        *(Contender(position, position, 1, True, default_slot(position)) for position in positions),
+    ]
+
+
+def host_config(shape: Shape, contender: Contender, num_layers: int) -> TransformerConfig:
+    """Megatron's config of these layers."""
+    is_moe = [1] * num_layers if num_layers == 1 else [0, 1]
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        num_moe_experts=shape.num_experts,
+        moe_ffn_hidden_size=shape.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=(
+            shape.ffn_hidden_size if contender.shared_expert else None
+        ),
+        moe_shared_expert_gate=contender.shared_expert,
+        moe_router_topk=contender.topk,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_layer_freq=is_moe,
+        expert_model_parallel_size=torch.distributed.get_world_size(),
+        normalization="RMSNorm" if shape.llama else "LayerNorm",
+        gated_linear_unit=shape.llama,
+        activation_func=torch.nn.functional.silu if shape.llama else torch.nn.functional.gelu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        transformer_impl="local",
+    )
+
+
+def build(shape: Shape, contender: Contender, num_layers: int, overlap: bool = True) -> Any:
+    """The host's block with these layers, on this rank's device."""
+    config = host_config(shape, contender, num_layers)
+    spec: Any
+    if contender.position == "none":
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization
+        )
+    else:
+        options: dict[str, Any] = {
+            "scmoe_shortcut_position": contender.position,
+            "scmoe_expert_slot": str(contender.slot),
+            "scmoe_overlap": overlap,
+        }
+        scmoe = ScMoEConfig(**options)
+        scmoe.check(config)
+        spec = scmoe_block_spec(config, scmoe)
+        config = block_config(config, scmoe)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return TransformerBlock(config=config, spec=spec, pg_collection=groups).cuda()
+
+
+@dataclass
+class Inputs:
+    """What a block reads: random hidden states, [s, b, h], and what its attention needs."""
+
+    hidden_states: Tensor
+    attention: dict[str, Tensor]
+
+    @classmethod
+    def draw(cls, shape: Shape, seq_length: int, micro_batch_size: int) -> "Inputs":
+        size = (seq_length, micro_batch_size, shape.hidden_size)
+        hidden_states = torch.randn(size, device=torch.cuda.current_device(), requires_grad=True)
+        rotary = RotaryEmbedding(
+            kv_channels=shape.hidden_size // shape.num_attention_heads,
+            rotary_percent=1.0,
+            use_cpu_initialization=True,
+        )
+        mask = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)[None, None].cuda()
+        attention = {"attention_mask": mask, "rotary_pos_emb": rotary(seq_length).cuda()}
+        return cls(hidden_states, attention)
+
+
+# Measuring. ---------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Time of the slowest rank, all starting together."""
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    slowest = torch.tensor(time.perf_counter() - started, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+    return slowest.item()
+
+
+def measure_pair(
+    shape: Shape, contender: Contender, inputs: Inputs, steps: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of forward + backward, and of the forward-only pass; the first step is dropped."""
+    block = build(shape, contender, num_layers=1 if shape.moe_every_layer else 2)
+
+    def forward() -> Tensor:
+        return block(hidden_states=inputs.hidden_states, **inputs.attention)
+
+    def forward_backward() -> None:
+        forward().sum().backward()
+        block.zero_grad(set_to_none=True)
+
+    training = [seconds(forward_backward) for _ in range(1 + steps)][1:]
+    with torch.no_grad():
+        inference = [seconds(forward) for _ in range(1 + steps)][1:]
+    return training, inference
+
+
+def measure_operators(shape: Shape, inputs: Inputs, steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of the operators of a pair with top-1, by direction and name: mean over ranks.
+
+    Without overlap nothing runs beside an exchange. The widest window holds all dense operators.
+    """
+    everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
+    block = build(shape, everything, num_layers=2, overlap=False)
+    unit = block.layers[0]
+    unit.record_steps(True)
+    names = [*(step.value for step in window("pos3")), "experts", "dispatch", "combine", "others"]
+    samples: dict[str, list[UnitTimes]] = {direction: [] for direction in DIRECTIONS}
+    others: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
+    for _ in range(1 + steps):
+        seconds(
+            lambda: block(hidden_states=inputs.hidden_states, **inputs.attention).sum().backward()
+        )
+        block.zero_grad(set_to_none=True)
+        record = unit.recorder.take()
+        for direction in DIRECTIONS:
+            samples[direction].append(unit_times(record, direction, "pos3"))
+            others[direction].append(
+                sum(
+                    span.end - span.begin
+                    for span in record.steps
+                    if span.activity.direction == direction
+                    and span.activity.name not in names
+                    # What a wait lasts is the exchange's time.
+                    and not span.activity.name.startswith("wait_")
+                )
+            )
+    result: dict[str, dict[str, float]] = {}
+    for direction in DIRECTIONS:
+        rows = [
+            (*times.dense, times.experts, times.dispatch, times.combine, other)
+            for times, other in zip(samples[direction][1:], others[direction][1:], strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.float64, device=torch.cuda.current_device())
+        medians = table.median(dim=0).values
+        torch.distributed.all_reduce(medians)
+        values = (medians / torch.distributed.get_world_size()).tolist()
+        result[direction] = dict(zip(names, values, strict=True))
+    return result
+
+
+# Reporting. ---------------------------------------------------------------------------------------
+
+
+def measured_file(
+    source: str, operators: dict[str, dict[str, float]], runs: dict[Contender, list[float]]
+) -> dict[str, Any]:
+    """What `plan_overlap --measured` reads (megatron_scmoe/planner/measured.py)."""
+    planned = {
+        direction: {name: value for name, value in times.items() if name != "others"}
+        for direction, times in operators.items()
+    }
+    return {
+        "source": source,
+        "topk": 1,
+        **planned,
+        "rest": sum(times["others"] for times in operators.values()),
+        "runs": [contender.as_run(statistics.median(times)) for contender, times in runs.items()],
+    }
+
+
+def as_tables(
+    environment: dict[str, Any],
+    settings: dict[str, Any],
+    runs: dict[Contender, tuple[list[float], list[float]]],
+    operators: dict[str, dict[str, float]],
+) -> str:
+    """The report of one shape."""
+    medians = {
+        contender: [statistics.median(times) for times in both] for contender, both in runs.items()
+    }
+    baseline = next(iter(medians.values()))
+    contender_rows = [
+        (
+            contender.name,
+            f"{training * 1e3:.0f}",
+            f"{baseline[0] / training:.2f}x",
+            f"{inference * 1e3:.0f}",
+            f"{baseline[1] / inference:.2f}x",
+        )
+        for contender, (training, inference) in medians.items()
+    ]
+    operator_rows = [
+        (name, *(f"{operators[direction][name] * 1e3:.1f}" for direction in DIRECTIONS))
+        for name in operators["forward"]
+    ]
+    return "\n".join(
+        (
+            f"# {settings['shape']}",
+            "",
+            as_markdown(environment),
+            "",
+            ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+            "",
+            *markdown_table(
+                ("contender", "forward + backward ms", "speed", "inference ms", "speed"),
+                contender_rows,
+            ),
+            "",
+            *markdown_table(("operator", "forward ms", "backward ms"), operator_rows),
+            "",
+        )
+    )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="paper_shapes", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, required=True)
+    add("--seq-length", type=int, default=512)
+    add("--micro-batch-size", type=int, default=1)
+    add("--repetitions", type=int, default=3, help="how often the contenders take turns")
+    add("--steps", type=int, default=3, help="counted steps of each turn")
+    add("--output", type=Path, default=Path("runs/paper_shapes"), help="folder of the results")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.shape]
+    environment = describe()
+    ranks = torch.distributed.get_world_size()
+    settings = {
+        "shape": args.shape,
+        **asdict(shape),
+        "seq_length": args.seq_length,
+        "micro_batch_size": args.micro_batch_size,
+        "ranks": ranks,
+        "precision": "fp32",
+    }
+    inputs = Inputs.draw(shape, args.seq_length, args.micro_batch_size)
+    runs: dict[Contender, tuple[list[float], list[float]]] = {
+        contender: ([], []) for contender in contenders(shape)
+    }
+    for _ in range(args.repetitions):
+        for contender, (training, inference) in runs.items():
+            more_training, more_inference = measure_pair(shape, contender, inputs, args.steps)
+            training += more_training
+            inference += more_inference
+    operators = measure_operators(shape, inputs, args.steps)
+    if torch.distributed.get_rank() != 0:
+        return
+    source = f"{environment['command']}, commit {environment['commit']}, {environment['date']}"
+    measured = measured_file(source, operators, {one: both[0] for one, both in runs.items()})
+    content = {
+        "environment": environment,
+        "settings": settings,
+        "contenders": {
+            one.name: {"forward_backward": training, "inference": inference}
+            for one, (training, inference) in runs.items()
+        },
+        "operators": operators,
+    }
+    markdown = as_tables(environment, settings, runs, operators)
+    write_pair(
+        args.output, args.shape, markdown, content, {f"{args.shape}.measured.json": measured}
+    )
+    print(markdown, "written to ", args.output, sep="")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if "WORLD_SIZE" not in os.environ:
+        print(
+            "paper_shapes: error: start it with torchrun --nproc-per-node 2 "
+            "-m tools.benchmarks.paper_shapes",
+            file=sys.stderr,
+        )
+        return 2
+    ranks = int(os.environ["WORLD_SIZE"])
+    if SHAPES[args.shape].num_experts % ranks:
+        if os.environ["RANK"] == "0":
+            print(
+                f"paper_shapes: error: {SHAPES[args.shape].num_experts} experts cannot be spread "
+                f"over {ranks} ranks.",
+                file=sys.stderr,
+            )
+        return 2
+    if not no_cuda_device():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo" if no_cuda_device() else "nccl")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    run(args)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

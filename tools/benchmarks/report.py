@@ -1,0 +1,149 @@
+"""The report of overlap_cluster: Markdown for readers, JSON for programs, both or neither."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks.calibration import LayerTime
+from tools.benchmarks.environment import as_markdown
+from tools.benchmarks.goals import Goal
+from tools.benchmarks.results import Launch, Ratio, Row
+
+
+def write_report(
+    folder: Path,
+    environment: dict[str, Any],
+    settings: dict[str, Any],
+    links: dict[float | None, LayerTime],
+    launches: list[Launch],
+    rows: list[Row],
+    goals: list[Goal],
+) -> tuple[Path, Path]:
+    """Write overlap_cluster.md and .json; returns their paths."""
+    content = {
+        "environment": environment,
+        "settings": settings,
+        "links": [{"wanted_share": share, **time.as_dict()} for share, time in links.items()],
+        "rows": [asdict(row) for row in rows],
+        "goals": [asdict(goal) for goal in goals],
+        "launches": [asdict(launch) for launch in launches],
+    }
+    markdown = as_tables(environment, settings, links, rows, goals)
+    return write_pair(folder, "overlap_cluster", markdown, content)
+
+
+def write_pair(
+    folder: Path,
+    name: str,
+    markdown: str,
+    content: dict[str, Any],
+    more: Mapping[str, dict[str, Any]] | None = None,
+) -> tuple[Path, Path]:
+    """Write NAME.md and NAME.json, and more JSON files; in place when all are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {f"{name}.json": content, **(more or {})}
+    texts = {file: json.dumps(value, indent=2) + "\n" for file, value in contents.items()}
+    texts[f"{name}.md"] = markdown
+    for file, text in texts.items():
+        (folder / f"{file}.tmp").write_text(text)
+    for file in texts:
+        os.replace(folder / f"{file}.tmp", folder / file)
+    return folder / f"{name}.md", folder / f"{name}.json"
+
+
+def as_tables(
+    environment: dict[str, Any],
+    settings: dict[str, Any],
+    links: dict[float | None, LayerTime],
+    rows: list[Row],
+    goals: list[Goal],
+) -> str:
+    """The whole report."""
+    lines = ["# Two hosts, slow link", "", as_markdown(environment), ""]
+    lines += [", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
+    lines += ["## Links", "", *link_table(links), ""]
+    for share, time in links.items():
+        lines += [f"## {link_name(share, time)}", ""]
+        lines += [*row_table([row for row in rows if row.share == share]), ""]
+    if goals:
+        lines += ["## Goals", "", *goal_table(goals), ""]
+    return "\n".join(lines)
+
+
+def link_name(share: float | None, time: LayerTime) -> str:
+    """For example `60 %, 212 Mbit/s`."""
+    if time.rate is None:
+        return "Unlimited link"
+    return f"Communication {share:.0%} of the top-2 MoE layer, {time.rate / 1e6:.0f} Mbit/s"
+
+
+def link_table(links: dict[float | None, LayerTime]) -> list[str]:
+    body = [
+        (
+            "-" if share is None else f"{share:.0%}",
+            "unlimited" if time.rate is None else f"{time.rate / 1e6:.0f}",
+            f"{time.share:.1%}",
+            f"{time.inference_share:.1%}",
+            f"{time.exchange * 1e3:.0f}",
+            f"{time.other * 1e3:.0f}",
+        )
+        for share, time in links.items()
+    ]
+    head = ("wanted", "Mbit/s", "training", "inference", "all-to-all ms", "rest of the layer ms")
+    return markdown_table(head, body)
+
+
+def row_table(rows: list[Row]) -> list[str]:
+    """Speeds are baseline's time over one's own; `/ unlimited` is time over time, 1 is ideal."""
+    body = [
+        (
+            row.contender,
+            f"{row.train * 1e3:.0f} +- {row.spread:.1%}",
+            f"{_times(row.speed)} {row.baseline}",
+            f"{1 - 1 / row.speed.median:.1%}",
+            _times(row.layers_speed),
+            "-" if row.hidden is None else f"{row.hidden:.1%}",
+            _over(row.unlimited),
+            _over(row.layers_unlimited),
+            f"{row.inference * 1e3:.0f}",
+            _times(row.inference_speed),
+            _over(row.inference_unlimited),
+        )
+        for row in rows
+    ]
+    head = (
+        "contender",
+        "step ms",
+        "speed",
+        "time saved",
+        "speed, forward + backward",
+        "hidden",
+        "step / unlimited",
+        "forward + backward / unlimited",
+        "inference ms",
+        "inference speed",
+        "inference / unlimited",
+    )
+    return markdown_table(head, body)
+
+
+def goal_table(goals: list[Goal]) -> list[str]:
+    body = [(goal.claim, goal.measured, "yes" if goal.reached else "**no**") for goal in goals]
+    return markdown_table(("goal", "measured", "reached"), body)
+
+
+def _times(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def _over(ratio: Ratio | None) -> str:
+    return "-" if ratio is None else f"{ratio.median:.3f}"
+
+
+def markdown_table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table."""
+    rows = [head, tuple("---" for _ in head), *body]
+    return ["| " + " | ".join(row) + " |" for row in rows]

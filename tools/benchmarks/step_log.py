@@ -1,0 +1,84 @@
+"""What a run of Megatron's loop says about its steps: the loss line, the timers, TensorBoard.
+
+A step is complete with the loss line, the timers of `--timing-log-level 1` behind it and the
+forward-only pass that `--eval-interval 1` puts behind that:
+
+     [time] iteration  3/  9 | ... | elapsed time per iteration (ms): 812.3 | ... |
+    INFO:megatron.core.timers:(min, max) time across ranks (ms):
+        forward-backward ...............................: (700.12, 701.34)
+        all-grads-sync .................................: (80.12, 80.44)
+    INFO:megatron.core.timers:(min, max) time across ranks (ms):
+        evaluate .......................................: (201.10, 201.30)
+     validation loss at iteration 3 | ...
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_LOSS_LINE = re.compile(r"iteration +(\d+)/ *\d+ \|(.*)")
+_FIELD = re.compile(r" ([\w ()-]+): +([-+0-9.Ee]+) \|")
+_TIMER = re.compile(r"^ +([\w-]+) \.+: \(([0-9.]+), ([0-9.]+)\)")
+_END = re.compile(r"^ validation loss at iteration (\d+) \|")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step and the forward-only pass behind it; all times in seconds."""
+
+    iteration: int
+    fields: dict[str, float]
+    """Of the loss line, as printed there."""
+    timers: dict[str, float]
+    """The slower rank's."""
+
+    @property
+    def train(self) -> float:
+        """Forward, backward, gradient reduction and optimizer."""
+        return self.fields["elapsed time per iteration (ms)"] / 1e3
+
+    @property
+    def layers(self) -> float:
+        """Forward and backward of all micro-batches, without the reduction of the gradients."""
+        return self.timers["forward-backward"] - self.timers["all-grads-sync"]
+
+    @property
+    def inference(self) -> float:
+        """Forward only, without gradients, as many micro-batches as the training step has."""
+        return self.timers["evaluate"]
+
+
+class StepReader:
+    """Puts the lines of a run together, one after the other."""
+
+    def __init__(self) -> None:
+        self._iteration: int | None = None
+        self._fields: dict[str, float] = {}
+        self._timers: dict[str, float] = {}
+
+    def feed(self, line: str) -> Step | None:
+        """The step that this line completes, if it does."""
+        if match := _LOSS_LINE.search(line):
+            self._iteration = int(match[1])
+            self._fields = {name.strip(): float(value) for name, value in _FIELD.findall(match[2])}
+            self._timers = {}
+        elif match := _TIMER.search(line):
+            self._timers[match[1]] = float(match[3]) / 1e3
+        elif (match := _END.search(line)) and self._iteration == int(match[1]):
+            step = Step(self._iteration, self._fields, self._timers)
+            # The pass at the end of a run says the same once more.
+            self._iteration, self._timers = None, {}
+            return step
+        return None
+
+
+def read_curve(tensorboard: Path, tag: str) -> dict[int, float]:
+    """A TensorBoard curve, {iteration: value}; empty where a run has no such curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0}).Reload()
+    if tag not in events.Tags()["scalars"]:
+        return {}
+    return {event.step: event.value for event in events.Scalars(tag)}
