@@ -28,28 +28,8 @@ from megatron.training import get_args
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.adaptive import SlotChooser, choose_slots, describe_choice
 from megatron_scmoe.overlap.recorder import UnitRecord
-from megatron_scmoe.overlap.trace import TraceWriter
+from megatron_scmoe.overlap.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.shortcut_layer import ShortcutLayer
-
-TRACED_OPTIONS = (
-    "scmoe_shortcut_position",
-    "scmoe_num_chunks",
-    "scmoe_overlap",
-    "num_layers",
-    "hidden_size",
-    "seq_length",
-    "micro_batch_size",
-    "global_batch_size",
-    "num_experts",
-    "moe_router_topk",
-    "moe_token_dispatcher_type",
-    "world_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
 
 
 def watch_units(model: GPTModel, scmoe: ScMoEConfig) -> None:

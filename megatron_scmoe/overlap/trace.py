@@ -15,6 +15,27 @@ from typing import Any
 from megatron_scmoe.overlap.recorder import Activity, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots, Step
 
+# What a trace says about the run, beside its expert slots.
+TRACED_OPTIONS = (
+    "scmoe_shortcut_position",
+    "scmoe_num_chunks",
+    "scmoe_overlap",
+    "num_layers",
+    "hidden_size",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "num_experts",
+    "moe_router_topk",
+    "moe_token_dispatcher_type",
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks")
 LANES = ("dense compute", "experts", "dispatch", "combine")
 _LANE_OF = {
     Step.EXPERTS.value: "experts",
