@@ -28,19 +28,8 @@ from megatron.training import get_args
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.overlap.adaptive import SlotChooser, choose_slots, describe_choice
 from megatron_scmoe.overlap.recorder import UnitRecord
-from megatron_scmoe.overlap.trace import TraceWriter
+from megatron_scmoe.overlap.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.shortcut_layer import ShortcutLayer
-
-TRACED_OPTIONS = (
-    "scmoe_shortcut_position",
-    "scmoe_num_chunks",
-    "seq_length",
-    "micro_batch_size",
-    "hidden_size",
-    "num_experts",
-    "moe_router_topk",
-    "expert_model_parallel_size",
-)
 
 
 def watch_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
@@ -74,9 +63,9 @@ class UnitTracker(MoEMetricsTracker):
         records = [unit.recorder.take() for unit in self.units]
         in_flight, exposed = self._mean_over_ranks(records)
         imbalance = self._load_imbalance(records)
+        self._write_trace(iteration, records)  # with the slots that the iteration ran with
         if in_flight > 0:  # else one expert parallel rank: nothing travels
             self._choose(records)
-        self._write_trace(iteration, records)
         for unit in self.units:
             wanted = self._traced(iteration + 1) or (
                 self._chooser is not None and self._chooser.wants_steps
@@ -133,14 +122,17 @@ class UnitTracker(MoEMetricsTracker):
         if not (self._traced(iteration) and self.units):
             return
         if self._trace is None:
-            args = get_args()
+            args, group = get_args(), self.units[0].mlp.ep_group
             facts = {name: getattr(args, name) for name in TRACED_OPTIONS}
+            facts["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
+            facts["backend"] = torch.distributed.get_backend(group)
+            facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
             rank = torch.distributed.get_rank()
             self._trace = TraceWriter(Path(str(self._trace_dir)), rank, facts)
         by_layer = {
             unit.attention_number: record for unit, record in zip(self.units, records, strict=True)
         }
-        self._trace.add(iteration, by_layer, {"expert_slots": list(self.units[0].slots)})
+        self._trace.add(iteration, by_layer, self.units[0].slots)
 
     @staticmethod
     def _mean_over_ranks(records: list[UnitRecord]) -> tuple[float, float]:

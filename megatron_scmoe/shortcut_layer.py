@@ -234,6 +234,8 @@ class ShortcutLayer(NumberedLayer):
             context=attention_arguments.get("context"),
         )
         self._pass = run
+        if self.training:
+            self.recorder.begin_pass()
         try:
             self._advance(run)
         finally:
@@ -246,7 +248,7 @@ class ShortcutLayer(NumberedLayer):
         while run.tasks:
             step, number = run.tasks.popleft()
             if step not in PLACES:
-                self._switch(step)
+                self._switch(step, number)
             if step is until:
                 return
             if step in PER_CHUNK or step is Step.MARK:
@@ -254,9 +256,13 @@ class ShortcutLayer(NumberedLayer):
             else:
                 getattr(self, step.value)(run)
 
-    def _switch(self, step: Step | None) -> None:
-        if self.training:
-            self.recorder.switch(None if step is None else Activity(step.value, "forward"))
+    def _switch(self, step: Step | None, chunk: int = 0) -> None:
+        if not self.training:
+            return
+        number = self.recorder.pass_number
+        self.recorder.switch(
+            None if step is None else Activity(step.value, "forward", chunk, number)
+        )
 
     def _watch_attention(self, attention: Module, core: Step, projection: Step) -> None:
         """Let the steps between the operators of an attention run where they belong.
@@ -368,7 +374,8 @@ class ShortcutLayer(NumberedLayer):
             before = None
         else:
             step = window(self._scmoe.scmoe_shortcut_position)[operators - 1]
-            before = Activity(step.value, "backward")
+            number = self.recorder.pass_number
+            before = Activity(step.value, "backward", pass_number=number)
         self._at_this_place(run, partial(mark_backward, self.recorder, before))
 
     @staticmethod

@@ -72,6 +72,7 @@ class RoutedBranch:
     def __init__(self, overlap: bool = True, recorder: UnitRecorder | None = None) -> None:
         self._overlap = overlap
         self._recorder = recorder
+        self._pass_number = 0 if recorder is None else recorder.pass_number
         self._chunks: list[_Chunk] = []
         self._ready: Event | None = None
         self._token: Tensor | None = None
@@ -192,14 +193,17 @@ class RoutedBranch:
 
     def _switch(self, step: Step, chunk: int) -> None:
         if self._recorder is not None:
-            self._recorder.switch(Activity(step.value, "backward", chunk))
+            self._recorder.switch(self._activity(step.value, "backward", chunk))
+
+    def _activity(self, name: str, direction: Direction, chunk: int) -> Activity:
+        return Activity(name, direction, chunk, self._pass_number)
 
     def _log(
         self, name: str, direction: Direction, chunk: int
     ) -> tuple[UnitRecorder, Activity] | None:
         if self._recorder is None:
             return None
-        return self._recorder, Activity(name, direction, chunk)
+        return self._recorder, self._activity(name, direction, chunk)
 
     def _returned_gradients(self) -> list[Tensor | None]:
         """Gradients of all that departed; None where there is none."""

@@ -37,6 +37,9 @@ class Collective(Protocol):
     def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
         """Call torch.distributed."""
 
+    def bytes_sent(self, sent: Tensor) -> int:
+        """What this rank sends to other ranks."""
+
     def result(self, buffer: Tensor) -> Tensor:
         """What the caller gets of a filled buffer, [R, ...]."""
 
@@ -63,6 +66,10 @@ class AllToAll:
             buffer, sent, *splits, group=self.group, async_op=async_op
         )
 
+    def bytes_sent(self, sent: Tensor) -> int:
+        rows = sum(self.input_splits) - self.input_splits[self.group.rank()]
+        return rows * sent[0:1].nbytes if rows else 0
+
     def result(self, buffer: Tensor) -> Tensor:
         return buffer
 
@@ -83,6 +90,9 @@ class AllGather:
         return torch.distributed.all_gather_into_tensor(
             buffer, sent, group=self.group, async_op=async_op
         )
+
+    def bytes_sent(self, sent: Tensor) -> int:
+        return (self.group.size() - 1) * sent.nbytes
 
     def result(self, buffer: Tensor) -> Tensor:
         return buffer
@@ -111,6 +121,10 @@ class ReduceScatter:
         return torch.distributed.all_to_all_single(
             buffer, sent, group=self.group, async_op=async_op
         )
+
+    def bytes_sent(self, sent: Tensor) -> int:
+        size = self.group.size()
+        return (size - 1) * (sent.nbytes // size)
 
     def result(self, buffer: Tensor) -> Tensor:
         if reduces_in_flight(buffer):
@@ -158,6 +172,7 @@ class Transfer:
         self._flight.wait()
         if self._log is not None:
             recorder, activity = self._log
-            recorder.exchanged(activity, self._flight)
+            sent = sum(self._collective.bytes_sent(tensor) for tensor in self._sent)
+            recorder.exchanged(activity, self._flight, sent)
         self._sent.clear()
         return [self._collective.result(buffer) for buffer in buffers]

@@ -24,6 +24,9 @@ class Activity(NamedTuple):
     """Value of a Step; "dispatch" or "combine"."""
     direction: Direction
     chunk: int = 0
+    pass_number: int = 0
+    """Which forward pass of the iteration it belongs to, from 1: a backward pass has the number of
+    the forward pass that built its graph."""
 
 
 class Span(NamedTuple):
@@ -42,6 +45,8 @@ class Exchange(NamedTuple):
     end: float
     blocked: float
     """Seconds for which compute stood still until it was complete."""
+    bytes: int
+    """That this rank sent to other ranks."""
 
 
 @dataclass
@@ -63,9 +68,15 @@ class UnitRecorder:
         """Whether the steps are wanted: it costs a time stamp at every turn."""
         self.current: Activity | None = None
         """What compute does, while steps are recorded."""
-        self._flights: list[tuple[Activity, Flight]] = []
+        self.pass_number = 0
+        """Of the forward pass that runs."""
+        self._flights: list[tuple[Activity, Flight, int]] = []
         self._turns: list[tuple[Activity | None, Moment]] = []
         self._tokens_per_expert: Tensor | None = None
+
+    def begin_pass(self) -> None:
+        """A forward pass begins."""
+        self.pass_number += 1
 
     def switch(self, activity: Activity | None) -> None:
         """Compute turns to something else, or away from this unit."""
@@ -73,9 +84,9 @@ class UnitRecorder:
             self.current = activity
             self._turns.append((activity, moment()))
 
-    def exchanged(self, activity: Activity, flight: Flight) -> None:
+    def exchanged(self, activity: Activity, flight: Flight, bytes_sent: int) -> None:
         """An exchange has been waited for."""
-        self._flights.append((activity, flight))
+        self._flights.append((activity, flight, bytes_sent))
 
     def routed(self, tokens_per_expert: Tensor) -> None:
         """The experts are given this many rows, [e], on the CPU."""
@@ -89,7 +100,10 @@ class UnitRecorder:
         flights, self._flights = self._flights, []
         turns, self._turns = self._turns, []
         tokens, self._tokens_per_expert = self._tokens_per_expert, None
-        exchanges = [Exchange(activity, *flight.times()) for activity, flight in flights]
+        self.pass_number = 0
+        exchanges = [
+            Exchange(activity, *flight.times(), sent) for activity, flight, sent in flights
+        ]
         times = [moment_seconds(at) for _, at in turns]
         steps = [
             Span(activity, begin, end)

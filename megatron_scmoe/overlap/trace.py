@@ -13,8 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.overlap.recorder import Activity, UnitRecord
-from megatron_scmoe.overlap.schedule import Step
+from megatron_scmoe.overlap.schedule import Slots, Step
 
+# What a trace says about the run, beside its expert slots.
+TRACED_OPTIONS = (
+    "scmoe_shortcut_position",
+    "scmoe_num_chunks",
+    "scmoe_overlap",
+    "num_layers",
+    "hidden_size",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "num_experts",
+    "moe_router_topk",
+    "moe_token_dispatcher_type",
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks")
 LANES = ("dense compute", "experts", "dispatch", "combine")
 _LANE_OF = {
     Step.EXPERTS.value: "experts",
@@ -29,7 +50,7 @@ class TraceWriter:
     Args:
         folder: made if it does not exist.
         rank: names the file.
-        facts: what a reader should know about the run (position, slots, sizes).
+        facts: what a reader should know about the run (position, layout, sizes).
     """
 
     def __init__(self, folder: Path, rank: int, facts: Mapping[str, Any]) -> None:
@@ -37,17 +58,18 @@ class TraceWriter:
         self._path = folder / f"rank-{rank:05d}.json"
         self._rank = rank
         self._facts = dict(facts)
+        self._slots: dict[int, Slots] = {}
         self._offset = time.time() - time.perf_counter()
         self._events = self._lane_names()
 
-    def add(self, iteration: int, records: Mapping[int, UnitRecord], facts: Mapping[str, Any]):
+    def add(self, iteration: int, records: Mapping[int, UnitRecord], slots: Slots) -> None:
         """Add what the units did in an iteration and write the file anew, whole or not at all.
 
         Args:
             records: by the number of the MoE layer, from 1.
-            facts: what has changed since the last call.
+            slots: where the experts ran.
         """
-        self._facts |= facts
+        self._slots[iteration] = slots
         for layer, record in records.items():
             for span in record.steps:
                 self._add(iteration, layer, span.activity, span.begin, span.end)
@@ -59,8 +81,10 @@ class TraceWriter:
                     exchange.begin,
                     exchange.end,
                     blocked_us=round(exchange.blocked * 1e6, 3),
+                    bytes=exchange.bytes,
                 )
-        text = json.dumps({"traceEvents": self._events, "otherData": self._facts})
+        facts = self._facts | {"expert_slots": self._slots}
+        text = json.dumps({"traceEvents": self._events, "otherData": facts})
         partial = self._path.with_suffix(".partial")
         partial.write_text(text)
         os.replace(partial, self._path)
@@ -83,6 +107,7 @@ class TraceWriter:
                     "layer": layer,
                     "step": activity.name,
                     "chunk": activity.chunk,
+                    "pass": activity.pass_number,
                     **more,
                 },
             }

@@ -272,7 +272,8 @@ def one_rank_moves_nothing() -> None:
 
 def every_exchange_is_on_record() -> None:
     recorder = UnitRecorder()
-    collective = all_to_all_of(ROWS[dist.get_world_size()]["uneven"])
+    rows = ROWS[dist.get_world_size()]["uneven"]
+    collective = all_to_all_of(rows)
     cargo = [leaves(collective), leaves(collective)]
     results = round_trip(cargo, [collective, collective], recorder=recorder)
     sum(result.sum() for result in results).backward()
@@ -287,11 +288,30 @@ def every_exchange_is_on_record() -> None:
         Activity("dispatch", "backward", 0),
         Activity("dispatch", "backward", 1),
     ]
+    rank = dist.get_rank()
+    out = sum(rows[rank]) - rows[rank][rank]
+    back = sum(row[rank] for row in rows) - rows[rank][rank]
     for exchange in record.exchanges:
+        # A float64 matrix, beside a vector on the way to the experts; or a result.
+        forth = exchange.activity.name == "dispatch"
+        moved = out if forth == (exchange.activity.direction == "forward") else back
+        assert exchange.bytes == moved * 8 * (WIDTH + forth)
         assert exchange.begin < exchange.end
         assert 0 <= exchange.blocked <= exchange.end - exchange.begin
     assert record.steps == []  # not wanted
     assert recorder.take().exchanges == []
+
+
+def bytes_that_leave_a_rank() -> None:
+    size = dist.get_world_size()
+    for rows in ROWS[size].values():
+        collective = all_to_all_of(rows)
+        tensor = torch.ones(sum(collective.input_splits), WIDTH, dtype=torch.bfloat16)
+        moved = sum(collective.input_splits) - collective.input_splits[dist.get_rank()]
+        assert collective.bytes_sent(tensor) == moved * WIDTH * 2
+    tensor = torch.ones(3 * size, WIDTH)
+    assert AllGather(dist.group.WORLD).bytes_sent(tensor) == (size - 1) * 3 * size * WIDTH * 4
+    assert ReduceScatter(dist.group.WORLD).bytes_sent(tensor) == (size - 1) * 3 * WIDTH * 4
 
 
 CHECKS: tuple[Callable[[], None], ...] = (
@@ -306,6 +326,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_second_backward_pass_is_refused,
     one_rank_moves_nothing,
     every_exchange_is_on_record,
+    bytes_that_leave_a_rank,
 )
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tools import overlap_report
+from tools.report.text import percent
+
 from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE, Run, read_scalars
 
@@ -64,6 +67,20 @@ def test_metrics_and_trace(chosen: tuple[Run, Path]) -> None:
         steps = [event["args"] for event in trace["traceEvents"] if event["ph"] == "X"]
         assert {step["iteration"] for step in steps} == {7, 8}
         assert {"dispatch", "combine", "experts", "core_attention"} <= {s["step"] for s in steps}
+
+
+def test_report_of_a_real_trace(chosen: tuple[Run, Path], tmp_path: Path) -> None:
+    """The page's share is that of the log, over the traced iterations."""
+    _, folder = chosen
+    page = tmp_path / "report.html"
+    assert overlap_report.main([str(folder / "traces"), "--output", str(page)]) == 0
+    in_flight, hidden = (
+        sum(read_scalars(folder, tag)[iteration] for iteration in (7, 8))
+        for tag in ("a2a-seconds", "a2a-hidden-seconds")
+    )
+    # Times of a trace are whole quarters of a microsecond.
+    shares = (percent(hidden / in_flight + error) for error in (-1e-3, 0, 1e-3))
+    assert any(f"{share} hidden</title>" in page.read_text() for share in shares)
 
 
 def test_no_bit_is_lost(chosen: tuple[Run, Path], data_prefix: Path, tmp_path: Path) -> None:

@@ -36,21 +36,21 @@ def record_of(
 ) -> UnitRecord:
     """Passes of a Pos-2 unit whose parts take PARTS seconds forward and twice that backward."""
     record = UnitRecord()
-    for number in range(passes):
+    for number in range(1, passes + 1):
         for direction, factor in (("forward", scale), ("backward", 2 * scale)):
             at = 1000.0 * number
             for name, seconds in PARTS.items():
                 parts = chunks if name == "experts" else 1
                 for chunk in range(parts):
-                    activity = Activity(name, direction, chunk)  # type: ignore[arg-type]
+                    activity = Activity(name, direction, chunk, number)  # type: ignore[arg-type]
                     end = at + factor * seconds / parts
                     record.steps.append(Span(activity, at, end))
             for name, seconds in (("dispatch", dispatch), ("combine", combine)):
                 for chunk in range(chunks):  # one after the other
-                    activity = Activity(name, direction, chunk)  # type: ignore[arg-type]
+                    activity = Activity(name, direction, chunk, number)  # type: ignore[arg-type]
                     begin = at + chunk * scale * seconds / chunks
                     end = begin + scale * seconds / chunks
-                    record.exchanges.append(Exchange(activity, begin, end, 0.5))
+                    record.exchanges.append(Exchange(activity, begin, end, 0.5, 1000 + chunk))
     return record
 
 
@@ -147,12 +147,24 @@ def test_recording_changes_nothing_and_misses_nothing(
     record = unit.recorder.take()
     assert record.tokens_per_expert is not None
     forwards = 2 if recompute == "full" else 1
+    # A backward pass has the number of the forward pass whose graph it is.
+    numbers = {
+        direction: {
+            s.activity.pass_number for s in record.steps if s.activity.direction == direction
+        }
+        for direction in ("forward", "backward")
+    }
+    assert numbers == {"forward": set(range(1, forwards + 1)), "backward": {forwards}}
     assert record.tokens_per_expert.sum() == forwards * SEQUENCE * BATCH * 2
     for direction, passes in (("forward", forwards), ("backward", 1)):
         names = [s.activity.name for s in record.steps if s.activity.direction == direction]
         for step in window(position):
             assert names.count(step.value) >= passes, (direction, step)
         assert names.count(Step.EXPERTS.value) == 2 * passes
+        chunks = [
+            s.activity.chunk for s in record.steps if s.activity[:2] == ("experts", direction)
+        ]
+        assert sorted(chunks) == sorted([0, 1] * passes)
         times = unit_times(record, direction, position)  # type: ignore[arg-type]
         assert times.experts > 0 and all(
             seconds > 0
@@ -165,12 +177,13 @@ def test_recording_changes_nothing_and_misses_nothing(
 
 def test_trace_is_chromes_format(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "traces", 3, {"scmoe_shortcut_position": "pos2"})
-    writer.add(10, {2: record_of(passes=1)}, {"expert_slots": [1, 1]})
-    writer.add(11, {2: record_of(passes=1)}, {"expert_slots": [2, 1]})
+    writer.add(10, {2: record_of(passes=1)}, Slots(1, 1))
+    writer.add(11, {2: record_of(passes=1)}, Slots(2, 1))
     (path,) = (tmp_path / "traces").iterdir()
     assert path.name == "rank-00003.json"
     trace = json.loads(path.read_text())
-    assert trace["otherData"] == {"scmoe_shortcut_position": "pos2", "expert_slots": [2, 1]}
+    slots = {"10": [1, 1], "11": [2, 1]}
+    assert trace["otherData"] == {"scmoe_shortcut_position": "pos2", "expert_slots": slots}
     lanes = {
         event["tid"]: event["args"]["name"]
         for event in trace["traceEvents"]
@@ -185,3 +198,8 @@ def test_trace_is_chromes_format(tmp_path: Path) -> None:
     mlp = next(e for e in events if e["args"]["step"] == "dense_mlp" and e["cat"] == "backward")
     assert mlp["dur"] == pytest.approx(8e6)
     assert lanes[mlp["tid"]] == "dense compute, backward"
+    exchanges = [event["args"] for event in events if "bytes" in event["args"]]
+    assert {args["step"] for args in exchanges} == {"dispatch", "combine"}
+    assert {(args["bytes"], args["blocked_us"], args["pass"]) for args in exchanges} == {
+        (1000, 5e5, 1)
+    }

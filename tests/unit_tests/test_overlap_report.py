@@ -1,0 +1,501 @@
+"""Traces with known times -> the numbers on the page; what cannot be read is one line."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
+from megatron_scmoe.overlap.schedule import Slots
+from megatron_scmoe.overlap.trace import TraceWriter
+from tools import overlap_report
+from tools.report.advice import advise
+from tools.report.analysis import Figures, analyse
+from tools.report.page import render
+from tools.report.text import change, duration, numbers, size, slot_name
+from tools.report.traces import Run, read_run
+
+MS = 1e-3
+# A Pos-1 unit with its experts behind the QKV projection: name, begin, end in seconds.
+STEPS: dict[Direction, list[tuple[str, float, float]]] = {
+    "forward": [
+        ("route", 0, 1),
+        ("start_dispatch", 1, 2),
+        ("qkv", 2, 5),
+        ("wait_dispatch", 5, 6),
+        ("experts", 6, 10),
+        ("core_attention", 10, 12),
+        ("projection", 12, 13),
+        ("shared_expert", 13, 16),
+        ("wait_combine", 16, 19),
+        ("merge", 19, 20),
+    ],
+    "backward": [
+        ("shared_expert", 50, 56),
+        ("projection", 56, 58),
+        ("core_attention", 58, 62),
+        ("experts", 62, 70),
+        ("qkv", 70, 76),
+    ],
+}
+# Name, begin, end, exposed, kilobytes.
+EXCHANGES: dict[Direction, list[tuple[str, float, float, float, int]]] = {
+    "forward": [("dispatch", 2, 6, 1, 8), ("combine", 10, 19, 3, 9)],
+    "backward": [("combine", 50, 59, 0, 9), ("dispatch", 70, 80, 4, 10)],
+}
+FORWARD = UnitTimes((3 * MS, 2 * MS, 1 * MS, 3 * MS), 4 * MS, 4 * MS, 9 * MS)
+BACKWARD = UnitTimes((6 * MS, 4 * MS, 2 * MS, 6 * MS), 8 * MS, 10 * MS, 9 * MS)
+FACTS: dict[str, Any] = {
+    "scmoe_shortcut_position": "pos1",
+    "scmoe_num_chunks": 1,
+    "scmoe_overlap": True,
+    "num_layers": 4,
+    "hidden_size": 64,
+    "seq_length": 32,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "num_experts": 8,
+    "moe_router_topk": 1,
+    "moe_token_dispatcher_type": "alltoall",
+    "world_size": 2,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 2,
+    "expert_tensor_parallel_size": 1,
+    "params_dtype": "float32",
+    "backend": "gloo",
+    "expert_parallel_ranks": [0, 1],
+}
+
+
+def record_of(
+    late: float = 0.0, passes: int = 2, chunks: int = 1, exchanges: bool = True
+) -> UnitRecord:
+    """Passes 100 ms apart; `late` ms later than planned."""
+    record = UnitRecord()
+    for number in range(1, passes + 1):
+        origin = 100 * number + late
+        for direction in STEPS:
+            for name, begin, end in STEPS[direction]:
+                parts = chunks if name == "experts" else 1
+                for chunk in range(parts):
+                    activity = Activity(name, direction, chunk, number)
+                    length = (end - begin) / parts
+                    at = origin + begin + chunk * length
+                    record.steps.append(Span(activity, at * MS, (at + length) * MS))
+            for name, begin, end, blocked, kilobytes in EXCHANGES[direction] if exchanges else ():
+                for chunk in range(chunks):  # together in flight
+                    activity = Activity(name, direction, chunk, number)
+                    times = (origin + begin) * MS, (origin + end) * MS, blocked * MS
+                    record.exchanges.append(Exchange(activity, *times, kilobytes * 1000))
+    return record
+
+
+def write_run(
+    folder: Path,
+    late: tuple[float, ...] = (0.0, 0.0),
+    slots: dict[int, Slots] | None = None,
+    layers: tuple[int, ...] = (2, 4),
+    facts: dict[str, Any] | None = None,
+    **record: Any,
+) -> Path:
+    """A trace for each rank, by the writer that runs use."""
+    everyone = list(range(len(late)))
+    for rank, delay in enumerate(late):
+        own = FACTS | {"world_size": len(late), "expert_parallel_ranks": everyone} | (facts or {})
+        writer = TraceWriter(folder, rank, own)
+        for iteration, pair in (slots or {8: Slots(1, 1), 9: Slots(1, 1)}).items():
+            # A second layer is a second later.
+            records = {layer: record_of(delay + 1e3 * layer, **record) for layer in layers}
+            writer.add(iteration, records, pair)
+    return folder
+
+
+def figures_of(folder: Path, **options: Any) -> tuple[Run, Figures]:
+    run = read_run(write_run(folder, **options))
+    return run, analyse(run)
+
+
+def close(seconds: float) -> Any:
+    """Traces hold whole quarters of a microsecond."""
+    return pytest.approx(seconds, abs=2e-6)
+
+
+# Numbers. ---------------------------------------------------------------------------------------
+
+
+def test_exposed_and_hidden(tmp_path: Path) -> None:
+    """An iteration of a rank: 2 layers x 2 passes."""
+    _, figures = figures_of(tmp_path)
+    assert figures.total.in_flight == close(4 * 32 * MS)
+    assert figures.total.exposed == close(4 * 8 * MS)
+    assert figures.total.hidden_share == pytest.approx(0.75, abs=1e-4)
+    assert list(figures.layers) == [
+        (layer, direction, name)
+        for layer in (2, 4)
+        for direction in EXCHANGES
+        for name, *_ in EXCHANGES[direction]  # in the order of time
+    ]
+    assert figures.layers[4, "backward", "dispatch"].exposed == close(2 * 4 * MS)
+    assert figures.layers[4, "backward", "dispatch"].hidden == close(2 * 6 * MS)
+    assert figures.layers[2, "backward", "combine"].hidden_share == pytest.approx(1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_cost_of_every_slot(tmp_path: Path, chunks: int) -> None:
+    _, figures = figures_of(tmp_path, chunks=chunks, facts={"scmoe_num_chunks": chunks})
+    forward, backward = figures.directions["forward"], figures.directions["backward"]
+    for own, times in ((forward, FORWARD), (backward, BACKWARD)):
+        assert own.times.dense == close(times.dense)
+        for part in ("experts", "dispatch", "combine"):
+            assert getattr(own.times, part) == close(getattr(times, part))
+    # max(before, dispatch) + experts + max(after, combine)
+    assert [cost.seconds for cost in forward.costs] == close([x * MS for x in (17, 17, 18, 19, 22)])
+    assert [cost.seconds for cost in backward.costs] == close(
+        [x * MS for x in (36, 30, 27, 29, 35)]
+    )
+    assert (forward.slot, forward.best) == (1, 1)
+    assert (backward.slot, backward.best) == (1, 2)
+    assert forward.measured == close(17 * MS)  # the formula's assumptions hold here
+    assert backward.measured == close(30 * MS)
+    assert forward.exposed == close(chunks * 4 * MS)
+    assert forward.launching == close(1 * MS)
+
+
+def test_bandwidth(tmp_path: Path) -> None:
+    """Bytes / time in flight; the wait for a late rank is told apart."""
+    _, figures = figures_of(tmp_path, late=(0.0, 1.0))
+    link = figures.links["forward", "dispatch"]
+    assert link is not None and link.size == 8000
+    for speed in (link.least, link.median, link.most):
+        assert speed == pytest.approx(8000 / (4 * MS), rel=1e-3)
+    # 3 ms of rank 0's exchange and 4 ms of that of rank 1 lie behind the start of the last.
+    median = (8000 / (3 * MS) + 8000 / (4 * MS)) / 2
+    assert link.together == pytest.approx(median, rel=1e-3)
+
+
+def test_an_exchange_that_sends_nothing_has_no_bandwidth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for direction, exchanges in EXCHANGES.items():
+        monkeypatch.setitem(EXCHANGES, direction, [(*own[:4], 0) for own in exchanges])
+    run, figures = figures_of(tmp_path)
+    assert set(figures.links.values()) == {None}
+    assert "What the link gave" in render(run, figures)
+
+
+def test_late_rank(tmp_path: Path) -> None:
+    run, figures = figures_of(tmp_path, late=(0.0, 2.0, 0.5))
+    assert [own.late for own in figures.ranks.values()] == close([0, 2 * MS, 0.5 * MS])
+    assert [own.last for own in figures.ranks.values()] == [0, 1, 0]
+    assert figures.ranks[1].compute == close(4 * (9 + 4 + 18 + 8) * MS)
+    (line,) = (line for line in advise(run, figures) if " is late" in line)
+    assert line.startswith("Rank 1 is late: it starts 100.0% of its exchanges last, 2.00 ms after")
+
+
+def test_the_example_is_typical(tmp_path: Path) -> None:
+    """Not the unit that is far from the others; of the rank that is asked for."""
+    run = read_run(write_run(tmp_path))
+    place = analyse(run).example["forward"].place
+    slow = run.records[place]
+    slow.exchanges[:] = [x._replace(end=x.end + 1) for x in slow.exchanges]
+    again = Run(run.facts, run.groups, run.slots, (), run.records)
+    for rank in (None, 0, 1):
+        example = analyse(again, rank).example
+        assert example["forward"].place == example["backward"].place != place
+        assert rank in (None, example["forward"].place.rank)
+
+
+def test_iterations_with_other_slots_are_left_out(tmp_path: Path) -> None:
+    slots = {5: Slots(3, 3), 6: Slots(1, 1), 7: Slots(1, 1)}
+    run, figures = figures_of(tmp_path, slots=slots)
+    assert (run.iterations, run.left_out) == ((6, 7), (5,))
+    assert figures.total.in_flight == close(4 * 32 * MS)
+    assert "6-7 (5 ran with other slots and are left out)" in render(run, figures)
+
+
+def test_a_killed_run(tmp_path: Path) -> None:
+    """One rank has written an iteration less."""
+    write_run(tmp_path)
+    path = tmp_path / "rank-00001.json"
+    trace = json.loads(path.read_text())
+    del trace["otherData"]["expert_slots"]["9"]
+    trace["traceEvents"] = [
+        event for event in trace["traceEvents"] if event["args"].get("iteration") != 9
+    ]
+    path.write_text(json.dumps(trace))
+    assert read_run(tmp_path).iterations == (8,)
+
+
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    """Each rank has layers of its own: a layer's mean is over the ranks that have it."""
+    for rank, layer in enumerate((2, 4)):
+        facts = FACTS | {"expert_parallel_ranks": [rank], "world_size": 4}
+        TraceWriter(tmp_path, rank, facts).add(8, {layer: record_of()}, Slots(1, 1))
+    run = read_run(tmp_path)
+    figures = analyse(run)
+    assert figures.total.in_flight == close(2 * 32 * MS)
+    assert figures.layers[4, "forward", "combine"].in_flight == close(2 * 9 * MS)
+    assert "0-1 of 4 (the others have no unit" in render(run, figures)
+
+
+# Advice. ----------------------------------------------------------------------------------------
+
+
+def advice_of(folder: Path, **options: Any) -> str:
+    return "\n".join(advise(*figures_of(folder, **options)))
+
+
+def test_advice_on_what_does_not_fit(tmp_path: Path) -> None:
+    text = advice_of(tmp_path)
+    assert "Forward: the exchanges take 13.0 ms, the dense work that can hide them 9.00 ms" in text
+    assert "(--scmoe-num-chunks 2) or widen the window" in text
+    assert "Backward: the exchanges take 19.0 ms" in text
+
+
+def test_advice_on_slots(tmp_path: Path) -> None:
+    """47 ms with slots 1 and 1, 44 with 1 and 2."""
+    text = advice_of(tmp_path)
+    assert "With --scmoe-expert-slot 1,2 a unit is predicted to take 6.4% less time" in text
+    slots = {8: Slots(1, 2)}
+    assert "--scmoe-expert-slot" not in advice_of(tmp_path / "best", slots=slots)
+
+
+def test_advice_without_overlap(tmp_path: Path) -> None:
+    run, figures = figures_of(tmp_path, facts={"scmoe_overlap": False})
+    text = "\n".join(advise(run, figures))
+    assert "--no-scmoe-overlap" in text and "--scmoe-expert-slot" not in text
+    assert re.search(r'<tr class="mark">\s*<th scope="row">without overlap', render(run, figures))
+
+
+def test_advice_on_what_the_formula_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "the formula says" not in advice_of(tmp_path / "as predicted")
+    later = [
+        (name, at + 5, end + 5) if at >= 10 else (name, at, end)
+        for name, at, end in STEPS["forward"]
+    ]
+    monkeypatch.setitem(STEPS, "forward", later)
+    monkeypatch.setitem(EXCHANGES, "forward", [("dispatch", 2, 6, 1, 8), ("combine", 15, 24, 3, 9)])
+    assert "a pass takes 22.0 ms, the formula says 17.0 ms: time passes" in advice_of(
+        tmp_path / "a"
+    )
+    blocked = [("dispatch", 2, 6, 4, 8), ("combine", 15, 24, 8, 9)]
+    monkeypatch.setitem(EXCHANGES, "forward", blocked)
+    assert "12.0 ms are exposed, not 4.00 ms" in advice_of(tmp_path / "b")
+
+
+def test_advice_on_row_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = [
+        ("start_dispatch", -8, 2) if own[0] == "start_dispatch" else own for own in STEPS["forward"]
+    ]
+    monkeypatch.setitem(STEPS, "forward", waiting)
+    assert "Forward: compute stands still for 10.0 ms a pass before" in advice_of(tmp_path)
+
+
+# The page. --------------------------------------------------------------------------------------
+
+
+class Structure(HTMLParser):
+    """Tags that close, addresses, texts."""
+
+    VOID = ("meta", "link", "img", "br", "input")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [f"{name}={value}" for name, value in attrs if name in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_page_is_whole_and_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report.html"
+    write_run(tmp_path / "traces")
+    assert overlap_report.main([str(tmp_path / "traces"), "--output", str(output)]) == 0
+    said = "75.0% of the communication is hidden, 32.0 ms an iteration are exposed"
+    assert said in capsys.readouterr().out
+    page = output.read_text()
+    structure = Structure(page)
+    assert structure.open == [] and structure.addresses == []
+    assert structure.tags.isdisjoint({"script", "link", "img", "iframe"})
+    assert "://" not in page and set(re.findall(r"url\([^)]*\)", page)) == {"url(#stripes)"}
+    assert "<dd>75.0%\n" in page and "<dd>32.0 ms\n" in page
+    text = " ".join(structure.texts)
+    for number in ("1 forward, 1 backward", "8-9", "17.0 ms", "36.0 ms", "+20.0%", "2.00 MB/s"):
+        assert number in text, number
+
+
+def test_timeline_is_to_scale(tmp_path: Path) -> None:
+    run, figures = figures_of(tmp_path)
+    forward = render(run, figures).split("<figcaption>")[1]
+
+    def rectangles(class_: str) -> list[tuple[float, float]]:
+        pattern = rf'<rect x="([\d.]+)%" width="([\d.]+)%"[^>]*class="{class_}"'
+        return [(float(x), float(width)) for x, width in re.findall(pattern, forward)]
+
+    assert rectangles("work experts") == [pytest.approx((30, 20), abs=0.05)]  # 6-10 of 20 ms
+    assert rectangles("work combine") == [pytest.approx((50, 45), abs=0.05)]
+    exposed = sorted(rectangles("exposed"))
+    assert exposed == [pytest.approx((25, 5), abs=0.05), pytest.approx((80, 15), abs=0.05)]
+    assert sorted(rectangles("standstill")) == exposed
+
+
+def test_words() -> None:
+    seconds = (0, 1.234e-3, 9.9999e-3, 12.34e-3, 99.96e-3, 1.3994)
+    assert [duration(x) for x in seconds] == [
+        "0.00 ms",
+        "1.23 ms",
+        "10.0 ms",
+        "12.3 ms",
+        "100 ms",
+        "1399 ms",
+    ]
+    assert numbers((3, 1, 2, 7)) == "1-3, 7"
+    assert [size(x) for x in (0, 999, 1000, 12_340, 2.5e9, 9e16)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "12.3 kB",
+        "2.50 GB",
+        "90000 TB",
+    ]
+    assert [change(x, 10.0) for x in (10.001, 12, 9)] == ["0.0%", "+20.0%", "-10.0%"]
+    assert slot_name("pos3", 0) == "before dense QKV"
+    assert slot_name("pos3", 4) == "between MLP and QKV"
+    assert slot_name("pos3", 8) == "after shared expert"
+
+
+# Errors. ----------------------------------------------------------------------------------------
+
+
+def edit(path: Path, change_: Any) -> None:
+    trace = json.loads(path.read_text())
+    change_(trace)
+    path.write_text(json.dumps(trace))
+
+
+def no_folder(folder: Path) -> None:
+    pass
+
+
+def no_trace(folder: Path) -> None:
+    folder.mkdir()
+
+
+def cut_off(folder: Path) -> None:
+    path = write_run(folder) / "rank-00001.json"
+    path.write_text(path.read_text()[:-100])
+
+
+def no_object(folder: Path) -> None:
+    (write_run(folder) / "rank-00001.json").write_text("[]")
+
+
+def another_version(folder: Path) -> None:
+    def change_(trace: dict[str, Any]) -> None:
+        for event in trace["traceEvents"]:
+            event["args"].pop("bytes", None)
+
+    edit(write_run(folder) / "rank-00001.json", change_)
+
+
+def without_a_fact(folder: Path) -> None:
+    edit(write_run(folder) / "rank-00001.json", lambda trace: trace["otherData"].pop("world_size"))
+
+
+def another_model(folder: Path) -> None:
+    edit(
+        write_run(folder) / "rank-00001.json",
+        lambda trace: trace["otherData"].update(hidden_size=128),
+    )
+
+
+def another_day(folder: Path) -> None:
+    def change_(trace: dict[str, Any]) -> None:
+        for event in trace["traceEvents"]:
+            if "ts" in event:
+                event["ts"] += 24 * 3600 * 1e6
+
+    edit(write_run(folder) / "rank-00001.json", change_)
+
+
+def other_iterations(folder: Path) -> None:
+    def change_(trace: dict[str, Any]) -> None:
+        trace["otherData"]["expert_slots"] = {"20": [1, 1]}
+
+    edit(write_run(folder) / "rank-00001.json", change_)
+
+
+def nothing_sent(folder: Path) -> None:
+    write_run(folder, exchanges=False)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (no_folder, "traces is not a folder; give what --scmoe-trace-dir was"),
+        (no_trace, r"no rank-\*.json in .*: was the run given --scmoe-trace-dir"),
+        (cut_off, "rank-00001.json is no trace that this version has written: "),
+        (no_object, "rank-00001.json is no trace that this version has written: "),
+        (another_version, "rank-00001.json is no trace .* has written: 'bytes' is missing"),
+        (without_a_fact, "rank-00001.json is no trace .* written: 'world_size' is missing"),
+        (another_model, "rank-00000.json and .* not of one run: hidden_size is 64 and 128; empty"),
+        (another_day, "not of one run: their iteration 8 began 86400 s apart; empty"),
+        (other_iterations, "they share no iteration with the same expert slots; empty"),
+        (nothing_sent, "hold no exchange: with one expert parallel rank nothing is sent"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Any, message: str
+) -> None:
+    prepare(tmp_path / "traces")
+    refuses(tmp_path, capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "7"], r"--rank 7 is not in the traces; there are \[0, 1\]"),
+        (["--rank", "x"], "argument --rank: invalid int value: 'x' .see --help"),
+        (["--output", "nowhere/report.html"], "nowhere/report.html"),
+    ],
+)
+def test_options_are_refused_in_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "traces")
+    refuses(tmp_path, capsys, message, *options)
+
+
+def refuses(folder: Path, capsys: pytest.CaptureFixture[str], message: str, *options: str) -> None:
+    output = folder / "report.html"
+    arguments = [str(folder / "traces"), "--output", str(output), *options]
+    assert overlap_report.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("overlap_report.py: error: ")
+    assert re.search(message, printed.err), printed.err
+    assert not output.exists()

@@ -1,0 +1,329 @@
+"""What the records of a run say about its overlap: every number of the page, in seconds and bytes.
+
+in flight   from the start of an exchange to its completion
+exposed     the part of it for which compute stood still in the wait
+hidden      the rest
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import NamedTuple
+
+from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
+from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.recorder import Direction, Exchange
+from megatron_scmoe.overlap.schedule import Step, window
+from tools.report.traces import Pass, Place, Run, TraceError
+
+EXCHANGES = ("dispatch", "combine")
+
+
+class Communication(NamedTuple):
+    """Exchanges, summed."""
+
+    in_flight: float
+    exposed: float
+
+    @property
+    def hidden(self) -> float:
+        return self.in_flight - self.exposed
+
+    @property
+    def hidden_share(self) -> float:
+        return self.hidden / self.in_flight if self.in_flight else 0.0
+
+
+def communication(exchanges: Iterable[Exchange], divisor: int = 1) -> Communication:
+    """The sum over exchanges, divided."""
+    listed = list(exchanges)
+    return Communication(
+        sum(x.end - x.begin for x in listed) / divisor, sum(x.blocked for x in listed) / divisor
+    )
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes/s of one exchange in one direction, over all that sent something.
+
+    Attributes:
+        size: bytes that a rank sent to others in an exchange, median.
+        least, median, most: of bytes / time in flight.
+        together: the same from the moment when the last rank had started, median; what the link
+            gave without the wait for a late rank. None where no group was seen whole.
+    """
+
+    size: float
+    least: float
+    median: float
+    most: float
+    together: float | None
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """One rank, mean over iterations.
+
+    Attributes:
+        compute: dense operators of the window and routed experts, forward and backward.
+        experts: the routed experts' part of it.
+        late: from the first start of an exchange in the group to this rank's start, mean.
+        last: share of the exchanges that this rank started last.
+    """
+
+    communication: Communication
+    compute: float
+    experts: float
+    late: float
+    last: float
+
+
+@dataclass(frozen=True)
+class DirectionFigures:
+    """One direction of a unit, mean over ranks and layers, median over iterations.
+
+    Attributes:
+        slot: where the experts ran.
+        best: the slot with the least predicted time.
+        times: of the parts, what the formula is applied to.
+        costs: predicted, of every slot.
+        measured: a pass from the first exchange's start until all is done.
+        exposed: of it, what a pass stood still for.
+        launching: of a pass, the step that starts the dispatch; forward it waits for all ranks'
+            numbers of rows.
+    """
+
+    slot: int
+    best: int
+    times: UnitTimes
+    costs: tuple[SlotCost, ...]
+    measured: float
+    exposed: float
+    launching: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything that the page shows.
+
+    Attributes:
+        total: an iteration, mean over ranks and iterations.
+        layers: the same of one layer's exchange in one direction.
+        links: None where nothing was sent.
+        example: forward and backward of one unit, the one nearest to the medians of all.
+    """
+
+    total: Communication
+    layers: dict[tuple[int, Direction, str], Communication]
+    ranks: dict[int, RankFigures]
+    directions: dict[Direction, DirectionFigures]
+    links: dict[tuple[Direction, str], Link | None]
+    example: dict[Direction, Pass]
+
+
+def analyse(run: Run, rank: int | None = None) -> Figures:
+    """All figures.
+
+    Args:
+        rank: whose unit is the example; None for any.
+
+    Raises:
+        TraceError: the rank left no trace, or a direction no whole pass.
+    """
+    if rank is not None and rank not in run.ranks:
+        raise TraceError(f"--rank {rank} is not in the traces; there are {list(run.ranks)}")
+    samples = len(run.ranks) * len(run.iterations)
+    exchanges = [
+        (one.place.layer, one.direction, exchange)
+        for one in run.passes
+        for exchange in one.exchanges
+    ]
+    by_layer = defaultdict(list)
+    for layer, direction, exchange in exchanges:
+        by_layer[layer, direction, exchange.activity.name].append(exchange)
+    # A pipeline stage has some of the layers only: their mean is over the ranks that have them.
+    holders = {
+        layer: len({(p.rank, p.iteration) for p in run.records if p.layer == layer})
+        for layer in run.layers
+    }
+    starts = _starts(run)
+    return Figures(
+        total=communication((exchange for *_, exchange in exchanges), samples),
+        layers={
+            key: communication(by_layer[key], holders[key[0]])
+            for key in sorted(by_layer, key=_layer_order)
+        },
+        ranks={rank: _rank_figures(run, rank, starts) for rank in run.ranks},
+        directions={direction: _direction_figures(run, direction) for direction in DIRECTIONS},
+        links={
+            (direction, name): _link(run, direction, name, starts)
+            for direction in DIRECTIONS
+            for name in EXCHANGES
+        },
+        example=_example(run, rank),
+    )
+
+
+def _layer_order(key: tuple[int, Direction, str]) -> tuple[int, int, int]:
+    layer, direction, name = key
+    order = EXCHANGES.index(name)
+    return layer, DIRECTIONS.index(direction), order if direction == "forward" else -order
+
+
+# Starts of the same exchange on the ranks of a group. ---------------------------------------------
+
+_Key = tuple[tuple[int, ...], int, int, object]
+
+
+def _key(run: Run, place: Place, exchange: Exchange) -> _Key:
+    return run.groups[place.rank], place.iteration, place.layer, exchange.activity
+
+
+def _starts(run: Run) -> dict[_Key, dict[int, float]]:
+    """By exchange: when each rank started it; only what all ranks of the group have on record."""
+    starts: dict[_Key, dict[int, float]] = defaultdict(dict)
+    for one in run.passes:
+        for exchange in one.exchanges:
+            starts[_key(run, one.place, exchange)][one.place.rank] = exchange.begin
+    return {key: ranks for key, ranks in starts.items() if len(ranks) == len(key[0]) > 1}
+
+
+def _rank_figures(run: Run, rank: int, starts: dict[_Key, dict[int, float]]) -> RankFigures:
+    own = [one for one in run.passes if one.place.rank == rank]
+    iterations = len(run.iterations)
+    dense = {step.value for step in window(run.position)}
+    steps = [span for one in own for span in one.steps]
+
+    def seconds(names: set[str]) -> float:
+        return sum(s.end - s.begin for s in steps if s.activity.name in names) / iterations
+
+    groups = [ranks for ranks in starts.values() if rank in ranks]
+    late = [ranks[rank] - min(ranks.values()) for ranks in groups]
+    last = [ranks[rank] == max(ranks.values()) for ranks in groups]
+    experts = seconds({Step.EXPERTS.value})
+    return RankFigures(
+        communication=communication((x for one in own for x in one.exchanges), iterations),
+        compute=seconds(dense) + experts,
+        experts=experts,
+        late=fmean(late) if late else 0.0,
+        last=fmean(last) if last else 0.0,
+    )
+
+
+def _link(
+    run: Run, direction: Direction, name: str, starts: dict[_Key, dict[int, float]]
+) -> Link | None:
+    sizes, speeds, together = [], [], []
+    for one in run.passes:
+        for exchange in one.exchanges:
+            if exchange.activity[:2] != (name, direction) or not exchange.bytes:
+                continue
+            seconds = exchange.end - exchange.begin
+            if seconds <= 0:
+                continue
+            sizes.append(exchange.bytes)
+            speeds.append(exchange.bytes / seconds)
+            ranks = starts.get(_key(run, one.place, exchange))
+            # A rank to which the last one sends nothing may be done before that one starts.
+            if ranks and exchange.end > max(ranks.values()):
+                together.append(exchange.bytes / (exchange.end - max(ranks.values())))
+    if not speeds:
+        return None
+    return Link(
+        size=median(sizes),
+        least=min(speeds),
+        median=median(speeds),
+        most=max(speeds),
+        together=median(together) if together else None,
+    )
+
+
+# One direction of a unit. -----------------------------------------------------------------------
+
+
+def _direction_figures(run: Run, direction: Direction) -> DirectionFigures:
+    """Averaged as the run itself does when it chooses its slots (overlap/adaptive.py)."""
+    passes = defaultdict(list)
+    for one in run.passes:
+        if one.direction == direction:
+            passes[one.place].append(one)
+    samples: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
+    for place, record in run.records.items():
+        try:
+            times = unit_times(record, direction, run.position)
+        except ValueError as error:
+            raise TraceError(
+                f"rank {place.rank}, layer {place.layer}, iteration {place.iteration}: {error}"
+            ) from error
+        own = passes[place]
+        measured = [
+            fmean(_measured(one, run.position) for one in own),
+            communication(x for one in own for x in one.exchanges).exposed / len(own),
+            fmean(_seconds(one, Step.START_DISPATCH) for one in own),
+        ]
+        parts = [*times.dense, times.experts, times.dispatch, times.combine]
+        samples[place.rank, place.iteration].append([*parts, *measured])
+    over_units = {
+        key: [fmean(column) for column in zip(*rows, strict=True)] for key, rows in samples.items()
+    }
+    over_iterations = [
+        [
+            median(column)
+            for column in zip(
+                *(row for key, row in over_units.items() if key[0] == rank), strict=True
+            )
+        ]
+        for rank in run.ranks
+    ]
+    mean = [fmean(column) for column in zip(*over_iterations, strict=True)]
+    *dense, experts, dispatch, combine, measured_seconds, exposed, launching = mean
+    unit = UnitTimes(tuple(dense), experts, dispatch, combine)
+    return DirectionFigures(
+        slot=getattr(run.slots, direction),
+        best=best_slot(unit),
+        times=unit,
+        costs=tuple(slot_seconds(unit, slot) for slot in range(len(unit.dense) + 1)),
+        measured=measured_seconds,
+        exposed=exposed,
+        launching=launching,
+    )
+
+
+def _seconds(one: Pass, step: Step) -> float:
+    return sum(span.end - span.begin for span in one.steps if span.activity.name == step.value)
+
+
+def _measured(one: Pass, position: str) -> float:
+    """What the formula predicts: dense work of the window, experts and exchanges."""
+    names = {step.value for step in (*window(position), Step.EXPERTS)}
+    ends = [span.end for span in one.steps if span.activity.name in names]
+    begin = min(exchange.begin for exchange in one.exchanges)
+    return max(*ends, *(exchange.end for exchange in one.exchanges)) - begin
+
+
+def _example(run: Run, rank: int | None) -> dict[Direction, Pass]:
+    """The unit nearest to the medians of time and of exposed time, in both directions."""
+    pairs: dict[tuple[Place, int], dict[Direction, Pass]] = defaultdict(dict)
+    for one in run.passes:
+        if rank is None or one.place.rank == rank:
+            pairs[one.place, one.number][one.direction] = one
+    whole = [pair for pair in pairs.values() if len(pair) == len(DIRECTIONS)]
+    if not whole:
+        raise TraceError("no unit has both a forward and a backward pass in the traces")
+    exposed = {one: communication(one.exchanges).exposed for pair in whole for one in pair.values()}
+    typical = {
+        direction: (
+            median(pair[direction].end - pair[direction].begin for pair in whole),
+            median(exposed[pair[direction]] for pair in whole),
+        )
+        for direction in DIRECTIONS
+    }
+
+    def distance(pair: dict[Direction, Pass]) -> float:
+        return sum(
+            (abs(one.end - one.begin - seconds) + abs(exposed[one] - blocked)) / seconds
+            for one, (seconds, blocked) in ((pair[d], typical[d]) for d in DIRECTIONS)
+        )
+
+    return min(whole, key=distance)

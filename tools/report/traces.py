@@ -1,0 +1,251 @@
+"""The traces of a run (--scmoe-trace-dir) as the records that they were written from.
+
+Times are seconds since the first event of the run.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
+from megatron_scmoe.overlap.trace import TRACED_LAYOUT, TRACED_OPTIONS
+
+# What ranks of one run may differ in.
+OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots")
+# Clocks of machines differ by less; two runs into one folder are further apart.
+SAME_RUN_SECONDS = 60.0
+
+
+class TraceError(Exception):
+    """The traces cannot be read; the message is one line for the user."""
+
+
+class Place(NamedTuple):
+    """Whose record it is."""
+
+    rank: int
+    iteration: int
+    layer: int
+
+
+class Pass(NamedTuple):
+    """One pass of a unit on one rank, in one direction."""
+
+    place: Place
+    number: int
+    """From 1, in the iteration; a backward pass has the number of its forward pass."""
+    direction: Direction
+    steps: tuple[Span, ...]
+    exchanges: tuple[Exchange, ...]
+
+    @property
+    def begin(self) -> float:
+        return min(part.begin for part in self._parts())
+
+    @property
+    def end(self) -> float:
+        return max(part.end for part in self._parts())
+
+    def _parts(self) -> tuple[Span | Exchange, ...]:
+        return (*self.steps, *self.exchanges)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the traces of a run hold.
+
+    Attributes:
+        facts: options and layout, as megatron_scmoe/metrics.py writes them.
+        groups: the expert parallel ranks of each rank.
+        slots: where the experts ran, in all iterations of the report.
+        left_out: iterations that ran with other slots; they are not in `records`.
+        records: what each unit did.
+    """
+
+    facts: Mapping[str, Any]
+    groups: Mapping[int, tuple[int, ...]]
+    slots: Slots
+    left_out: tuple[int, ...]
+    records: Mapping[Place, UnitRecord]
+
+    @property
+    def position(self) -> str:
+        return self.facts["scmoe_shortcut_position"]
+
+    @property
+    def num_chunks(self) -> int:
+        return self.facts["scmoe_num_chunks"]
+
+    @property
+    def overlaps(self) -> bool:
+        return self.facts["scmoe_overlap"]
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({place.rank for place in self.records}))
+
+    @cached_property
+    def iterations(self) -> tuple[int, ...]:
+        return tuple(sorted({place.iteration for place in self.records}))
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({place.layer for place in self.records}))
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        return tuple(one for place, record in self.records.items() for one in _split(place, record))
+
+
+def _split(place: Place, record: UnitRecord) -> list[Pass]:
+    steps: dict[tuple[int, Direction], list[Span]] = defaultdict(list)
+    exchanges: dict[tuple[int, Direction], list[Exchange]] = defaultdict(list)
+    for span in record.steps:
+        steps[span.activity.pass_number, span.activity.direction].append(span)
+    for exchange in record.exchanges:
+        activity = exchange.activity
+        exchanges[activity.pass_number, activity.direction].append(exchange)
+    return [
+        Pass(place, number, direction, tuple(steps[number, direction]), tuple(mine))
+        for (number, direction), mine in exchanges.items()
+    ]
+
+
+def read_run(folder: Path) -> Run:
+    """All rank-*.json of a folder.
+
+    Raises:
+        TraceError: there is no trace, one is broken, or they are not of one run.
+    """
+    if not folder.is_dir():
+        raise TraceError(f"{folder} is not a folder; give what --scmoe-trace-dir was")
+    paths = sorted(folder.glob("rank-*.json"))
+    if not paths:
+        raise TraceError(
+            f"no rank-*.json in {folder}: was the run given --scmoe-trace-dir, and did it reach "
+            "--profile-step-start?"
+        )
+    traces = {path: _load(path) for path in paths}
+    first = paths[0]
+    facts = _shared_facts(traces[first])
+    for path in paths[1:]:
+        others = _shared_facts(traces[path])
+        for name in sorted(facts.keys() | others.keys()):
+            if facts.get(name) != others.get(name):
+                raise TraceError(
+                    f"{first.name} and {path.name} are not of one run: {name} is "
+                    f"{facts.get(name)} and {others.get(name)}; empty {folder} and trace again"
+                )
+    events = {path: _steps(trace) for path, trace in traces.items()}
+    _check_times(events)
+    slots, iterations, left_out = _slots(traces)
+    origin = min(event["ts"] for steps in events.values() for event in steps)
+    records: dict[Place, UnitRecord] = defaultdict(UnitRecord)
+    groups = {}
+    for path, steps in events.items():
+        try:
+            for event in steps:
+                if event["args"]["iteration"] in iterations:
+                    _add(records, event, origin)
+            groups[steps[0]["pid"]] = tuple(traces[path]["otherData"]["expert_parallel_ranks"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _broken(path, error) from error
+    if not any(record.exchanges for record in records.values()):
+        raise TraceError(
+            f"the traces in {folder} hold no exchange: with one expert parallel rank nothing is "
+            "sent, and there is nothing to report"
+        )
+    return Run(facts, groups, slots, left_out, dict(records))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        trace = json.loads(path.read_text())
+        for name in (*TRACED_OPTIONS, *TRACED_LAYOUT, "expert_slots"):
+            trace["otherData"][name]
+        if trace["otherData"]["scmoe_shortcut_position"] not in POSITIONS or not _steps(trace):
+            raise ValueError("no step of a unit")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _broken(path, error) from error
+    return trace
+
+
+def _broken(path: Path, error: Exception) -> TraceError:
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return TraceError(f"{path} is no trace that this version has written: {reason}")
+
+
+def _steps(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    return [event for event in trace["traceEvents"] if event["ph"] == "X"]
+
+
+def _shared_facts(trace: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in trace["otherData"].items() if name not in OF_ONE_RANK}
+
+
+def _check_times(events: Mapping[Path, list[dict[str, Any]]]) -> None:
+    """An iteration is at one time on all ranks."""
+    times: dict[int, list[tuple[float, Path]]] = defaultdict(list)
+    for path, steps in events.items():
+        begins: dict[int, float] = {}
+        for event in steps:
+            try:
+                iteration, begin = event["args"]["iteration"], event["ts"] / 1e6
+                begins[iteration] = min(begin, begins.get(iteration, begin))
+            except (KeyError, TypeError) as error:
+                raise _broken(path, error) from error
+        for iteration, begin in begins.items():
+            times[iteration].append((begin, path))
+    for iteration, begins_of_ranks in times.items():
+        for (before, first), (after, second) in pairwise(sorted(begins_of_ranks)):
+            if after - before > SAME_RUN_SECONDS:
+                raise TraceError(
+                    f"{first.name} and {second.name} are not of one run: their iteration "
+                    f"{iteration} began {after - before:.0f} s apart; empty {first.parent} and "
+                    "trace again"
+                )
+
+
+def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tuple[int, ...]]:
+    """The slots of the last iteration, the iterations that ran with them, and the others."""
+    by_rank = []
+    for path, trace in traces.items():
+        try:
+            slots = {int(i): Slots(*pair) for i, pair in trace["otherData"]["expert_slots"].items()}
+            operators = len(window(trace["otherData"]["scmoe_shortcut_position"]))
+            if not all(0 <= slot <= operators for pair in slots.values() for slot in pair):
+                raise ValueError(f"expert slots outside 0..{operators}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _broken(path, error) from error
+        by_rank.append(slots)
+    # A run that was stopped leaves some ranks an iteration short.
+    common = sorted(set.intersection(*(set(slots) for slots in by_rank)))
+    if not common or any(slots[i] != by_rank[0][i] for slots in by_rank for i in common):
+        raise TraceError(
+            f"the files in {next(iter(traces)).parent} are not of one run: they share no iteration "
+            "with the same expert slots; empty the folder and trace again"
+        )
+    last = by_rank[0][common[-1]]
+    kept = {i for i in common if by_rank[0][i] == last}
+    return last, kept, tuple(i for i in common if i not in kept)
+
+
+def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float) -> None:
+    """Raises KeyError, TypeError: the event is not one of this version."""
+    args = event["args"]
+    record = records[Place(event["pid"], args["iteration"], args["layer"])]
+    activity = Activity(args["step"], event["cat"], args["chunk"], args["pass"])
+    # Microseconds since 1970 fill a float: subtract before anything else.
+    begin = (event["ts"] - origin) / 1e6
+    end = begin + event["dur"] / 1e6
+    if args["step"] in ("dispatch", "combine"):
+        exchange = Exchange(activity, begin, end, args["blocked_us"] / 1e6, args["bytes"])
+        record.exchanges.append(exchange)
+    else:
+        record.steps.append(Span(activity, begin, end))
