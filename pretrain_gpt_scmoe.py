@@ -17,8 +17,10 @@ from megatron_scmoe import host
 host.apply_replacements()
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -50,6 +52,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
 from megatron_scmoe.checkpoint.errors import CheckpointError
+from megatron_scmoe.watch import watched_ranks
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -223,11 +226,15 @@ def main() -> None:
         set_global_variables(args)
         container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
 
-    run, store = pretrain, None
-    if args.inprocess_restart:
+    run: Callable[..., None] = pretrain
+    if args.inprocess_restart:  # has a monitor of its own
         run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+        guard: AbstractContextManager[Any] = nullcontext(store)
+    else:
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        guard = watched_ranks(timeout, CheckpointError)
     try:
-        with host.user_errors((CheckpointError,)):
+        with guard as store:
             run(
                 container,
                 train_valid_test_datasets_provider,

@@ -44,8 +44,13 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
             # after a while has an error that rank 0 does not have, such as a file missing on its
             # node; the first rank of a node speaks for all.
             time.sleep(SECONDS_TO_SPEAK + local_rank)
-        print(f"{Path(sys.argv[0]).name}: error: {_message(error)}", file=sys.stderr, flush=True)
+        say(one_line(error))
         sys.exit(EXIT_CODE)
+
+
+def say(message: str) -> None:
+    """The one line for the user."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +62,7 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
-def _message(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The error's text on one line; for a bare assert of the host, its condition and the options
     that it speaks of."""
     text = " ".join(str(error).split())
