@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed import PrefixStore, Store
 
@@ -38,8 +38,8 @@ class Board:
         self.world_size = world_size
         self._in_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # Any: torch's stubs do not know all that its stores can do.
-        self._store: Any = PrefixStore("watched ranks", store)
-        # A blocking wait occupies a connection: each listener and each speaker has its own.
+        self._store = cast(Any, PrefixStore("watched ranks", store))
+        # A blocking wait occupies a connection: the listener and the speaker have their own.
         self._listening = self._store.clone()
         self._speaking: Any = None
         here = f"{socket.gethostname()}, pid {os.getpid()}"

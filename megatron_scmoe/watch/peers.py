@@ -1,8 +1,8 @@
 """Whether an error of this rank is another rank's doing."""
 
-import torch
+from torch.distributed import DistNetworkError, DistStoreError
 
-# What gloo and NCCL say when another rank left a collective or does not come.
+# What gloo and NCCL say when another rank has left a collective or does not come.
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -11,19 +11,21 @@ LOST_PEER = (
     "timeout caused pair closure",
     "connectFullMesh failed",
     "remote process exited",
-    "Watchdog caught collective operation timeout",
 )
-TIMED_OUT = ("Timed out", "timeout", "timed out")
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective or the store failed because another rank is gone or late."""
-    stores = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
-    return isinstance(error, stores) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
-    )
+def lost_peer(error: BaseException | None) -> BaseException | None:
+    """The error itself or the one behind it that says that another rank is gone or late, if any:
+    the host wraps some in errors of its own."""
+    while error is not None:
+        if isinstance(error, (DistNetworkError, DistStoreError)):
+            return error
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def timed_out(error: BaseException) -> bool:
-    """Whether it is late; otherwise its connection was closed, so that it is gone."""
-    return any(text in str(error) for text in TIMED_OUT)
+def is_late(error: BaseException) -> bool:
+    """Whether a lost peer is late; otherwise its connection was closed: it is gone."""
+    return "time" in str(error).lower()

@@ -1,4 +1,4 @@
-"""Who acts when a rank is lost: the main thread on an error, two small threads otherwise.
+"""Who acts when a rank is lost: the main thread on an error, three small threads otherwise.
 
 listener   blocks in the store until another rank raises the alarm
 sampler    looks twice a second whether the main thread still moves; if it has waited in one
@@ -8,6 +8,7 @@ sampler    looks twice a second whether the main thread still moves; if it has w
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,8 +21,9 @@ import torch
 from torch.distributed import DistNetworkError, DistStoreError, Store, distributed_c10d
 
 from megatron_scmoe.host.errors import EXIT_CODE, one_line, say, user_errors
+from megatron_scmoe.host.wheel import default_timeout
 from megatron_scmoe.watch.board import Board, StoreLost
-from megatron_scmoe.watch.peers import lost_peer, timed_out
+from megatron_scmoe.watch.peers import is_late, lost_peer
 from megatron_scmoe.watch.report import Report, lines_of_error, lines_of_thread, make_report
 from megatron_scmoe.watch.verdict import Alarm, moment, verdict, waiting
 
@@ -54,8 +56,9 @@ def watched_ranks(timeout: timedelta, user_error: type[Exception]) -> Iterator[S
     except user_error as error:
         watch.fail(error, Alarm(board.rank, "refused", one_line(error), EXIT_CODE))
     except Exception as error:
-        if lost_peer(error):
-            watch.fail(error, Alarm(board.rank, "late" if timed_out(error) else "gone"))
+        lost = lost_peer(error)
+        if lost is not None:
+            watch.fail(lost, Alarm(board.rank, "late" if is_late(lost) else "gone"))
         sys.excepthook(type(error), error, error.__traceback__)
         watch.fail(error, Alarm(board.rank, "error", f"{type(error).__name__}: {one_line(error)}"))
     finally:
@@ -92,8 +95,10 @@ class Watch:
         self._stopping = threading.Lock()
         self._position: object = None
         self._moved = time.monotonic()
+        self._signals = _Signals()
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._listen, self._sample)
+            threading.Thread(target=target, daemon=True)
+            for target in (self._listen, self._sample, self._await_signal)
         ]
         for thread in self._threads:
             thread.start()
@@ -101,8 +106,10 @@ class Watch:
     def close(self) -> None:
         """The run is over: this rank raises no alarm and answers none."""
         self._closed.set()
+        self._signals.close()
         try:
             self._board.stop_listening()
+            self._board.leave()
         except StoreLost:
             return  # rank 0 held it and has left before
         for thread in self._threads:
@@ -125,6 +132,11 @@ class Watch:
             # The same error may be on its way here, and its cleaning up.
             self._failed.wait(CLEAN_UP_S)
         self._stop(alarm)
+
+    def _await_signal(self) -> None:
+        if self._signals.wait():
+            # A rank that torchrun has ended is no culprit: all that are alive answer.
+            self._stop(Alarm(self._board.rank, "terminated", code=128 + signal.SIGTERM))
 
     def _sample(self) -> None:
         while not self._closed.wait(SAMPLE_S):
@@ -160,7 +172,9 @@ class Watch:
                 alarm = board.raise_alarm(alarm)
                 board.post(report)
                 if alarm.rank == board.rank or board.inherits_speech():
-                    say(self._line(alarm, report))
+                    line = self._line(alarm, report)
+                    if line:
+                        say(line)
                     board.set_spoken()
                 board.leave()
             except StoreLost as lost:
@@ -171,24 +185,59 @@ class Watch:
                     )
             _leave(alarm.code)
 
-    def _line(self, alarm: Alarm, report: Report) -> str:
+    def _line(self, alarm: Alarm, report: Report) -> str | None:
+        """What to say; None if the job was ended from outside."""
         if alarm.cause == "refused":
             return alarm.message
         hosts = self._board.hosts()
         if alarm.cause == "error":
             who = f"rank {alarm.rank} ({hosts[alarm.rank]})"
             return f"{who} failed {moment(report)}: {alarm.message}. The job stops."
-        return verdict(alarm, self._board.reports(), hosts, _collective_timeout())
+        reports = self._board.reports()
+        if alarm.cause == "terminated" and len(reports) == len(hosts):
+            return None
+        return verdict(alarm, reports, hosts, _collective_timeout())
+
+
+class _Signals:
+    """SIGTERM for a thread: the main thread may be in C++ for long and would not handle it.
+
+    Does nothing where SIGTERM has a handler already, such as that of --exit-signal-handler.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        self._installed = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._installed:
+            os.set_blocking(self._write, False)
+            signal.set_wakeup_fd(self._write)
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            os.register_at_fork(after_in_child=self._uninstall)
+
+    def wait(self) -> bool:
+        """Block until SIGTERM (True) or the end of the run."""
+        while number := os.read(self._read, 1):
+            if number[0] == signal.SIGTERM:
+                return True
+        return False
+
+    def close(self) -> None:
+        """The main thread's; ends `wait`."""
+        self._uninstall()
+        os.close(self._write)
+
+    def _uninstall(self) -> None:
+        if self._installed:
+            self._installed = False
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collective_timeout() -> float | None:
-    """The time-out of the default group in seconds, which the host gives to all groups; None
-    before groups exist."""
+    """In seconds; the host gives all groups the default group's. None before there are any."""
     if not torch.distributed.is_initialized():
         return None
-    group = distributed_c10d._get_default_group()
-    backend = group._get_backend(group._device_types[0])
-    return backend.options._timeout.total_seconds()
+    return default_timeout().total_seconds()
 
 
 def _leave(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests import distributed_utils  # the server's preloaded modules
@@ -49,15 +50,22 @@ def launch_forked(
 
 
 def start_ranks(
-    options: list[str], outputs: list[Path], largest_file: int | None = None
+    options: list[str],
+    outputs: list[Path],
+    largest_file: int | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> list[multiprocessing.context.ForkServerProcess]:
-    """Fork one rank for each output file and return without waiting."""
+    """Fork one rank for each output file and return without waiting.
+
+    Args:
+        prepare: called by every rank before it starts; a module-level function.
+    """
     context = multiprocessing.get_context("forkserver")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world_size = len(outputs)
-    job = (world_size, port, options, largest_file)
+    job = (world_size, port, options, largest_file, prepare)
     ranks = [
         context.Process(target=_run_rank, args=(rank, output, *job))
         for rank, output in enumerate(outputs)
@@ -74,6 +82,7 @@ def _run_rank(
     port: int,
     options: list[str],
     largest_file: int | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -95,4 +104,6 @@ def _run_rank(
     torch.set_num_threads(1)
     from pretrain_gpt_scmoe import main
 
+    if prepare is not None:
+        prepare()
     main()

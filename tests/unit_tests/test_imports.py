@@ -25,6 +25,7 @@ ALLOWED = {
     "layer_specs": {"shortcut_layer", "moe", "config", "norm", "attention"},
     "host": {"host"},
     "data": {"data"},
+    "watch": {"watch", "host"},
 }
 
 
