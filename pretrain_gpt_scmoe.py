@@ -17,8 +17,8 @@ from megatron_scmoe import host
 host.apply_replacements()
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import timedelta
 from functools import partial
@@ -226,21 +226,24 @@ def main() -> None:
         set_global_variables(args)
         container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
 
-    run: Callable[..., None] = pretrain
-    if args.inprocess_restart:  # has a monitor of its own
+    run, store = pretrain, None
+    if args.inprocess_restart:
         run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-        guard: AbstractContextManager[Any] = nullcontext(store)
+    guard: AbstractContextManager[Any]
+    if args.inprocess_restart or args.fake_process_group:
+        # The one has a monitor of its own, the other no other ranks.
+        guard = host.user_errors((CheckpointError,))
     else:
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         guard = watched_ranks(timeout, CheckpointError)
     try:
-        with guard as store:
+        with guard as watched_store:
             run(
                 container,
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
-                store=store,
+                store=store or watched_store,
             )
     except SystemExit:  # --exit-interval and --exit-duration-in-mins leave this way
         torch.distributed.destroy_process_group()

@@ -28,7 +28,7 @@ from megatron_scmoe.watch.report import Report, lines_of_error, lines_of_thread,
 from megatron_scmoe.watch.verdict import Alarm, moment, verdict, waiting
 
 SAMPLE_S = 0.5
-MARGIN_S = 2.0  # ahead of the time-out at most, and so of NCCL's own watchdog
+MARGIN_S = 5.0  # ahead of the time-out at most: NCCL's own watchdog must not come before the line
 CLEAN_UP_S = 20.0  # for a rank to end by itself after a user error of another rank
 
 
@@ -135,7 +135,7 @@ class Watch:
 
     def _await_signal(self) -> None:
         if self._signals.wait():
-            # A rank that torchrun has ended is no culprit: all that are alive answer.
+            # Not what this rank has died of, if torchrun sends it: some rank does not answer.
             self._stop(Alarm(self._board.rank, "terminated", code=128 + signal.SIGTERM))
 
     def _sample(self) -> None:
@@ -172,9 +172,7 @@ class Watch:
                 alarm = board.raise_alarm(alarm)
                 board.post(report)
                 if alarm.rank == board.rank or board.inherits_speech():
-                    line = self._line(alarm, report)
-                    if line:
-                        say(line)
+                    say(self._line(alarm, report))
                     board.set_spoken()
                 board.leave()
             except StoreLost as lost:
@@ -185,17 +183,16 @@ class Watch:
                     )
             _leave(alarm.code)
 
-    def _line(self, alarm: Alarm, report: Report) -> str | None:
-        """What to say; None if the job was ended from outside."""
+    def _line(self, alarm: Alarm, report: Report) -> str:
         if alarm.cause == "refused":
             return alarm.message
         hosts = self._board.hosts()
+        who = f"rank {alarm.rank} ({hosts[alarm.rank]})"
         if alarm.cause == "error":
-            who = f"rank {alarm.rank} ({hosts[alarm.rank]})"
             return f"{who} failed {moment(report)}: {alarm.message}. The job stops."
         reports = self._board.reports()
         if alarm.cause == "terminated" and len(reports) == len(hosts):
-            return None
+            return f"{who} received SIGTERM {moment(report)}. The job stops."
         return verdict(alarm, reports, hosts, _collective_timeout())
 
 

@@ -61,7 +61,7 @@ class Fault:
     @property
     def alive(self) -> bool:
         """Whether the rank still answers."""
-        return self.action in (stall, fail)
+        return self.action in (stall, fail, TERMINATED)
 
     def install(self, happened: Path) -> None:
         if os.environ["RANK"] != str(self.rank):
@@ -81,6 +81,7 @@ class Fault:
 
 KILLED = partial(send, signal.SIGKILL)
 STOPPED = partial(send, signal.SIGSTOP)
+TERMINATED = partial(send, signal.SIGTERM)
 Ranks = list[multiprocessing.context.ForkServerProcess]
 
 
@@ -153,6 +154,13 @@ def test_killed_under_a_launcher(tmp_path: Path) -> None:
 
     text, _ = run(Fault(1, KILLED), 2, ONE_UNIT, tmp_path, terminate)
     assert_line(text, r"rank 1 \(.*, pid \d+\) is gone")
+
+
+def test_terminated(tmp_path: Path) -> None:
+    """By itself, as a job that is cancelled."""
+    text, codes = run(Fault(1, TERMINATED), 2, ONE_UNIT, tmp_path)
+    assert re.search(r"error: rank 1 \(.*\) received SIGTERM in iteration \d\.", error_line(text))
+    assert codes == [128 + signal.SIGTERM] * 2
 
 
 def test_stopped(tmp_path: Path) -> None:
