@@ -70,11 +70,11 @@ def _join(timeout: timedelta) -> tuple[Store, Board]:
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         return store, Board(store, rank, world_size)
-    except (DistNetworkError, DistStoreError, StoreLost) as error:
+    except (RuntimeError, StoreLost) as error:
         if _speaks_alone():
-            seconds = timeout.total_seconds()
-            say(f"the ranks have not found each other in {seconds:g} s: {one_line(error)}")
-        sys.exit(1)
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            say(f"the ranks cannot meet at {address}: {one_line(error)}")
+        _leave(1)
 
 
 def _speaks_alone() -> bool:
