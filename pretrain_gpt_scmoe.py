@@ -19,7 +19,9 @@ with host.user_errors():
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -54,6 +56,7 @@ from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_
 from megatron_scmoe.checkpoint.errors import CheckpointError
 from megatron_scmoe.doctor.environment import start_up
 from megatron_scmoe.layout import check_vocabulary
+from megatron_scmoe.watch import watched_ranks
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -242,14 +245,21 @@ def main() -> None:
     run, store = pretrain, None
     if args.inprocess_restart:
         run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    guard: AbstractContextManager[Any]
+    if args.inprocess_restart or args.fake_process_group:
+        # The one has a monitor of its own, the other no other ranks.
+        guard = host.user_errors((CheckpointError,))
+    else:
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        guard = watched_ranks(timeout, CheckpointError)
     try:
-        with host.user_errors((CheckpointError,)):
+        with guard as watched_store:
             run(
                 container,
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
-                store=store,
+                store=store or watched_store,
             )
     except SystemExit:  # --exit-interval and --exit-duration-in-mins leave this way
         torch.distributed.destroy_process_group()

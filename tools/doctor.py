@@ -69,7 +69,7 @@ def main() -> int:
     try:
         return examine_job(args, machine, layout)
     except RuntimeError as error:  # of this kind are torch.distributed's
-        host.leave(host.message(error), 1)
+        host.leave(host.one_line(error), 1)
 
 
 def add_options(parser: ArgumentParser) -> ArgumentParser:
@@ -86,7 +86,7 @@ def judge_layout(args: Namespace) -> Finding:
             vars(args).update(NOT_OURS)
             prepare(args)
     except host.USER_ERRORS as error:
-        return Finding("error", host.message(error))
+        return Finding("error", host.one_line(error))
     experts = (
         f"; {args.num_experts} experts over {args.expert_model_parallel_size} expert parallel x "
         f"{args.expert_tensor_parallel_size} expert tensor parallel ranks"

@@ -4,7 +4,6 @@
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.checkpoint import contents
 from megatron_scmoe.checkpoint.record import drop_records_without_checkpoint, write_record
+from megatron_scmoe.watch import lost_peer
 
-# What gloo and NCCL say when another rank left a collective.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-SECONDS_FOR_OTHERS = 30
 FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError)
 
 
@@ -65,8 +62,8 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         except CheckpointError:
             raise
         except FAILURES as error:
-            if any(text in str(error) for text in LOST_PEER):
-                time.sleep(SECONDS_FOR_OTHERS)  # a rank that knows more has spoken or will
+            if lost_peer(error):
+                raise  # a rank that knows more has spoken or will
             where = options.load or options.pretrained_checkpoint
             broken = contents.corrupt_files(Path(where))
             what = f"{broken[0]} is corrupt" if broken else _cause(error)
@@ -83,6 +80,8 @@ def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         if torch.distributed.get_rank() == 0:
             _remove_incomplete(folder)
+        if lost_peer(error):
+            raise
         tracked = contents.tracked_iteration(folder)
         intact = "" if tracked is None else f"; iteration {tracked} there is intact"
         raise CheckpointError(

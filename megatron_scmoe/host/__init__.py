@@ -9,7 +9,7 @@ from megatron_scmoe.host.cpu import apply_cpu_defaults, switch_kernels
 from megatron_scmoe.host.errors import (
     USER_ERRORS,
     leave,
-    message,
+    one_line,
     one_line_usage_errors,
     user_errors,
 )
@@ -21,7 +21,7 @@ __all__ = [
     "apply_replacements",
     "format_table",
     "leave",
-    "message",
+    "one_line",
     "one_line_usage_errors",
     "restore",
     "switch_kernels",

@@ -38,7 +38,7 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
     try:
         yield
     except kinds as error:
-        leave(message(error), EXIT_CODE)
+        leave(one_line(error), EXIT_CODE)
 
 
 def leave(text: str, exit_code: int) -> NoReturn:
@@ -49,8 +49,13 @@ def leave(text: str, exit_code: int) -> NoReturn:
         # while has an error that rank 0 does not have, such as a file missing on its node; the
         # first rank of a node speaks for all.
         time.sleep(SECONDS_TO_SPEAK + local_rank)
-    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+    say(text)
     sys.exit(exit_code)
+
+
+def say(message: str) -> None:
+    """The one line for the user."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +67,7 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
-def message(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The error's text on one line; for a bare assert of the host, its condition and the options
     that it speaks of."""
     text = " ".join(str(error).split())

@@ -224,6 +224,20 @@ TABLE: tuple[Replacement, ...] = (
         wheel.skip_compiling,
     ),
     Replacement(
+        "megatron.core.parallel_state.create_group",
+        "always",
+        "core/parallel_state.py:1465",
+        "one gloo group is made without the configured time-out: 30 minutes",
+        wheel.inherit_timeout,
+    ),
+    Replacement(
+        "megatron.core.utils.StragglerDetector.__exit__",
+        "always",
+        "core/utils.py:2090",
+        "logs every error that passes on one long line, even if it is handled",
+        wheel.pass_errors_silently,
+    ),
+    Replacement(
         "megatron.training.training.save_checkpoint",
         "always",
         "training/training.py:3086",

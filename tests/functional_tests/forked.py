@@ -36,7 +36,7 @@ def launch_forked(
     """
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.txt" for rank in range(nproc)]
-    ranks = start_ranks(options, outputs, largest_file, main)
+    ranks = start_ranks(options, outputs, largest_file, main=main)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while any(rank.exitcode is None for rank in ranks):
@@ -58,15 +58,20 @@ def start_ranks(
     options: list[str],
     outputs: list[Path],
     largest_file: int | None = None,
+    prepare: Callable[[], None] | None = None,
     main: Callable[[], int | None] | None = None,
 ) -> list[multiprocessing.context.ForkServerProcess]:
-    """Fork one rank for each output file and return without waiting."""
+    """Fork one rank for each output file and return without waiting.
+
+    Args:
+        prepare: called by every rank before it starts; a module-level function.
+    """
     context = multiprocessing.get_context("forkserver")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     world_size = len(outputs)
-    job = (world_size, port, options, largest_file, main)
+    job = (world_size, port, options, largest_file, prepare, main)
     ranks = [
         context.Process(target=_run_rank, args=(rank, output, *job))
         for rank, output in enumerate(outputs)
@@ -83,6 +88,7 @@ def _run_rank(
     port: int,
     options: list[str],
     largest_file: int | None,
+    prepare: Callable[[], None] | None,
     main: Callable[[], int | None] | None,
 ) -> None:
     if largest_file is not None:
@@ -105,4 +111,6 @@ def _run_rank(
     torch.set_num_threads(1)
     if main is None:
         from pretrain_gpt_scmoe import main
+    if prepare is not None:
+        prepare()
     sys.exit(main())

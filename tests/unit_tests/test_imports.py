@@ -30,6 +30,7 @@ ALLOWED = {
     "host": {"host"},
     "doctor": {"doctor", "host", "checkpoint"},
     "data": {"data"},
+    "watch": {"watch", "host"},
 }
 
 
