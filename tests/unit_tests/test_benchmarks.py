@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from megatron_scmoe.overlap.schedule import window
 from tools.benchmarks import network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
 from tools.benchmarks.contenders import Sizes, contenders, fixed_slots
+from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import judge
 from tools.benchmarks.report import write_pair, write_report
 from tools.benchmarks.results import UNLIMITED, Launch, hidden_share, spread, summarize
@@ -166,23 +168,25 @@ def test_goal_of_the_adaptive_slot() -> None:
     assert goal.measured == "1.133 (pos2/slot0)"
 
 
+ENVIRONMENT: dict[str, Any] = {
+    "command": "python -m tools.benchmarks.overlap_cluster",
+    "commit": "abc",
+    "date": "2026-11-24",
+    "machine": {
+        "processor": "P",
+        "cores": 2,
+        "memory_gib": 8,
+        "kernel": "6",
+        "load_average": 0.1,
+    },
+    "versions": {"torch": "2.11.0"},
+}
+
+
 def test_report(tmp_path: Path) -> None:
-    environment = {
-        "command": "python -m tools.benchmarks.overlap_cluster",
-        "commit": "abc",
-        "date": "2026-11-24",
-        "machine": {
-            "processor": "P",
-            "cores": 2,
-            "memory_gib": 8,
-            "kernel": "6",
-            "load_average": 0.1,
-        },
-        "versions": {"torch": "2.11.0"},
-    }
     links = {UNLIMITED: layer(None), 0.6: layer(400e6)}
     rows = summarize(LAUNCHES, ROWS)
-    paths = write_report(tmp_path, environment, {"seed": 1}, links, LAUNCHES, rows, judge(rows))
+    paths = write_report(tmp_path, ENVIRONMENT, {"seed": 1}, links, LAUNCHES, rows, judge(rows))
     markdown, content = paths[0].read_text(), json.loads(paths[1].read_text())
     assert "Communication 60% of the top-2 MoE layer, 400 Mbit/s" in markdown
     assert "| pos2 | 2040 +- " in markdown
@@ -191,6 +195,12 @@ def test_report(tmp_path: Path) -> None:
     assert len(content["launches"]) == len(LAUNCHES)
     assert {"command", "commit", "date", "machine", "versions"} <= set(content["environment"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+
+
+@pytest.mark.parametrize("load, busy", [(0.5, False), (0.6, True)])
+def test_a_busy_machine_is_named(load: float, busy: bool) -> None:
+    machine = {**ENVIRONMENT["machine"], "load_average": load}
+    assert ("was busy" in as_markdown({**ENVIRONMENT, "machine": machine})) == busy
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tools.benchmarks.text import REPOSITORY
 
+MAX_LOAD_PER_CORE = 0.25
+"""With more than this beside it a timing says nothing."""
 PACKAGES = ("torch", "megatron-core", "megatron-scmoe", "numpy")
 
 
@@ -40,6 +42,7 @@ def describe() -> dict[str, Any]:
 def as_markdown(environment: dict[str, Any]) -> str:
     """The same for the head of a report."""
     machine = environment["machine"]
+    busy = machine["load_average"] > MAX_LOAD_PER_CORE * machine["cores"]
     versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
     return "\n".join(
         (
@@ -50,6 +53,7 @@ def as_markdown(environment: dict[str, Any]) -> str:
             f"{environment['date']}, commit {environment['commit']}. {machine['processor']}, "
             f"{machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
             f"load average {machine['load_average']} when it began. {versions}.",
+            *(["", "**The machine was busy: these times are no result.**"] if busy else []),
         )
     )
 
