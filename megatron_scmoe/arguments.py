@@ -17,7 +17,7 @@ from megatron.training.utils import (
 
 from megatron_scmoe import host
 from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.checkpoint.resume import prepare_load
+from megatron_scmoe.checkpoint.resume import keep_batch_size, prepare_load
 from megatron_scmoe.config import ScMoEConfig, check_transformer_impl, router_has_no_gradient
 from megatron_scmoe.layer_specs import block_config
 from megatron_scmoe.model import ScMoEModelConfig
@@ -36,7 +36,7 @@ def parse_and_validate_args() -> Namespace:
         restore_args(args)
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
-    notes = complete_async_save(args)
+    notes = complete_async_save(args) + keep_batch_size(args)
     validate_args(args)
     check_world_size(args)
     position = args.scmoe_shortcut_position
