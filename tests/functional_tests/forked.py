@@ -7,7 +7,6 @@ the entry script; everything else is as under torchrun on one node.
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import distributed_utils  # the server's preloaded modules
-from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run
+from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run, free_port
 
 assert distributed_utils  # imported for its effect
 
@@ -66,11 +65,8 @@ def start_ranks(
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Fork one rank for each output file and return without waiting."""
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     world_size = len(outputs)
-    job = (world_size, port, options, largest_file, hook)
+    job = (world_size, free_port(), options, largest_file, hook)
     ranks = [
         context.Process(target=_run_rank, args=(rank, output, *job))
         for rank, output in enumerate(outputs)
