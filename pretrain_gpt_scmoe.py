@@ -19,6 +19,7 @@ host.apply_replacements()
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -223,7 +224,8 @@ def main() -> None:
         set_global_variables(args)
         container = pretrain_cfg_container_from_args(args, model_config_from_args(args))
 
-    run, store = pretrain, None
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    run, store = pretrain, host.store_of_this_attempt(args.rank, args.world_size, timeout)
     if args.inprocess_restart:
         run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:

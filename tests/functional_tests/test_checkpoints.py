@@ -217,7 +217,7 @@ STOCK = "tests/functional_tests/stock_pretrain.py"
 
 
 def save_baseline(by: str, data: Path, folder: Path) -> Path:
-    """Top-2 with a shared expert, by stock Megatron or by our script, saved after six iterations."""
+    """Top-2 with a shared expert, by stock Megatron or by our script, saved after six steps."""
     checkpoints = folder / "checkpoints"
     options = [*BASELINE, "--save", str(checkpoints), "--save-interval", "6"]
     if by == "ours":
