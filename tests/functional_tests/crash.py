@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -87,10 +88,11 @@ class Saves:
         return ""
 
     def _folders(self) -> dict[int, int]:
-        return {
-            contents.iteration_folder(self.folder, iteration).stat().st_ino: iteration
-            for iteration in contents.saved_iterations(self.folder)
-        }
+        found = {}
+        for iteration in contents.saved_iterations(self.folder):
+            with suppress(FileNotFoundError):  # removed meanwhile, to be saved again
+                found[contents.iteration_folder(self.folder, iteration).stat().st_ino] = iteration
+        return found
 
 
 def _tracked(folder: Path) -> int | None:
