@@ -17,7 +17,7 @@ from megatron.training.utils import (
 
 from megatron_scmoe import host
 from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.checkpoint.resume import prepare_load
+from megatron_scmoe.checkpoint.resume import keep_batch_size, prepare_load
 from megatron_scmoe.config import (
     NO_OPTIONS,
     ScMoEConfig,
@@ -54,8 +54,8 @@ def validate(args: Namespace) -> Namespace:
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
     check_complete(args)
+    notes = complete_async_save(args) + keep_batch_size(args)
     check_ranks(args)
-    notes = complete_async_save(args)
     validate_args(args)
     check_shares(args)
     position = args.scmoe_shortcut_position

@@ -5,5 +5,6 @@ record.py    the readable file beside every checkpoint, and how two of them diff
 contents.py  which iterations are on disk, and whether they are whole
 resume.py    before a run starts: is --load this model, and what the host has to be told
 transfer.py  while it loads: tensors that the checkpoint does not have
+writer.py    while it saves with --async-save: the processes that write
 errors.py    while it saves or loads: a full disk or a broken file as one line
 """

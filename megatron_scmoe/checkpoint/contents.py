@@ -1,8 +1,12 @@
-"""Which checkpoints are in a folder, and whether they are whole. Reads, never loads."""
+"""Which checkpoints are in a folder, whether they are whole, and which one is the next to load.
+
+Reads files, never loads tensors.
+"""
 
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -23,9 +27,11 @@ def saved_iterations(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def newest_complete(folder: Path) -> int | None:
-    """The newest iteration that is whole."""
+def newest_complete(folder: Path, before: int | None = None) -> int | None:
+    """The newest iteration that is whole, of those before `before` if given."""
     for iteration in reversed(saved_iterations(folder)):
+        if before is not None and iteration >= before:
+            continue
         if not defects(iteration_folder(folder, iteration)):
             return iteration
     return None
@@ -60,16 +66,12 @@ def defects(checkpoint: Path) -> list[str]:
     return found
 
 
-def corrupt_files(folder: Path) -> list[Path]:
-    """Files of the newest tracked checkpoint with a tensor whose bytes are not those written.
+def corrupt_files(checkpoint: Path) -> list[Path]:
+    """Files with a tensor whose bytes are not those written.
 
     Every tensor is a zip archive with checksums of its own. Reads the whole checkpoint: for the
     search after a failed load.
     """
-    iteration = tracked_iteration(folder)
-    if not isinstance(iteration, int):
-        return []
-    checkpoint = iteration_folder(folder, iteration)
     corrupt = set()
     for item in FileSystemReader(checkpoint).read_metadata().storage_data.values():
         path = checkpoint / item.relative_path
@@ -99,6 +101,32 @@ def tracked_iteration(folder: Path) -> int | str | None:
     if not text.isdigit():
         raise ValueError(f"{path} holds {text!r} and no iteration")
     return int(text)
+
+
+def retract(folder: Path, iteration: int) -> None:
+    """Remove an iteration that is about to be saved again, after a restart or a step back.
+
+    The host would write into its files, with the tracker or `metadata.json` calling it whole
+    meanwhile (training/checkpointing.py:767, "TODO").
+    """
+    checkpoint = iteration_folder(folder, iteration)
+    if not checkpoint.is_dir():
+        return
+    if _tracks(folder, iteration):
+        earlier = newest_complete(folder, before=iteration)
+        if earlier is None:
+            (folder / TRACKER).unlink()
+        else:
+            write_tracker(folder, earlier)
+    (checkpoint / DISTRIBUTED).unlink(missing_ok=True)  # incomplete first, should this be killed
+    shutil.rmtree(checkpoint)
+
+
+def _tracks(folder: Path, iteration: int) -> bool:
+    try:
+        return tracked_iteration(folder) == iteration
+    except ValueError:
+        return False
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

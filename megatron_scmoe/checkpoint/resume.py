@@ -71,6 +71,36 @@ def prepare_load(args: Namespace) -> list[str]:
     return notes
 
 
+def keep_batch_size(args: Namespace) -> list[str]:
+    """Go on with the checkpoint's global batch where the command line gives none.
+
+    The host would take --micro-batch-size x data parallel ranks: a job that comes back with fewer
+    ranks would train with a smaller batch.
+
+    Args:
+        args: parsed, not yet validated; changed in place.
+
+    Returns:
+        Notes for the user, a line each.
+    """
+    folder, starts_anew = _folder(args)
+    if folder is None or starts_anew or args.global_batch_size is not None:
+        return []
+    if args.step_batch_size_schedule is not None:
+        return []
+    iteration, notes = _iteration(folder, args)
+    if not isinstance(iteration, int):
+        return notes
+    checkpoint = contents.iteration_folder(folder, iteration)
+    if not checkpoint.is_dir() or not _is_distributed(checkpoint):
+        return notes
+    size = getattr(_common_state(checkpoint).get("args"), "global_batch_size", None)
+    if size is None:
+        return notes
+    args.global_batch_size = size
+    return [*notes, f"--load {folder}, iteration {iteration} sets --global-batch-size {size}"]
+
+
 def _folder(args: Namespace) -> tuple[Path | None, bool]:
     """The folder that the host will load from, and whether only the weights are taken."""
     if args.load is not None and (Path(args.load) / contents.TRACKER).exists():

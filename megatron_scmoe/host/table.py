@@ -252,6 +252,27 @@ TABLE: tuple[Replacement, ...] = (
         _wrapped_by("checkpoint.errors.finalizing"),
     ),
     Replacement(
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop",
+        "always",
+        "core/dist_checkpointing/strategies/async_utils.py:380",
+        "the writer of --async-save dies of a SIGTERM meant for its rank, and outlives its rank",
+        _wrapped_by("checkpoint.writer.only_for_its_rank"),
+    ),
+    Replacement(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
+        "always",
+        "core/dist_checkpointing/strategies/filesystem_async.py:200",
+        "the same for the process that carries its results, which no other save needs",
+        _wrapped_by("checkpoint.writer.results_queue"),
+    ),
+    Replacement(
+        "megatron.training.initialize.init_persistent_async_worker",
+        "always",
+        "training/initialize.py:74",
+        "the same: its processes start with SIGTERM blocked",
+        _wrapped_by("checkpoint.writer.starting_deaf"),
+    ),
+    Replacement(
         "megatron.training.training.load_checkpoint",
         "always",
         "training/training.py:2199",

@@ -21,6 +21,7 @@ import torch
 from torch.distributed import DistNetworkError, DistStoreError, Store, distributed_c10d
 
 from megatron_scmoe.host.errors import EXIT_CODE, one_line, say, user_errors
+from megatron_scmoe.host.launcher import store_of_this_attempt
 from megatron_scmoe.host.wheel import default_timeout
 from megatron_scmoe.watch.board import Board, StoreLost
 from megatron_scmoe.watch.peers import is_late, lost_peer
@@ -66,8 +67,11 @@ def watched_ranks(timeout: timedelta, user_error: type[Exception]) -> Iterator[S
 
 
 def _join(timeout: timedelta) -> tuple[Store, Board]:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        store = store_of_this_attempt(rank, world_size, timeout)
+        if store is None:
+            store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         return store, Board(store, rank, world_size)
     except (RuntimeError, StoreLost) as error:

@@ -7,18 +7,21 @@ the entry script; everything else is as under torchrun on one node.
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests import distributed_utils  # the server's preloaded modules
-from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run
+from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run, free_port
 
 assert distributed_utils  # imported for its effect
 
 STOP_S = 10  # from the first failure of a rank until the others are killed
+
+
+Hook = Callable[[], None]  # picklable
 
 
 def launch_forked(
@@ -26,17 +29,19 @@ def launch_forked(
     nproc: int,
     folder: Path,
     largest_file: int | None = None,
+    hook: Hook | None = None,
     main: Callable[[], int | None] | None = None,
 ) -> Run:
     """Run the entry script on `nproc` ranks; their output goes through files in `folder`.
 
     Args:
         largest_file: bytes beyond which the kernel lets no file of a rank grow.
+        hook: called on every rank before the script runs, to look at it or to break it.
         main: a module-level function to call in place of the entry script's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"rank{rank}.txt" for rank in range(nproc)]
-    ranks = start_ranks(options, outputs, largest_file, main=main)
+    ranks = start_ranks(options, outputs, largest_file, hook, main)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while any(rank.exitcode is None for rank in ranks):
@@ -58,20 +63,17 @@ def start_ranks(
     options: list[str],
     outputs: list[Path],
     largest_file: int | None = None,
-    prepare: Callable[[], None] | None = None,
+    hook: Hook | None = None,
     main: Callable[[], int | None] | None = None,
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Fork one rank for each output file and return without waiting.
 
     Args:
-        prepare: called by every rank before it starts; a module-level function.
+        hook, main: as in `launch_forked`.
     """
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     world_size = len(outputs)
-    job = (world_size, port, options, largest_file, prepare, main)
+    job = (world_size, free_port(), options, largest_file, hook, main)
     ranks = [
         context.Process(target=_run_rank, args=(rank, output, *job))
         for rank, output in enumerate(outputs)
@@ -81,6 +83,32 @@ def start_ranks(
     return ranks
 
 
+def processes_of(output: Path) -> list[int]:
+    """Processes that still hold the output of a rank: itself, or what it started."""
+    found = []
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = {os.readlink(descriptor) for descriptor in descriptors.iterdir()}
+        except OSError:  # not ours, or gone
+            continue
+        if str(output) in links:
+            found.append(int(descriptors.parent.name))
+    return found
+
+
+def flush_curves() -> None:
+    """A hook: every value is in the TensorBoard file before training goes on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add_scalar = SummaryWriter.add_scalar
+
+    def add_and_flush(self: SummaryWriter, *args: Any, **kwargs: Any) -> None:
+        add_scalar(self, *args, **kwargs)
+        self.flush()
+
+    SummaryWriter.add_scalar = add_and_flush
+
+
 def _run_rank(
     rank: int,
     output: Path,
@@ -88,7 +116,7 @@ def _run_rank(
     port: int,
     options: list[str],
     largest_file: int | None,
-    prepare: Callable[[], None] | None,
+    hook: Hook | None,
     main: Callable[[], int | None] | None,
 ) -> None:
     if largest_file is not None:
@@ -111,6 +139,6 @@ def _run_rank(
     torch.set_num_threads(1)
     if main is None:
         from pretrain_gpt_scmoe import main
-    if prepare is not None:
-        prepare()
+    if hook is not None:
+        hook()
     sys.exit(main())

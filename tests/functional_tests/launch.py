@@ -4,8 +4,11 @@ import logging
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +83,74 @@ def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
         process.communicate()
         raise
     return Run(process.returncode, stdout, stderr)
+
+
+class Launcher:
+    """torchrun while it runs; leaving the block ends it and its ranks.
+
+    Args:
+        options: torchrun's own.
+        log: file for the output of all ranks.
+        deaf: let it ignore SIGTERM; its ranks do until they set a handler.
+    """
+
+    def __init__(self, launcher: list[str], options: list[str], log: Path, deaf: bool = False):
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, SCRIPT, *options]
+        if deaf:
+            command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.pid = self._process.pid
+        self.poll = self._process.poll
+
+    def __enter__(self) -> "Launcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            self.kill()
+
+    def wait(self) -> int:
+        """Its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it hangs.
+        """
+        return self._process.wait(TIMEOUT_S)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ranks(self) -> list[int]:
+        """Process ids of its ranks, in order."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        found = {}
+        for child in children:
+            variables = Path(f"/proc/{child}/environ").read_text().split("\0")
+            rank = [text for text in variables if text.startswith("RANK=")]
+            if rank:
+                found[int(rank[0].removeprefix("RANK="))] = int(child)
+        return [found[rank] for rank in sorted(found)]
+
+    def kill(self) -> None:
+        """Kill it and its ranks, as when a node is lost."""
+        ranks = self.ranks()
+        self._process.kill()
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        self._process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 logging.getLogger("tensorboard").setLevel(logging.WARNING)

@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .forked import launch_forked
-from .launch import (
-    SCRIPT,
-    TINY_MODEL,
-    TINY_MOE,
-    Run,
-    read_scalars,
-)
+from .forked import Hook, launch_forked
+from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
 
 CURVES = ("lm loss", "grad-norm")
 PAIR = ["--moe-layer-freq", "([0,1]*1)", "--scmoe-shortcut-position", "pos2"]
@@ -22,13 +21,28 @@ NO_DROPOUT = shlex.split("--attention-dropout 0 --hidden-dropout 0 --eval-iters 
 TWO_RANKS = shlex.split("--expert-model-parallel-size 2 --use-distributed-optimizer")
 
 
-def train(data: Path, folder: Path, *options: str, ranks: int = 2, largest: int | None = None):
-    """A run of the tiny pair with its curves in `folder`; options given last win."""
-    arguments = [*TINY_MODEL, *TINY_MOE, *PAIR, *NO_DROPOUT, *(TWO_RANKS if ranks > 1 else [])]
+def arguments_of(data: Path, folder: Path) -> list[str]:
+    """The tiny pair with its curves in `folder`."""
+    arguments = [*TINY_MODEL, *TINY_MOE, *PAIR, *NO_DROPOUT, *TWO_RANKS]
     arguments += ["--data-path", str(data), "--split", "100,0,0"]
     arguments += ["--data-cache-path", str(data.parent / "cache")]
-    arguments += ["--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
-    return launch_forked([*arguments, *options], ranks, folder, largest_file=largest)
+    return [*arguments, "--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
+
+
+def train(
+    data: Path,
+    folder: Path,
+    *options: str,
+    ranks: int = 2,
+    batch: int | None = 8,
+    largest: int | None = None,
+    hook: Hook | None = None,
+) -> Run:
+    """A run of the tiny pair with its curves in `folder`; options given last win."""
+    arguments = arguments_of(data, folder)
+    at = arguments.index("--global-batch-size")
+    arguments[at : at + 2] = [] if batch is None else ["--global-batch-size", str(batch)]
+    return launch_forked([*arguments, *options], ranks, folder, largest, hook)
 
 
 def error_line(run: Run) -> str:
@@ -194,27 +208,107 @@ def test_goes_on_at_another_position(saved: Path, data_prefix: Path, tmp_path: P
     assert after == pytest.approx(before, abs=0.5)
 
 
-BASELINE = shlex.split(
-    "--scmoe-shortcut-position none --moe-shared-expert-intermediate-size 64 "
-    "--moe-router-pre-softmax"
-)
+BASELINE = shlex.split("--moe-shared-expert-intermediate-size 64 --moe-router-pre-softmax")
+NEW = [
+    "decoder.layers.1.mlp.shared_experts.gate_weight",
+    "decoder.layers.1.shortcut_layernorm.weight",
+]
+STOCK = "tests/functional_tests/stock_pretrain.py"
 
 
-def test_starts_from_the_stock_baseline(data_prefix: Path, tmp_path: Path) -> None:
-    """The list of tensors is complete: what is new is what only our model has."""
-    folder = str(tmp_path / "baseline")
-    save = ["--save", folder, "--save-interval", "6"]
-    succeeded(train(data_prefix, tmp_path / "stock", *BASELINE, *save))
-    load = ["--load", folder, "--moe-router-pre-softmax"]
+def save_baseline(by: str, data: Path, folder: Path) -> Path:
+    """Top-2 with a shared expert, by stock Megatron or by our script, saved after six steps."""
+    checkpoints = folder / "checkpoints"
+    options = [*BASELINE, "--save", str(checkpoints), "--save-interval", "6"]
+    if by == "ours":
+        succeeded(train(data, folder, *options, "--scmoe-shortcut-position", "none"))
+        return checkpoints
+    arguments = [*arguments_of(data, folder), *options]
+    at = arguments.index("--scmoe-shortcut-position")
+    del arguments[at : at + 2]  # stock Megatron does not know it
+    run = launch(arguments, 2, STOCK)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    (checkpoints / "iter_0000006.json").unlink()  # nor does it write this
+    return checkpoints
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights of the model by name, with the names of our specs."""
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+    }
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    stock = ".mlp.linear_fc1.layer_norm_"
+    moe = {name.split(".mlp.")[0] for name in wanted if ".mlp.router." in name}
+    return {
+        name.replace(stock, ".pre_mlp_layernorm.") if name.split(".mlp.")[0] in moe else name: value
+        for name, value in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("by", ["stock", "ours"])
+def test_starts_from_the_baseline(data_prefix: Path, tmp_path: Path, by: str) -> None:
+    """Every weight is taken as it is, and what is new is what only our model has."""
+    folder = save_baseline(by, data_prefix, tmp_path / "baseline")
+    load = ["--load", str(folder), "--moe-router-pre-softmax"]
     assert "start from its weights with --finetune" in error_line(
         train(data_prefix, tmp_path / "refused", *load)
     )
-    run = succeeded(train(data_prefix, tmp_path / "scmoe", *load, "--finetune"))
+    save = ["--save", str(tmp_path / "scmoe"), "--save-interval", "1", "--train-iters", "1"]
+    still = ["--lr", "0", "--min-lr", "0"]
+    run = succeeded(train(data_prefix, tmp_path / "run", *load, "--finetune", *save, *still))
     (new,) = [line for line in run.stdout.splitlines() if "new, as initialised" in line]
-    assert new.split("initialised: ")[1].split(", ") == [
-        "decoder.layers.1.mlp.shared_experts.gate_weight",
-        "decoder.layers.1.shortcut_layernorm.weight",
-    ]
+    assert new.split("initialised: ")[1].split(", ") == NEW
     assert "--finetune: 0 left in the checkpoint" in run.stdout
-    trained = read_scalars(tmp_path / "stock", "lm loss")
-    assert read_scalars(tmp_path / "scmoe", "lm loss")[1] < trained[1] - 0.3
+    before = tensors(folder / "iter_0000006")
+    after = tensors(tmp_path / "scmoe" / "iter_0000001")
+    assert sorted(after.keys() - before.keys()) == NEW
+    assert len(before) > 15
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    # The data starts anew too; the first loss is near the last one of the baseline's training.
+    assert read_scalars(tmp_path / "run", "lm loss")[1] < 3
+
+
+def kill_the_writer() -> None:
+    """A hook: the kernel ends the process that writes rank 0's checkpoints, short of memory."""
+    from megatron.training import training
+
+    save = training.save_checkpoint_and_time
+
+    def kill_then_save(iteration: int, *args: object, **kwargs: object) -> None:
+        training.maybe_finalize_async_save(blocking=True)
+        if iteration == 6 and torch.distributed.get_rank() == 0:
+            PersistentAsyncCaller._persistent_process.kill()
+            PersistentAsyncCaller._persistent_process.join()
+        save(iteration, *args, **kwargs)
+
+    training.save_checkpoint_and_time = kill_then_save
+
+
+def test_writer_of_async_saves_is_gone(data_prefix: Path, tmp_path: Path) -> None:
+    """The host would wait for it forever; the earlier checkpoint stays."""
+    folder = tmp_path / "checkpoints"
+    save = ["--save", str(folder), "--save-interval", "3", "--async-save"]
+    run = train(data_prefix, tmp_path, *save, hook=kill_the_writer)
+    assert "the process that writes checkpoints has ended (exit code -9" in error_line(run)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "iter_0000003",
+        "iter_0000003.json",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_other_number_of_ranks_keeps_the_global_batch(data_prefix: Path, tmp_path: Path) -> None:
+    """Without --global-batch-size, which the host would take from the number of ranks."""
+    folder = str(tmp_path / "checkpoints")
+    save = ["--save", folder, "--save-interval", "3", "--moe-aux-loss-coeff", "0"]
+    succeeded(train(data_prefix, tmp_path / "four", *save, ranks=4, batch=None))
+    load = ["--load", folder, "--ckpt-step", "3", "--moe-aux-loss-coeff", "0"]
+    run = succeeded(train(data_prefix, tmp_path / "two", *load, batch=None))
+    assert run.stdout.count("iteration 3 sets --global-batch-size 8") == 1
+    four, two = (read_scalars(tmp_path / name, "lm loss") for name in ("four", "two"))
+    assert two == pytest.approx({i: four[i] for i in (4, 5, 6)}, rel=1e-5)

@@ -3,32 +3,64 @@
 import shlex
 from pathlib import Path
 
-from .launch import TINY_MODEL, TINY_MOE, launch, read_scalars
+import pytest
+
+from .forked import launch_forked
+from .launch import TINY_MODEL, TINY_MOE, Run, read_scalars
 
 LATENT = shlex.split(
     "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 "
     "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type rope --qk-layernorm"
 )
 SCMOE = shlex.split(
-    "--moe-layer-freq ([0,1]*1) --scmoe-shortcut-position pos2 --scmoe-shortcut-norm shared "
-    "--expert-model-parallel-size 2"
+    "--moe-layer-freq ([0,1]*1) --scmoe-shortcut-position pos2 --scmoe-shortcut-norm shared"
 )
+CURVES = ("lm loss", "load_balancing_loss", "grad-norm")
 
 
-def test_units_train_and_overlap_changes_no_bit(data_prefix: Path, tmp_path: Path) -> None:
-    data = ["--data-path", str(data_prefix), "--split", "80,10,10"]
-    curves = {}
-    for name, more in {"on": [], "off": ["--no-scmoe-overlap"]}.items():
-        writer = ["--tensorboard-dir", str(tmp_path / name), "--tensorboard-log-interval", "1"]
-        cache = ["--data-cache-path", str(tmp_path / "cache")]
-        options = [*TINY_MODEL, *TINY_MOE, *LATENT, *SCMOE, *data, *cache, *writer, *more]
-        run = launch(options, nproc=2)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        # Only units report their exchanges: the options were not dropped.
-        assert "a2a (ms)" in run.stdout
-        curves[name] = {
-            tag: read_scalars(tmp_path / name, tag)
-            for tag in ("lm loss", "load_balancing_loss", "grad-norm")
-        }
-    assert curves["on"] == curves["off"]
-    assert curves["on"]["lm loss"][6] < curves["on"]["lm loss"][1] - 0.5
+def train(data: Path, folder: Path, *options: str) -> Run:
+    """A run on two expert parallel ranks whose curves are in `folder`."""
+    arguments = [*TINY_MODEL, *TINY_MOE, "--data-path", str(data), "--split", "80,10,10"]
+    arguments += ["--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
+    arguments += ["--data-cache-path", str(data.parent / "cache")]
+    run = launch_forked([*arguments, "--expert-model-parallel-size", "2", *options], 2, folder)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    return {tag: read_scalars(folder, tag) for tag in CURVES}
+
+
+@pytest.fixture(scope="module")
+def overlapped(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six iterations, saved after three."""
+    folder = tmp_path_factory.mktemp("latent")
+    save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
+    run = train(data_prefix, folder, *LATENT, *SCMOE, *save)
+    # Only units report their exchanges: the options were not dropped.
+    assert "a2a (ms)" in run.stdout
+    return folder
+
+
+def test_units_train_and_overlap_changes_no_bit(
+    overlapped: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    train(data_prefix, tmp_path, *LATENT, *SCMOE, "--no-scmoe-overlap")
+    assert curves(tmp_path) == curves(overlapped)
+    losses = curves(tmp_path)["lm loss"]
+    assert losses[6] < losses[1] - 0.5
+
+
+def test_checkpoint_restores_its_options_and_ours(
+    overlapped: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """None of them on the command line, and bit for bit the run that never stopped."""
+    load = ["--load", str(overlapped / "checkpoints"), "--ckpt-step", "3", "--use-checkpoint-args"]
+    run = train(data_prefix, tmp_path, *load)
+    for name in ("q_lora_rank", "qk_head_dim", "v_head_dim", "rope_type", "scmoe_shortcut_norm"):
+        assert run.stdout.count(f"Setting {name} to") == 1
+    whole = curves(overlapped)
+    assert curves(tmp_path) == {
+        tag: {i: v for i, v in whole[tag].items() if i > 3} for tag in CURVES
+    }

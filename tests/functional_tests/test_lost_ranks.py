@@ -102,7 +102,7 @@ def run(
     ranks = start_ranks(
         [*TINY_MODEL, *TINY_MOE, *OPTIONS, *options],
         outputs,
-        prepare=partial(fault.install, happened),
+        hook=partial(fault.install, happened),
     )
     alive = [rank for number, rank in enumerate(ranks) if number != fault.rank or fault.alive]
     try:

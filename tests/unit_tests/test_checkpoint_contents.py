@@ -34,14 +34,37 @@ def test_newest_complete_skips_the_half_written(tmp_path: Path) -> None:
 
 def test_corrupt_files_reads_every_byte(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 2)
-    contents.write_tracker(tmp_path, 2)
-    assert contents.corrupt_files(tmp_path) == []
+    assert contents.corrupt_files(checkpoint) == []
     (shard,) = checkpoint.glob("*.distcp")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert contents.defects(checkpoint) == []  # the sizes are right
-    assert contents.corrupt_files(tmp_path) == [shard]
+    assert contents.corrupt_files(checkpoint) == [shard]
+
+
+@pytest.mark.parametrize(
+    ("retracted", "tracked", "left"),
+    [(4, 2, [2, 6]), (6, 4, [2, 4]), (2, 4, [4, 6]), (5, 4, [2, 4, 6])],
+)
+def test_retract_leaves_the_tracker_on_a_whole_checkpoint(
+    tmp_path: Path, retracted: int, tracked: int, left: list[int]
+) -> None:
+    """Iteration 6 was half written when the run stopped."""
+    for iteration in (2, 4, 6):
+        write_checkpoint(tmp_path, iteration)
+    (contents.iteration_folder(tmp_path, 6) / contents.DISTRIBUTED).unlink()
+    contents.write_tracker(tmp_path, 4)
+    contents.retract(tmp_path, retracted)
+    assert contents.tracked_iteration(tmp_path) == tracked
+    assert contents.saved_iterations(tmp_path) == left
+
+
+def test_retract_of_the_only_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    contents.write_tracker(tmp_path, 2)
+    contents.retract(tmp_path, 2)
+    assert contents.tracked_iteration(tmp_path) is None
 
 
 def test_tracker(tmp_path: Path) -> None:

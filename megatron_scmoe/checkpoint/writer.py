@@ -1,0 +1,107 @@
+"""The processes beside a rank that write its checkpoints: they live as long as the rank wants.
+
+With --async-save the host starts three for each rank: one that writes, the fork server that the
+writer comes from, and one that carries results back. A launcher and Slurm send SIGTERM to all
+processes of a rank, not to the rank alone; those die of it, and the checkpoint that the rank saves
+on its way out (--exit-signal-handler) waits for them forever. A rank that is killed leaves them
+behind: the restarted job would share its memory, and its files, with writers of the run before.
+
+The functions without an underscore but the last two replace host symbols (host/table.py).
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.training import get_args
+
+from megatron_scmoe import host
+
+SECONDS_TO_NOTICE = 1.0  # that the rank is gone
+
+_host_loop: Callable[..., None]
+
+
+def only_for_its_rank(async_loop: Callable[..., None]) -> Callable[..., None]:
+    """`PersistentAsyncCaller.async_loop`, the writer's main function, of a writer that nobody but
+    its rank can end."""
+    global _host_loop
+    _host_loop = async_loop
+    return write_for_rank  # found by its name in the process that is started with it
+
+
+def write_for_rank(*args: Any) -> None:
+    """Main function of the writer, whose process has imported everything anew."""
+    obey_the_rank_alone()
+    host.apply_replacements()
+    _host_loop(*args)
+
+
+def results_queue(_: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_write_results_queue` that needs no process unless one writes."""
+
+    def replacement(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            if get_args().async_save:
+                manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+                manager.start(obey_the_rank_alone)
+                filesystem_async._results_queue = manager.Queue()
+            else:
+                filesystem_async._results_queue = queue.Queue()
+        return filesystem_async._results_queue
+
+    return replacement
+
+
+def starting_deaf(init_persistent_async_worker: Callable[..., None]) -> Callable[..., None]:
+    """`init_persistent_async_worker` whose processes inherit that SIGTERM is blocked."""
+
+    def replacement(*args: Any, **kwargs: Any) -> None:
+        resource_tracker.ensure_running()  # it would unblock the signal when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            init_persistent_async_worker(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    return replacement
+
+
+def obey_the_rank_alone() -> None:
+    """Let this child of a rank leave when the rank ends it or is gone, for no other SIGTERM.
+
+    Call it before the child starts threads.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    rank = multiprocessing.parent_process()
+    threading.Thread(target=_leave_with, args=(rank,), daemon=True).start()
+
+
+def _leave_with(rank: Any) -> None:
+    while rank.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, SECONDS_TO_NOTICE)
+        if received is not None and received.si_pid == rank.pid:
+            break
+    os._exit(1)
+
+
+def check_writer() -> None:
+    """Look after the writer; the host waits for a dead one forever.
+
+    Raises:
+        RuntimeError: its process has ended.
+    """
+    writer = PersistentAsyncCaller._persistent_process
+    if writer is not None and writer.exitcode is not None:
+        raise RuntimeError(
+            f"the process that writes checkpoints has ended (exit code {writer.exitcode}; -9 often "
+            "means that the host's memory is full)"
+        )
