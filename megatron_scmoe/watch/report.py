@@ -103,7 +103,7 @@ def make_report(lines: list[Line], seconds: float, failed: bool = False) -> Repo
     """
     collectives = _recorded()
     if lines and Path(lines[0][0].co_filename).parent == PIPELINE:
-        collectives.append(_pipeline_wait(seconds))
+        collectives += _pipeline_wait(seconds)
     if failed and collectives:
         collectives.append(replace(collectives.pop(), done=False))
     return Report(_where(lines), _iteration(), collectives)
@@ -122,13 +122,15 @@ def _iteration() -> int | None:
     return None if iteration is None else iteration + 1
 
 
-def _pipeline_wait(seconds: float) -> Collective:
-    """A wait for pipeline neighbours; from the stack alone it is not known for which of them."""
+def _pipeline_wait(seconds: float) -> list[Collective]:
+    """gloo: a wait for pipeline neighbours; from the stack alone it is not known for which."""
     group = parallel_state.get_pipeline_model_parallel_group()
+    if torch.distributed.get_backend(group) != "gloo":
+        return []
     ranks, place = torch.distributed.get_process_group_ranks(group), group.rank()
-    neighbours = {ranks[place - 1], ranks[place], ranks[(place + 1) % len(ranks)]}
+    neighbours = sorted({ranks[place - 1], ranks[place], ranks[(place + 1) % len(ranks)]})
     name, key = group.group_desc, group.group_name
-    return Collective("send/recv", name, key, sorted(neighbours), 0, seconds, False)
+    return [Collective("send/recv", name, key, neighbours, 0, seconds, False)]
 
 
 def _recorded() -> list[Collective]:
