@@ -17,7 +17,7 @@ from tools.report.text import duration, step_name
 from tools.report.traces import Pass
 
 LANE_HEIGHT, LANE_GAP, AXIS_HEIGHT = 26, 10, 22
-CHUNK_HEIGHT = 16
+CHUNK_HEIGHT, STRIP = 20, 6
 MARGIN = 5  # percent of a spread's width, for the mark
 BAR_HEIGHT = 16
 # A label is drawn if it fits at the narrowest width of the page.
@@ -95,9 +95,8 @@ def timeline(one: Pass) -> Markup:
         exposed = percent(exchange.blocked)
         if exposed >= VISIBLE:
             parts.insert(0, _rect(at + width - exposed, exposed, 0, height, "standstill", title))
-            strip = thickness / 3
-            y = top + thickness - strip
-            parts.append(_rect(at + width - exposed, exposed, y, strip, "exposed", title))
+            y = top + thickness - STRIP
+            parts.append(_rect(at + width - exposed, exposed, y, STRIP, "exposed", title))
     description = (
         f"{one.direction} pass of layer {one.place.layer} on rank {one.place.rank}, "
         f"{duration(length)}; the tables below have its numbers"
@@ -136,7 +135,7 @@ def _activity(
     yield _rect(begin, max(width, VISIBLE), top, height, f"work {class_}", title)
     for text in (label, label.split()[0]):
         if len(text) * CHARACTER_PIXELS + 8 <= width / 100 * PLOT_PIXELS:
-            y = top + height / 2 + 4
+            y = top + (height - STRIP) / 2 + 4
             yield element("text", text, x=f"{begin:.3f}%", dx=4, y=y, class_=f"label on-{class_}")
             return
 
