@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import re
 import shlex
 import signal
@@ -147,10 +148,16 @@ class Launcher:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """A port that nobody listens on, below those that the kernel gives to connections: one of
+    these could be taken before the caller listens."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
 
 
 logging.getLogger("tensorboard").setLevel(logging.WARNING)
