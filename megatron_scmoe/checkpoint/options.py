@@ -21,6 +21,7 @@ ARCHITECTURE = (
     "num_query_groups",
     "kv_channels",
     "position_embedding_type",
+    "max_position_embeddings",
     "rotary_base",
     "rotary_percent",
     "rotary_interleaved",
@@ -32,15 +33,22 @@ ARCHITECTURE = (
     "add_qkv_bias",
     "swiglu",
     "squared_relu",
+    "openai_gelu",
+    "quick_geglu",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
     "untie_embeddings_and_output_weights",
     "normalization",
-    "norm_epsilon",
-    "apply_layernorm_1p",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
     "qk_layernorm",
     "qk_l2_norm",
     "attention_output_gate",
     "softmax_type",
     "window_size",
+    "window_attn_skip_freq",
+    "use_mup",
     # Mixture of experts.
     "num_experts",
     "moe_layer_freq",
@@ -54,6 +62,8 @@ ARCHITECTURE = (
     "moe_router_topk_scaling_factor",
     "moe_router_num_groups",
     "moe_router_group_topk",
+    "moe_apply_probs_on_input",
+    "moe_latent_size",
     # Multi-latent attention.
     "multi_latent_attention",
     "q_lora_rank",
@@ -63,7 +73,6 @@ ARCHITECTURE = (
     "v_head_dim",
     "rope_type",
     "rotary_scaling_factor",
-    "original_max_position_embeddings",
     "mscale",
     "mscale_all_dim",
 )
@@ -84,6 +93,8 @@ WORTH_A_NOTE = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_router_bias_update_rate",
     "adam_beta1",
     "adam_beta2",
     "adam_eps",
@@ -111,7 +122,11 @@ TIMES = (
     "world_size",
 )
 
-_FLAGS = {"add_bias_linear": "--disable-bias-linear (off is True)"}
+_FLAGS = {
+    "add_bias_linear": "--disable-bias-linear (off is True)",
+    "layernorm_epsilon": "--norm-epsilon",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+}
 
 
 def flag(dest: str) -> str:
@@ -136,6 +151,8 @@ def _comparable(args: Namespace, dest: str) -> Any:
         # 1 is the same model as a list of ones.
         every = range(args.num_layers or 0)
         return [int(i % value == 0) for i in every] if isinstance(value, int) else list(value)
+    if dest == "max_position_embeddings" and args.position_embedding_type != "learned_absolute":
+        return None  # no tensor and no angle depends on it
     if dest == "num_query_groups" and not args.group_query_attention:
         return None
     return list(value) if isinstance(value, tuple) else value

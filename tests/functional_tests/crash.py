@@ -42,8 +42,14 @@ ITERATIONS = 40
 ATTEMPT_S = 300
 ORPHANS_S = 60
 TRAIN = [*shlex.split(f"{MODEL} {EP2} --use-distributed-optimizer"), "--save-interval", "3"]
-TRAIN += ["--train-iters", str(ITERATIONS), "--micro-batch-size", "4"]
-TRAIN += ["--scmoe-shortcut-position", "pos2", "--tensorboard-log-interval", "1"]
+TRAIN += [
+    "--micro-batch-size",
+    "4",
+    "--scmoe-shortcut-position",
+    "pos2",
+    "--tensorboard-log-interval",
+    "1",
+]
 LOADED = re.compile(r"successfully loaded checkpoint .* at iteration (\d+)")
 
 
@@ -107,8 +113,11 @@ def _tracked(folder: Path) -> int | None:
 class CrashTest:
     """One interrupted run and the uninterrupted one that it is compared with."""
 
-    def __init__(self, folder: Path, seed: int, hook: Hook = flush_curves) -> None:
+    def __init__(
+        self, folder: Path, seed: int, iterations: int = ITERATIONS, hook: Hook = flush_curves
+    ) -> None:
         self.folder = folder
+        self.iterations = iterations
         self.checkpoints = folder / "checkpoints"
         self.hook = hook
         self.random = random.Random(seed)
@@ -140,7 +149,7 @@ class CrashTest:
             print(f"kill {done}: {mode}, {ranks}, {where}; {what}", flush=True)
         self._attempt("last", self.checkpoints, self._mode(kills))
         print(f"last attempt: {self._check('last')}")
-        reached = max(read_scalars(self.folder / "last", CURVES[0])) == ITERATIONS
+        reached = max(read_scalars(self.folder / "last", CURVES[0])) == self.iterations
         return reached and not self.mismatches
 
     def _draw(self, kill: int) -> Kill:
@@ -166,7 +175,8 @@ class CrashTest:
         """
         folder = self.folder / name
         folder.mkdir()
-        arguments = [*TRAIN, *mode, "--save", str(checkpoints), "--load", str(checkpoints)]
+        arguments = [*TRAIN, *mode, "--train-iters", str(self.iterations)]
+        arguments += ["--save", str(checkpoints), "--load", str(checkpoints)]
         arguments += ["--data-path", str(self.folder / "license")]
         arguments += ["--data-cache-path", str(self.folder / "cache")]
         arguments += ["--tensorboard-dir", str(folder), *self._newest(name, checkpoints)]

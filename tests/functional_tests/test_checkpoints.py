@@ -1,6 +1,7 @@
 """What a run says about the checkpoint it is given, and what a save leaves behind."""
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAs
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_scmoe.checkpoint.transfer import OTHER_STATE
 
 from .forked import Hook, launch_forked
 from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
@@ -239,7 +242,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     wanted = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHER_STATE)
     }
     dcp.load(wanted, storage_reader=reader, no_dist=True)
     stock = ".mlp.linear_fc1.layer_norm_"
@@ -269,8 +272,8 @@ def test_starts_from_the_baseline(data_prefix: Path, tmp_path: Path, by: str) ->
     assert sorted(after.keys() - before.keys()) == NEW
     assert len(before) > 15
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    # The data starts anew too; the first loss is near the last one of the baseline's training.
-    assert read_scalars(tmp_path / "run", "lm loss")[1] < 3
+    untrained = math.log(64)
+    assert read_scalars(tmp_path / "run", "lm loss")[1] < untrained - 0.5
 
 
 def kill_the_writer() -> None:

@@ -63,8 +63,8 @@ def test_twice_and_after_a_restart_bitwise(
     load = ["--load", checkpoints, "--ckpt-step", "3"]
     rest = {tag: {i: value for i, value in once[tag].items() if i > 3} for tag in CURVES}
     assert train(tmp_path / "resumed", ranks, *options, *load) == rest
-    # The random state is a part of that: without it dropout drops something else.
-    assert train(tmp_path / "fresh", ranks, *options, *load, "--no-load-rng") != rest
+    if TP2 in layout:  # without the random state dropout drops something else
+        assert train(tmp_path / "fresh", ranks, *options, *load, "--no-load-rng") != rest
 
 
 def record_batches(folder: Path) -> None:
@@ -137,10 +137,10 @@ def one_process(
     [
         (1, 2, ""),
         (4, 2, EP2),
-        (4, 1, f"{TP2_EP2}"),
+        (2, 1, TP2_EP2),
         (4, 2, f"{INTERLEAVED} {EP2}"),
     ],
-    ids=["gradient accumulation", "DP 4, EP 2", "TP 2, DP 2", "PP 2, interleaved, DP 2"],
+    ids=["gradient accumulation", "DP 4, EP 2", "TP 2, EP 2", "PP 2, interleaved, DP 2"],
 )
 def test_every_layout_trains_on_the_same_samples_in_the_same_order(
     data: list[str],

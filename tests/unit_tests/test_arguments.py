@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 
 import pytest
@@ -18,6 +19,13 @@ from megatron_scmoe.arguments import (
     model_config_from_args,
     parse_and_validate_args,
     scmoe_config_from_args,
+)
+from megatron_scmoe.checkpoint.options import (
+    ARCHITECTURE,
+    SCMOE,
+    WORTH_A_NOTE,
+    differences,
+    flag,
 )
 from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
@@ -292,3 +300,21 @@ def test_grouped_gemm_is_kept_and_explained(arguments, options: str, note: str |
     assert args.moe_grouped_gemm == bool(options)
     notes = explain_grouped_gemm(args)
     assert notes == [] if note is None else note in "".join(notes)
+
+
+def test_options_that_checkpoints_are_compared_by_exist_and_are_named(
+    arguments: Callable[..., Namespace],
+) -> None:
+    """By the host's own parser: a name that it does not know would never differ."""
+    parser = add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser()))
+    flags = {action.dest: action.option_strings for action in parser._actions}
+    here = arguments(
+        MODEL, MOE, "--group-query-attention --position-embedding-type learned_absolute"
+    )
+    for dest in (*ARCHITECTURE, *SCMOE, *WORTH_A_NOTE):
+        assert flag(dest).split()[0] in flags[dest]
+        saved = Namespace(**vars(here))
+        assert differences(saved, here, (dest,)) == []
+        setattr(saved, dest, [1, 1, 1, 1] if dest == "moe_layer_freq" else "other")
+        (line,) = differences(saved, here, (dest,))
+        assert line.startswith(f"{flag(dest)} ")
