@@ -50,7 +50,7 @@ def results_queue(_: Callable[..., Any]) -> Callable[..., Any]:
 
     def replacement(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
-            if get_args().async_save:
+            if _writes_in_a_process():
                 manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
                 manager.start(obey_the_rank_alone)
                 filesystem_async._results_queue = manager.Queue()
@@ -59,6 +59,14 @@ def results_queue(_: Callable[..., Any]) -> Callable[..., Any]:
         return filesystem_async._results_queue
 
     return replacement
+
+
+def _writes_in_a_process() -> bool:
+    """Whether the queue has to reach another process; it always may, at the price of one more."""
+    try:
+        return get_args().async_save
+    except AssertionError:  # no training run: nobody has said
+        return True
 
 
 def starting_deaf(init_persistent_async_worker: Callable[..., None]) -> Callable[..., None]:
