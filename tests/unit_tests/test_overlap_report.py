@@ -258,6 +258,17 @@ def test_advice_on_what_does_not_fit(tmp_path: Path) -> None:
     assert "Backward: the exchanges take 19.0 ms" in text
 
 
+def test_nothing_to_gain_where_all_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the formula says."""
+    for direction, exchanges in EXCHANGES.items():
+        hidden = [(name, begin, end, 0.0, sent) for name, begin, end, _, sent in exchanges]
+        monkeypatch.setitem(EXCHANGES, direction, hidden)
+    (line,) = advice_of(tmp_path).splitlines()
+    assert line.startswith("100.0% of the communication is hidden: another schedule has nothing")
+
+
 def test_advice_on_slots(tmp_path: Path) -> None:
     """47 ms with slots 1 and 1, 44 with 1 and 2."""
     text = advice_of(tmp_path)

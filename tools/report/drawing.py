@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
-from megatron_scmoe.overlap.trace import LANES
-from tools.report.analysis import EXCHANGES
+from megatron_scmoe.overlap.trace import EXCHANGES, LANES
 from tools.report.text import duration, step_name
 from tools.report.traces import Pass
 
@@ -135,7 +134,7 @@ def _activity(
     yield _rect(begin, max(width, VISIBLE), top, height, f"work {class_}", title)
     for text in (label, label.split()[0]):
         if len(text) * CHARACTER_PIXELS + 8 <= width / 100 * PLOT_PIXELS:
-            y = top + (height - STRIP) / 2 + 4
+            y = top + min(height / 2 + 4, height - STRIP - 3)
             yield element("text", text, x=f"{begin:.3f}%", dx=4, y=y, class_=f"label on-{class_}")
             return
 
