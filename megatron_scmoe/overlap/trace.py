@@ -56,7 +56,8 @@ class TraceWriter:
         self._rank = rank
         self._facts = dict(facts)
         self._slots: dict[int, Slots] = {}
-        self._offset = time.time() - time.perf_counter()
+        # The largest difference is that of two readings with nothing in between.
+        self._offset = max(time.time() - time.perf_counter() for _ in range(10))
         self._events: list[dict[str, Any]] = [
             {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
         ]
