@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.overlap.recorder import Activity, UnitRecord
-from megatron_scmoe.overlap.schedule import Slots, Step
+from megatron_scmoe.overlap.schedule import Slots
 
-# What a trace says about the run, beside its expert slots.
+# What a trace says about the run: options, layout, and the expert slots of every iteration.
 TRACED_OPTIONS = (
     "scmoe_shortcut_position",
     "scmoe_num_chunks",
@@ -36,12 +36,9 @@ TRACED_OPTIONS = (
     "expert_tensor_parallel_size",
 )
 TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks")
+MOST_CHUNKS = 1000
 LANES = ("dense compute", "experts", "dispatch", "combine")
-_LANE_OF = {
-    Step.EXPERTS.value: "experts",
-    "dispatch": "dispatch",
-    "combine": "combine",
-}
+EXCHANGES = ("dispatch", "combine")
 
 
 class TraceWriter:
@@ -59,8 +56,15 @@ class TraceWriter:
         self._rank = rank
         self._facts = dict(facts)
         self._slots: dict[int, Slots] = {}
-        self._offset = time.time() - time.perf_counter()
-        self._events = self._lane_names()
+        # The largest difference is that of two readings with nothing in between.
+        self._offset = max(time.time() - time.perf_counter() for _ in range(10))
+        self._events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
+        ]
+        self._named: set[int] = set()
+        for direction in ("forward", "backward"):
+            for lane in LANES:
+                self._name_lane(_thread(lane, direction), f"{lane}, {direction}")
 
     def add(self, iteration: int, records: Mapping[int, UnitRecord], slots: Slots) -> None:
         """Add what the units did in an iteration and write the file anew, whole or not at all.
@@ -92,16 +96,18 @@ class TraceWriter:
     def _add(
         self, iteration: int, layer: int, activity: Activity, begin: float, end: float, **more: Any
     ) -> None:
-        lane = _LANE_OF.get(activity.name, "dense compute")
+        # Microseconds since 1970 are whole quarters: taking the duration from them, and not from
+        # the times, leaves neighbours neighbours. Viewers drop what overlaps in a lane.
+        begin_us, end_us = ((at + self._offset) * 1e6 for at in (begin, end))
         self._events.append(
             {
                 "ph": "X",
                 "name": f"layer {layer} {activity.name}",
                 "cat": activity.direction,
                 "pid": self._rank,
-                "tid": _thread(lane, activity.direction),
-                "ts": round((begin + self._offset) * 1e6, 3),
-                "dur": round((end - begin) * 1e6, 3),
+                "tid": self._lane(activity),
+                "ts": begin_us,
+                "dur": end_us - begin_us,
                 "args": {
                     "iteration": iteration,
                     "layer": layer,
@@ -113,27 +119,25 @@ class TraceWriter:
             }
         )
 
-    def _lane_names(self) -> list[dict[str, Any]]:
-        names = [
-            {
-                "ph": "M",
-                "name": "process_name",
-                "pid": self._rank,
-                "args": {"name": f"rank {self._rank}"},
-            }
+    def _lane(self, activity: Activity) -> int:
+        """The thread of an activity: chunks, which are in flight together, have their own."""
+        travels = activity.name in EXCHANGES
+        lane = activity.name if activity.name in LANES else "dense compute"
+        chunk = activity.chunk if travels else 0
+        thread = _thread(lane, activity.direction, chunk)
+        if thread not in self._named:
+            self._name_lane(thread, f"{lane} {chunk + 1}, {activity.direction}")
+        return thread
+
+    def _name_lane(self, thread: int, name: str) -> None:
+        self._named.add(thread)
+        common = {"ph": "M", "pid": self._rank, "tid": thread}
+        self._events += [
+            {**common, "name": "thread_name", "args": {"name": name}},
+            {**common, "name": "thread_sort_index", "args": {"sort_index": thread}},
         ]
-        for direction in ("forward", "backward"):
-            for lane in LANES:
-                thread = _thread(lane, direction)
-                common = {"ph": "M", "pid": self._rank, "tid": thread}
-                names.append(
-                    {**common, "name": "thread_name", "args": {"name": f"{lane}, {direction}"}}
-                )
-                names.append(
-                    {**common, "name": "thread_sort_index", "args": {"sort_index": thread}}
-                )
-        return names
 
 
-def _thread(lane: str, direction: str) -> int:
-    return LANES.index(lane) + (len(LANES) if direction == "backward" else 0)
+def _thread(lane: str, direction: str, chunk: int = 0) -> int:
+    order = LANES.index(lane) + (len(LANES) if direction == "backward" else 0)
+    return MOST_CHUNKS * order + chunk

@@ -1,6 +1,7 @@
 """Times of a unit from its record, and the slots that follow from them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,28 @@ def test_trace_is_chromes_format(tmp_path: Path) -> None:
     assert {(args["bytes"], args["blocked_us"], args["pass"]) for args in exchanges} == {
         (1000, 5e5, 1)
     }
+
+
+def test_nothing_overlaps_in_a_lane(tmp_path: Path) -> None:
+    """Viewers drop what does. Chunks travel together; steps follow each other to the nanosecond."""
+    record = UnitRecord()
+    at = 1e-3 / 3
+    for number in range(50):
+        activity = Activity("experts", "forward", number % 2)
+        record.steps.append(Span(activity, at, at + 1.23e-4 / 7))
+        at += 1.23e-4 / 7
+    for chunk in range(3):
+        activity = Activity("dispatch", "forward", chunk)
+        record.exchanges.append(Exchange(activity, 0.1 + chunk * 1e-3, 0.2, 0.0, 8))
+    TraceWriter(tmp_path, 0, {}).add(1, {2: record}, Slots(1, 1))
+    events = json.loads((tmp_path / "rank-00000.json").read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    lanes: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            lane = lanes.setdefault(names[event["tid"]], [])
+            lane.append((event["ts"], event["ts"] + event["dur"]))
+    exchanges = ["dispatch, forward", "dispatch 2, forward", "dispatch 3, forward"]
+    assert list(lanes) == ["experts, forward", *exchanges]
+    for lane in lanes.values():
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(lane)))

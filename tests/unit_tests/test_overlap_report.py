@@ -258,6 +258,17 @@ def test_advice_on_what_does_not_fit(tmp_path: Path) -> None:
     assert "Backward: the exchanges take 19.0 ms" in text
 
 
+def test_nothing_to_gain_where_all_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the formula says."""
+    for direction, exchanges in EXCHANGES.items():
+        hidden = [(name, begin, end, 0.0, sent) for name, begin, end, _, sent in exchanges]
+        monkeypatch.setitem(EXCHANGES, direction, hidden)
+    (line,) = advice_of(tmp_path).splitlines()
+    assert line.startswith("100.0% of the communication is hidden: another schedule has nothing")
+
+
 def test_advice_on_slots(tmp_path: Path) -> None:
     """47 ms with slots 1 and 1, 44 with 1 and 2."""
     text = advice_of(tmp_path)
@@ -353,9 +364,10 @@ def test_timeline_is_to_scale(tmp_path: Path) -> None:
 
     assert rectangles("work experts") == [pytest.approx((30, 20), abs=0.05)]  # 6-10 of 20 ms
     assert rectangles("work combine") == [pytest.approx((50, 45), abs=0.05)]
-    exposed = sorted(rectangles("exposed"))
-    assert exposed == [pytest.approx((25, 5), abs=0.05), pytest.approx((80, 15), abs=0.05)]
-    assert sorted(rectangles("standstill")) == exposed
+    standstill = sorted(rectangles("standstill"))
+    assert standstill == [pytest.approx((25, 5), abs=0.05), pytest.approx((80, 15), abs=0.05)]
+    # In the lane of the exchange, and where compute would have run.
+    assert sorted(rectangles("exposed")) == sorted(2 * standstill)
 
 
 def test_words() -> None:

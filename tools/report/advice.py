@@ -8,6 +8,7 @@ from tools.report.text import duration, percent
 from tools.report.traces import Run
 
 ALL_HIDDEN = 0.97  # share of the communication beyond which there is nothing to gain
+MATTERS = 0.03  # exposed time / a pass
 WORTH_A_CHANGE = 1.03  # predicted time / that of the best slot
 OFTEN_LAST = 0.75  # share of its exchanges that a late rank starts last
 LATE = 0.1  # its delay / mean time in flight
@@ -63,7 +64,8 @@ def _ranks(run: Run, figures: Figures) -> list[str]:
 
 def _window(run: Run, own: DirectionFigures) -> list[str]:
     times = own.times
-    if not run.overlaps or times.communication <= times.window:
+    fits = times.communication <= times.window
+    if not run.overlaps or fits or own.exposed < MATTERS * own.measured:
         return []
     remedies = [f"send more chunks (--scmoe-num-chunks {2 * run.num_chunks})"]
     if run.position != "pos3":
@@ -79,7 +81,8 @@ def _slots(run: Run, figures: Figures) -> list[str]:
         own.costs[own.slot].seconds / own.costs[own.best].seconds
         for own in figures.directions.values()
     ]
-    if not run.overlaps or max(gains) < WORTH_A_CHANGE:
+    all_hidden = figures.total.hidden_share >= ALL_HIDDEN
+    if not run.overlaps or all_hidden or max(gains) < WORTH_A_CHANGE:
         return []
     now = sum(own.costs[own.slot].seconds for own in figures.directions.values())
     best = sum(own.costs[own.best].seconds for own in figures.directions.values())

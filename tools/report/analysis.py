@@ -15,9 +15,8 @@ from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.recorder import Direction, Exchange
 from megatron_scmoe.overlap.schedule import Step, window
+from megatron_scmoe.overlap.trace import EXCHANGES
 from tools.report.traces import Pass, Place, Run, TraceError
-
-EXCHANGES = ("dispatch", "combine")
 
 
 class Communication(NamedTuple):

@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
-from megatron_scmoe.overlap.trace import LANES
-from tools.report.analysis import EXCHANGES
+from megatron_scmoe.overlap.trace import EXCHANGES, LANES
 from tools.report.text import duration, step_name
 from tools.report.traces import Pass
 
@@ -68,11 +67,10 @@ def timeline(one: Pass) -> Markup:
     parts = list(_axis(length, height))
     for span in one.steps:
         name = span.activity.name
-        if name in WAITS:
-            continue
         lane, class_ = _lane(name)
         parts += _activity(
-            _label(one, span.activity),
+            # A wait is mostly covered by what is exposed; the rest sorts what has arrived.
+            "" if name in WAITS else _label(one, span.activity),
             percent(span.begin - begin),
             percent(span.end - span.begin),
             tops[lane],
@@ -94,9 +92,10 @@ def timeline(one: Pass) -> Markup:
         # Compute waits until the exchange is complete: what is exposed is its end.
         exposed = percent(exchange.blocked)
         if exposed >= VISIBLE:
-            parts.insert(0, _rect(at + width - exposed, exposed, 0, height, "standstill", title))
-            y = top + thickness - STRIP
-            parts.append(_rect(at + width - exposed, exposed, y, STRIP, "exposed", title))
+            part = at + width - exposed, exposed
+            parts.insert(0, _rect(*part, 0, height, "standstill", title))
+            parts.append(_rect(*part, tops[0], LANE_HEIGHT, "exposed", title))
+            parts.append(_rect(*part, top + thickness - STRIP, STRIP, "exposed", title))
     description = (
         f"{one.direction} pass of layer {one.place.layer} on rank {one.place.rank}, "
         f"{duration(length)}; the tables below have its numbers"
@@ -133,9 +132,9 @@ def _activity(
     label: str, begin: float, width: float, top: float, height: float, class_: str, title: str
 ) -> Iterator[Markup]:
     yield _rect(begin, max(width, VISIBLE), top, height, f"work {class_}", title)
-    for text in (label, label.split()[0]):
-        if len(text) * CHARACTER_PIXELS + 8 <= width / 100 * PLOT_PIXELS:
-            y = top + (height - STRIP) / 2 + 4
+    for text in (label, label.partition(" ")[0]):
+        if text and len(text) * CHARACTER_PIXELS + 8 <= width / 100 * PLOT_PIXELS:
+            y = top + min(height / 2 + 4, height - STRIP - 3)
             yield element("text", text, x=f"{begin:.3f}%", dx=4, y=y, class_=f"label on-{class_}")
             return
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
-from megatron_scmoe.overlap.trace import TRACED_LAYOUT, TRACED_OPTIONS
+from megatron_scmoe.overlap.trace import EXCHANGES, TRACED_LAYOUT, TRACED_OPTIONS
 
 # What ranks of one run may differ in.
 OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots")
@@ -244,8 +244,8 @@ def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float)
     # Microseconds since 1970 fill a float: subtract before anything else.
     begin = (event["ts"] - origin) / 1e6
     end = begin + event["dur"] / 1e6
-    if args["step"] in ("dispatch", "combine"):
-        exchange = Exchange(activity, begin, end, args["blocked_us"] / 1e6, args["bytes"])
-        record.exchanges.append(exchange)
+    if args["step"] in EXCHANGES:
+        blocked = min(args["blocked_us"] / 1e6, end - begin)
+        record.exchanges.append(Exchange(activity, begin, end, blocked, args["bytes"]))
     else:
         record.steps.append(Span(activity, begin, end))
