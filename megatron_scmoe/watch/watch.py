@@ -30,6 +30,7 @@ from megatron_scmoe.watch.verdict import Alarm, moment, verdict, waiting
 
 SAMPLE_S = 0.5
 MARGIN_S = 5.0  # ahead of the time-out at most: NCCL's own watchdog must not come before the line
+END = b"\0"  # no signal's number
 CLEAN_UP_S = 20.0  # for a rank to end by itself after a user error of another rank
 
 
@@ -217,14 +218,15 @@ class _Signals:
 
     def wait(self) -> bool:
         """Block until SIGTERM (True) or the end of the run."""
-        while number := os.read(self._read, 1):
+        while (number := os.read(self._read, 1)) != END:
             if number[0] == signal.SIGTERM:
                 return True
         return False
 
     def close(self) -> None:
-        """The main thread's; ends `wait`."""
+        """The main thread's; ends `wait`. Closing the pipe would not: a forked child holds it too."""
         self._uninstall()
+        os.write(self._write, END)
         os.close(self._write)
 
     def _uninstall(self) -> None:
