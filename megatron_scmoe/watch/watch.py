@@ -224,7 +224,7 @@ class _Signals:
         return False
 
     def close(self) -> None:
-        """The main thread's; ends `wait`. Closing the pipe would not: a forked child holds it too."""
+        """The main thread's; ends `wait`. To close the pipe would not: forked children hold it."""
         self._uninstall()
         os.write(self._write, END)
         os.close(self._write)
