@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -51,7 +52,7 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
         taken = {
             entry.key
             for chunk in chunks
-            for entry in sharded_state_dict[chunk].values()
+            for entry in nested_values(sharded_state_dict[chunk])
             if isinstance(entry, ShardedBase)
         }
         new = {entry.key for entries in kept.values() for entry in entries.values()}
