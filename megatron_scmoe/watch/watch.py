@@ -95,6 +95,7 @@ class Watch:
         self._board = board
         self._main = threading.get_ident()
         self._error: BaseException | None = None
+        self._heard: Alarm | None = None  # another rank's, for which this one has been called
         self._failed = threading.Event()  # the main thread has
         self._closed = threading.Event()
         self._stopping = threading.Lock()
@@ -130,7 +131,7 @@ class Watch:
         try:
             if not self._board.listen():
                 return
-            alarm = self._board.alarm()
+            alarm = self._heard = self._board.alarm()
         except (DistNetworkError, DistStoreError, StoreLost):
             return  # rank 0 has left: at the end of a run that is no reason to act
         if alarm.cause == "refused":
@@ -173,6 +174,8 @@ class Watch:
         with self._stopping:
             self._closed.set()
             board, report = self._board, self._report()
+            # The main thread may fail because the rank that raised it has left.
+            alarm = self._heard or alarm
             try:
                 alarm = board.raise_alarm(alarm)
                 board.post(report)
