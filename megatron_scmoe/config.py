@@ -305,10 +305,10 @@ _UNSUPPORTED = (
         "add it",
     ),
     _Unsupported(
-        "--moe-token-dispatcher-type flex",
-        lambda config: config.moe_token_dispatcher_type == "flex",
-        "its kernels are not split in start and wait",
-        "use alltoall or allgather",
+        "--moe-flex-dispatcher-backend ncclep",
+        lambda config: config.moe_flex_dispatcher_backend == "ncclep",
+        "its buffers are made for one exchange at a time",
+        "use deepep or hybridep",
     ),
     _Unsupported(
         "--moe-shared-expert-overlap",

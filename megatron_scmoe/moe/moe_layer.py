@@ -11,6 +11,7 @@ Shapes: s sequence / TP, b batch, h hidden, T = s*b, E experts, R rows at this r
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -54,6 +55,8 @@ class RoutedWork:
 class ScMoELayer(MoELayer):
     """Stages of one MoE; see ShortcutLayer for the order in which they run."""
 
+    token_dispatcher: Any  # the host's, until ours takes its place
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -72,7 +75,7 @@ class ScMoELayer(MoELayer):
         )
         # The host chooses its dispatcher with an if/elif on the type (moe_layer.py:298).
         self.token_dispatcher = build_dispatcher(
-            self.config, pg_collection, self.local_expert_indices
+            self.config, pg_collection, self.local_expert_indices, self.token_dispatcher
         )
         self.num_chunks = scmoe.scmoe_num_chunks
         self.overlap = scmoe.scmoe_overlap

@@ -11,6 +11,7 @@ Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E
 experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's experts
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ from megatron.core.transformer.moe.moe_utils import (
     sort_chunks_by_idxs,
     unpermute,
 )
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEFlexTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -35,6 +40,7 @@ from megatron_scmoe.overlap.collectives import (
     AllGather,
     AllToAll,
     Collective,
+    Fused,
     ReduceScatter,
 )
 from megatron_scmoe.overlap.streams import HostCopy, launch
@@ -88,8 +94,15 @@ def build_dispatcher(
     config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
     local_expert_indices: list[int],
+    host: MoETokenDispatcher,
 ) -> Dispatcher:
-    """The dispatcher of --moe-token-dispatcher-type."""
+    """The dispatcher of --moe-token-dispatcher-type.
+
+    Args:
+        host: the host's own.
+    """
+    if isinstance(host, MoEFlexTokenDispatcher):
+        return FlexDispatcher(host)
     local_experts = slice(local_expert_indices[0], local_expert_indices[-1] + 1)
     if config.moe_token_dispatcher_type == "allgather":
         return AllGatherDispatcher(config, pg_collection, local_experts)
@@ -356,3 +369,81 @@ class AllGatherTrip:
     def restore(self, rows: Tensor) -> Tensor:
         """The sum is of this rank's tokens already."""
         return rows.to(self._dtype)
+
+
+class FlexDispatcher:
+    """DeepEP's and HybridEP's fused exchanges, through the host's managers (`flex`).
+
+    Args:
+        host: builds the manager of --moe-flex-dispatcher-backend and speaks to it.
+    """
+
+    def __init__(self, host: MoEFlexTokenDispatcher) -> None:
+        self.host = host
+
+    def prepare(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> "FlexTrip":
+        """Find the ranks of each token."""
+        return FlexTrip(self, hidden_states, probs, routing_map)
+
+
+class FlexTrip:
+    """Permutation and exchange in one kernel; one manager for there and back."""
+
+    def __init__(
+        self,
+        dispatcher: FlexDispatcher,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+    ) -> None:
+        host = dispatcher.host
+        # The host's manager holds the state of one micro-batch; a copy holds this trip's. Buffers
+        # of the backend, counters of dropped tokens and groups stay shared.
+        self._manager = manager = copy(host._comm_manager)
+        # [T, TP * EP, e]: every rank of the group with its experts.
+        by_rank, probs_by_rank = host._initialize_metadata(routing_map, probs)
+        manager.setup_metadata(by_rank, probs_by_rank)
+        visits = by_rank.any(dim=2)
+        self._rows_leaving = visits.sum() - visits[:, manager.group.rank()].sum()
+        self._cargo: tuple[Tensor, ...] = (hidden_states, manager.token_probs)
+        manager.token_probs = None
+
+    def cargo(self) -> tuple[Tensor, ...]:
+        """Hidden states, [T, h], and router weights, [T, K] or [T, E]."""
+        cargo, self._cargo = self._cargo, ()
+        return cargo
+
+    def collective(self) -> Collective:
+        """The manager's dispatch; it blocks the host until the numbers of rows are known."""
+        manager = self._manager
+
+        def dispatch(hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+            manager.token_probs = probs
+            rows = manager.dispatch(
+                hidden_states, async_finish=False, allocate_on_comm_stream=False
+            )
+            received, manager.dispatched_probs = manager.dispatched_probs, None
+            manager.token_probs = None
+            return rows, received
+
+        return Fused(dispatch, self._rows_leaving)
+
+    def expert_input(self, received: list[Tensor]) -> ExpertInput:
+        """What the exchange has not sorted by expert yet is sorted here."""
+        rows, self._manager.dispatched_probs = received
+        rows, probs = self._manager.get_permuted_hidden_states_by_experts(rows)
+        return ExpertInput(rows, probs, self._manager.get_number_of_tokens_per_expert().cpu())
+
+    def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
+        """The manager's combine."""
+        manager = self._manager
+
+        def combine(rows: Tensor) -> tuple[Tensor]:
+            return (manager.combine(rows, async_finish=False, allocate_on_comm_stream=False),)
+
+        rows = manager.get_restored_hidden_states_by_experts(expert_output)
+        return Fused(combine, self._rows_leaving), rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """In the order of the tokens already."""
+        return rows

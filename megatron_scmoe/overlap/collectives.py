@@ -1,54 +1,106 @@
-"""Exchanges of rows between ranks that are launched now and completed later; no autograd here.
+"""Exchanges of rows between ranks that are launched now and completed later.
 
 Every collective knows the one that carries gradients the other way:
 
     all-to-all <-> all-to-all with the splits swapped        all-gather <-> reduce-scatter
+    a fused exchange of the host's <-> its backward
 
 so that whatever goes there can come back by `mirrored()`, be it an expert's output or a gradient.
 
 Shapes: N rows sent, R rows received, n ranks of the group
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
-from megatron_scmoe.overlap.streams import Event, Flight, launch, reduces_in_flight
+from megatron_scmoe.overlap.streams import (
+    Event,
+    Flight,
+    hand_over,
+    launch,
+    reduces_in_flight,
+)
 
 
-class Collective(Protocol):
-    """One kind of exchange over one group."""
+class Collective(ABC):
+    """One kind of exchange."""
 
-    @property
-    def group(self) -> ProcessGroup:
-        """Who takes part."""
-
+    @abstractmethod
     def mirrored(self) -> "Collective":
         """The exchange that goes the other way."""
 
-    def buffer(self, sent: Tensor) -> Tensor:
-        """An empty tensor for what `issue` writes."""
+    @abstractmethod
+    def launch(
+        self, sent: list[Tensor], ready: Event | None
+    ) -> "tuple[Flight | None, list[Tensor]]":
+        """Start it and return at once: no flight where nothing moves, and what will be filled.
 
-    def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
-        """Call torch.distributed."""
+        Args:
+            sent: each [N, ...].
+            ready: the point of the compute stream behind which they are filled; now by default.
+        """
 
-    def bytes_sent(self, sent: Tensor) -> int:
+    @abstractmethod
+    def bytes_sent(self, sent: list[Tensor]) -> "int | Tensor":
         """What this rank sends to other ranks."""
 
-    def result(self, buffer: Tensor) -> Tensor:
-        """What the caller gets of a filled buffer, [R, ...]."""
+    @abstractmethod
+    def results(self, filled: list[Tensor]) -> list[Tensor]:
+        """What the caller gets of what was filled, each [R, ...]."""
 
 
 @dataclass(frozen=True)
-class AllToAll:
-    """Rows for each rank of the group, one rank's after the other's."""
+class PerTensor(Collective):
+    """An exchange by one call of torch.distributed for each tensor."""
 
     group: ProcessGroup
+    """Who takes part."""
+
+    @abstractmethod
+    def buffer(self, sent: Tensor) -> Tensor:
+        """An empty tensor for what `issue` writes."""
+
+    @abstractmethod
+    def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
+        """Call torch.distributed."""
+
+    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight | None, list[Tensor]]:
+        if self.group.size() == 1:
+            return None, sent
+        buffers = [self.buffer(tensor) for tensor in sent]
+
+        def issue(async_op: bool) -> list[Work | None]:
+            pairs = zip(buffers, sent, strict=True)
+            return [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
+
+        return launch(issue, [*sent, *buffers], ready), buffers
+
+    def bytes_sent(self, sent: list[Tensor]) -> int:
+        return sum(self._bytes_sent(tensor) for tensor in sent)
+
+    @abstractmethod
+    def _bytes_sent(self, sent: Tensor) -> int:
+        """Of one tensor."""
+
+    def results(self, filled: list[Tensor]) -> list[Tensor]:
+        return [self.result(buffer) for buffer in filled]
+
+    def result(self, buffer: Tensor) -> Tensor:
+        """What the caller gets of a filled buffer, [R, ...]."""
+        return buffer
+
+
+@dataclass(frozen=True)
+class AllToAll(PerTensor):
+    """Rows for each rank of the group, one rank's after the other's."""
+
     input_splits: list[int]
     """Rows sent to each rank; sums to N."""
     output_splits: list[int]
@@ -66,19 +118,14 @@ class AllToAll:
             buffer, sent, *splits, group=self.group, async_op=async_op
         )
 
-    def bytes_sent(self, sent: Tensor) -> int:
+    def _bytes_sent(self, sent: Tensor) -> int:
         rows = sum(self.input_splits) - self.input_splits[self.group.rank()]
         return rows * sent[0:1].nbytes if rows else 0
 
-    def result(self, buffer: Tensor) -> Tensor:
-        return buffer
-
 
 @dataclass(frozen=True)
-class AllGather:
+class AllGather(PerTensor):
     """The rows of all ranks, R = n N; every rank has the same number."""
-
-    group: ProcessGroup
 
     def mirrored(self) -> "ReduceScatter":
         return ReduceScatter(self.group)
@@ -91,18 +138,13 @@ class AllGather:
             buffer, sent, group=self.group, async_op=async_op
         )
 
-    def bytes_sent(self, sent: Tensor) -> int:
+    def _bytes_sent(self, sent: Tensor) -> int:
         return (self.group.size() - 1) * sent.nbytes
-
-    def result(self, buffer: Tensor) -> Tensor:
-        return buffer
 
 
 @dataclass(frozen=True)
-class ReduceScatter:
+class ReduceScatter(PerTensor):
     """The sum over ranks of each rank's part of the rows, R = N / n."""
-
-    group: ProcessGroup
 
     def mirrored(self) -> AllGather:
         return AllGather(self.group)
@@ -122,7 +164,7 @@ class ReduceScatter:
             buffer, sent, group=self.group, async_op=async_op
         )
 
-    def bytes_sent(self, sent: Tensor) -> int:
+    def _bytes_sent(self, sent: Tensor) -> int:
         size = self.group.size()
         return (size - 1) * (sent.nbytes // size)
 
@@ -130,6 +172,85 @@ class ReduceScatter:
         if reduces_in_flight(buffer):
             return buffer
         return buffer.unflatten(0, (self.group.size(), -1)).sum(dim=0)
+
+
+class Fused(Collective):
+    """An exchange by a function that autograd can take back, such as DeepEP's dispatch.
+
+    It is called where exchanges run, and so is its backward. Its graph is its own: it begins at
+    copies of what is sent and ends at what is received.
+
+    Args:
+        function: sent tensors to received ones; what it does not block for may run later.
+        rows_leaving: rows that this rank sends to other ranks, []. The way back is taken to carry
+            as many, which holds for the mean over ranks.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], rows_leaving: int | Tensor
+    ) -> None:
+        self._function = function
+        self._rows_leaving = rows_leaving
+        self._inputs: list[Tensor] = []
+        self._outputs: list[GradientEdge] = []
+
+    def mirrored(self) -> "FusedBackward":
+        return FusedBackward(self)
+
+    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight, list[Tensor]]:
+        differentiable = torch.is_grad_enabled()
+        received: list[Tensor] = []
+
+        def issue(_async_op: bool) -> list[Work | None]:
+            inputs = [tensor.detach().requires_grad_(differentiable) for tensor in sent]
+            received.extend(self._function(*inputs))
+            if differentiable:
+                self._inputs = inputs
+                # The edges lead to the graph without holding the received rows.
+                self._outputs = [get_gradient_edge(tensor) for tensor in received]
+            return []
+
+        return launch(issue, sent, ready), received
+
+    def take_back(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of what was sent from those of what was received; call once."""
+        inputs, self._inputs = self._inputs, []
+        outputs, self._outputs = self._outputs, []
+        return torch.autograd.grad(outputs, inputs, grads)
+
+    def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
+        """Of the rows; their weights are not counted."""
+        return self._rows_leaving * sent[0][0].nbytes
+
+    def results(self, filled: list[Tensor]) -> list[Tensor]:
+        hand_over(filled)
+        return [tensor.detach() for tensor in filled]
+
+
+class FusedBackward(Collective):
+    """The way back of a fused exchange."""
+
+    def __init__(self, there: Fused) -> None:
+        self._there = there
+
+    def mirrored(self) -> Fused:
+        return self._there
+
+    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight, list[Tensor]]:
+        received: list[Tensor] = []
+
+        def issue(_async_op: bool) -> list[Work | None]:
+            received.extend(self._there.take_back(sent))
+            return []
+
+        return launch(issue, sent, ready), received
+
+    def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
+        return self._there.bytes_sent(sent)
+
+    def results(self, filled: list[Tensor]) -> list[Tensor]:
+        hand_over(filled)
+        return filled
 
 
 class Transfer:
@@ -152,17 +273,7 @@ class Transfer:
         self._collective = collective
         self._sent = [tensor.contiguous() for tensor in tensors]
         self._log = log
-        self._flight: Flight | None = None
-        if collective.group.size() == 1:  # nothing moves
-            self._buffers = self._sent
-            return
-        self._buffers = [collective.buffer(tensor) for tensor in self._sent]
-
-        def issue(async_op: bool) -> list[Work | None]:
-            pairs = zip(self._buffers, self._sent, strict=True)
-            return [collective.issue(buffer, sent, async_op) for buffer, sent in pairs]
-
-        self._flight = launch(issue, [*self._sent, *self._buffers], ready)
+        self._flight, self._buffers = collective.launch(self._sent, ready)
 
     def complete(self) -> list[Tensor]:
         """The received tensors, each [R, ...], in the order in which they were sent; call once."""
@@ -172,7 +283,6 @@ class Transfer:
         self._flight.wait()
         if self._log is not None:
             recorder, activity = self._log
-            sent = sum(self._collective.bytes_sent(tensor) for tensor in self._sent)
-            recorder.exchanged(activity, self._flight, sent)
+            recorder.exchanged(activity, self._flight, self._collective.bytes_sent(self._sent))
         self._sent.clear()
-        return [self._collective.result(buffer) for buffer in buffers]
+        return self._collective.results(buffers)

@@ -70,7 +70,7 @@ class UnitRecorder:
         """What compute does, while steps are recorded."""
         self.pass_number = 0
         """Of the forward pass that runs."""
-        self._flights: list[tuple[Activity, Flight, int]] = []
+        self._flights: list[tuple[Activity, Flight, int | Tensor]] = []
         self._turns: list[tuple[Activity | None, Moment]] = []
         self._tokens_per_expert: Tensor | None = None
 
@@ -84,7 +84,7 @@ class UnitRecorder:
             self.current = activity
             self._turns.append((activity, moment()))
 
-    def exchanged(self, activity: Activity, flight: Flight, bytes_sent: int) -> None:
+    def exchanged(self, activity: Activity, flight: Flight, bytes_sent: int | Tensor) -> None:
         """An exchange has been waited for."""
         self._flights.append((activity, flight, bytes_sent))
 
@@ -102,7 +102,7 @@ class UnitRecorder:
         tokens, self._tokens_per_expert = self._tokens_per_expert, None
         self.pass_number = 0
         exchanges = [
-            Exchange(activity, *flight.times(), sent) for activity, flight, sent in flights
+            Exchange(activity, *flight.times(), int(sent)) for activity, flight, sent in flights
         ]
         times = [moment_seconds(at) for _, at in turns]
         steps = [

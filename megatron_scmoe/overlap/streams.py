@@ -49,6 +49,13 @@ def launch(issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None = 
     return _ThreadFlight(issue)
 
 
+def hand_over(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell the allocator that tensors which an exchange has allocated are now the caller's."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 def now(tensor: torch.Tensor) -> Event | None:
     """This point of the compute stream of the tensor's device; None where there are no streams."""
     return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
@@ -142,7 +149,9 @@ class _ThreadFlight:
         # A callback may still be queued behind the waiting thread: completion is then the wait's
         # own end, never later.
         complete = len(self._completed) == self._num_works
-        end = min(max(self._completed), self._waited) if complete else self._waited
+        # Without works the exchange was complete when its launch returned.
+        last = max(self._completed, default=self._started)
+        end = min(last, self._waited) if complete else self._waited
         return self._started, end, min(self._blocked, end - self._started)
 
 

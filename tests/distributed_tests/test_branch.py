@@ -308,10 +308,10 @@ def bytes_that_leave_a_rank() -> None:
         collective = all_to_all_of(rows)
         tensor = torch.ones(sum(collective.input_splits), WIDTH, dtype=torch.bfloat16)
         moved = sum(collective.input_splits) - collective.input_splits[dist.get_rank()]
-        assert collective.bytes_sent(tensor) == moved * WIDTH * 2
+        assert collective.bytes_sent([tensor]) == moved * WIDTH * 2
     tensor = torch.ones(3 * size, WIDTH)
-    assert AllGather(dist.group.WORLD).bytes_sent(tensor) == (size - 1) * 3 * size * WIDTH * 4
-    assert ReduceScatter(dist.group.WORLD).bytes_sent(tensor) == (size - 1) * 3 * WIDTH * 4
+    assert AllGather(dist.group.WORLD).bytes_sent([tensor]) == (size - 1) * 3 * size * WIDTH * 4
+    assert ReduceScatter(dist.group.WORLD).bytes_sent([tensor]) == (size - 1) * 3 * WIDTH * 4
 
 
 CHECKS: tuple[Callable[[], None], ...] = (

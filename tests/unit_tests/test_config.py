@@ -21,7 +21,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": None
     },
     "Leaving out --disable-bias-linear": {"add_bias_linear": True},
-    "--moe-token-dispatcher-type flex": {"moe_token_dispatcher_type": "flex"},
+    "--moe-flex-dispatcher-backend ncclep": {"moe_flex_dispatcher_backend": "ncclep"},
     "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--delay-wgrad-compute": {"delay_wgrad_compute": True},
