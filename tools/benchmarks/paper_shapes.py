@@ -64,6 +64,8 @@ SHAPES = {
     "gpt3-moe-xl": Shape(2048, 8192, 32, 32, 8, False, False),
     # The paper does not give the FFN size: with this one the model has its 6.7 B parameters.
     "llama2-moe": Shape(2048, 5376, 16, 4, 8, True, True),
+    # Not the paper's: the default sizes of overlap_cluster.
+    "overlap-cluster": Shape(256, 1024, 4, 4, 8, False, False),
 }
 
 
