@@ -190,11 +190,8 @@ def seconds(function: Callable[[], Any]) -> float:
     return slowest.item()
 
 
-def measure_pair(
-    shape: Shape, contender: Contender, inputs: Inputs, steps: int
-) -> tuple[list[float], list[float]]:
+def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of forward + backward, and of the forward-only pass; the first step is dropped."""
-    block = build(shape, contender, num_layers=1 if shape.moe_every_layer else 2)
 
     def forward() -> Tensor:
         return block(hidden_states=inputs.hidden_states, **inputs.attention)
@@ -204,8 +201,10 @@ def measure_pair(
         block.zero_grad(set_to_none=True)
 
     training = [seconds(forward_backward) for _ in range(1 + steps)][1:]
+    block.eval()
     with torch.no_grad():
         inference = [seconds(forward) for _ in range(1 + steps)][1:]
+    block.train()
     return training, inference
 
 
@@ -349,7 +348,8 @@ def run(args: argparse.Namespace) -> None:
     }
     for _ in range(args.repetitions):
         for contender, (training, inference) in runs.items():
-            more_training, more_inference = measure_pair(shape, contender, inputs, args.steps)
+            block = build(shape, contender, num_layers=1 if shape.moe_every_layer else 2)
+            more_training, more_inference = measure_block(block, inputs, args.steps)
             training += more_training
             inference += more_inference
     operators = measure_operators(shape, inputs, args.steps)
