@@ -226,13 +226,17 @@ def test_layout_equals_oracle(
     case: str,
     layout: str,
 ) -> None:
-    ranks = [rank[case, layout] for rank in found]
+    check(problems[case], [rank[case, layout] for rank in found], TOLERANCE)
+
+
+def check(problem: Problem, ranks: list[dict[str, float]], tolerance: float) -> None:
+    """Every error of every rank, of everything that the oracle has, is within the tolerance."""
     compared = {name for errors in ranks for name in errors}
-    assert compared == {"output", *problems[case].gradients}
+    assert compared == {"output", *problem.gradients}
     wrong = {
         f"rank {rank}, {name}": error
         for rank, errors in enumerate(ranks)
         for name, error in errors.items()
-        if not error <= TOLERANCE
+        if not error <= tolerance
     }
     assert not wrong
