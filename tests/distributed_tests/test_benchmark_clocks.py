@@ -12,15 +12,17 @@ def _operators() -> dict:
     from tools.benchmarks.paper_shapes import (
         Inputs,
         Shape,
+        build,
         contenders,
+        measure_block,
         measure_operators,
-        measure_pair,
         measured_file,
     )
 
     shape = Shape(16, 32, 4, 2, 4, False, True)
     inputs = Inputs.draw(shape, SEQUENCE, BATCH)
-    runs = {one: measure_pair(shape, one, inputs, steps=2)[0] for one in contenders(shape)}
+    blocks = {one: build(shape, one, num_layers=2) for one in contenders(shape)}
+    runs = {one: measure_block(block, inputs, steps=2)[0] for one, block in blocks.items()}
     return measured_file("here", measure_operators(shape, inputs, steps=2), runs)
 
 

@@ -1,7 +1,6 @@
 """The emulated link: transfers last as long as their bytes, beside compute or instead of it."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,8 @@ def link() -> Link:
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[distributed.ProcessGroup]:
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
+def group(single_rank: None) -> distributed.ProcessGroup:
+    return distributed.group.WORLD
 
 
 def transfer(group: distributed.ProcessGroup, compute: float) -> tuple[float, float]:
@@ -95,9 +92,9 @@ def test_mistakes_are_one_line(options: str, said: str, capsys: pytest.CaptureFi
     assert line.startswith("one_device: error: ") and said in line
 
 
-def test_a_whole_report(tmp_path: Path) -> None:
+def test_a_whole_report(single_rank: None, tmp_path: Path) -> None:
     sizes = "--seq-length 8 --steps 1 --repetitions 1 --shares 0.5"
-    assert one_device.main([*sizes.split(), "--output", str(tmp_path)]) == 0
+    one_device.run(one_device.parse_args([*sizes.split(), "--output", str(tmp_path)]))
     report = (tmp_path / "one_device.md").read_text()
     assert report.count("bitwise equal") == 3 and "DIFFER" not in report
     for name in ("| top2 |", "| shared |", "| pos3, chosen |", "| pos3, best fixed |"):
