@@ -37,9 +37,7 @@ class Collective(ABC):
         """The exchange that goes the other way."""
 
     @abstractmethod
-    def launch(
-        self, sent: list[Tensor], ready: Event | None
-    ) -> "tuple[Flight | None, list[Tensor]]":
+    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight | None, list[Tensor]]:
         """Start it and return at once: no flight where nothing moves, and what will be filled.
 
         Args:
@@ -48,7 +46,7 @@ class Collective(ABC):
         """
 
     @abstractmethod
-    def bytes_sent(self, sent: list[Tensor]) -> "int | Tensor":
+    def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
         """What this rank sends to other ranks."""
 
     @abstractmethod
