@@ -55,6 +55,9 @@ class Sizes:
             f"--global-batch-size {2 * self.micro_batch_size * self.num_micro_batches} "
             f"--num-experts {self.num_experts} --moe-ffn-hidden-size {self.ffn_hidden_size} "
             "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
+            # A few steps do not balance a router, and an exchange lasts while one rank waits for
+            # the other.
+            "--moe-router-force-load-balancing "
             # What a shortcut with top-1 needs; for all, so that all route in the same way.
             "--moe-router-pre-softmax "
             "--moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 "

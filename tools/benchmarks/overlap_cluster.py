@@ -63,8 +63,7 @@ class Settings:
     """Counted steps of a rate that is tried."""
 
 
-# Less is out of reach of two ranks on two cores: they wait for each other (docs/log.md).
-FULL = Settings((0.30, 0.60, 0.75), repetitions=2, warmup=6, steps=4, calibration_steps=4)
+FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=3, warmup=6, steps=5, calibration_steps=5)
 QUICK = Settings((0.60,), repetitions=1, warmup=6, steps=2, calibration_steps=2)
 QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 

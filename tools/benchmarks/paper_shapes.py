@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 -m tools.benchmarks.paper_shapes --shape gpt2-moe-medium
 
 Builds a dense layer and a MoE layer with the dimensions of a model of arXiv:2404.05019, table 8,
-once for each contender, and measures forward + backward and the forward-only pass; then the
+once for each contender, and measures in turns forward + backward, the forward-only pass, and the
 operators of a unit without overlap, forward and backward. Every rank holds its share of the
-experts. Weights and inputs are random, dropout is 0, precision is fp32; sequence and batch are
-options, because 2K tokens in several attention matrices do not fit every machine.
+experts. Weights, inputs and routing are random, dropout is 0, precision is fp32; sequence and batch
+are options, because 2K tokens in several attention matrices do not fit every machine.
 
 Writes to --output: SHAPE.md, SHAPE.json, and SHAPE.measured.json for `plan_overlap --measured`.
 """
@@ -38,7 +38,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
 from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
-from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import default_slot, window
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.report import markdown_table, write_pair
@@ -115,6 +115,8 @@ def host_config(shape: Shape, contender: Contender, num_layers: int) -> Transfor
         moe_router_topk=contender.topk,
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
+        # An untrained router is not balanced, and each block would have its own.
+        moe_router_force_load_balancing=True,
         moe_token_dispatcher_type="alltoall",
         moe_layer_freq=is_moe,
         expert_model_parallel_size=torch.distributed.get_world_size(),
@@ -208,48 +210,71 @@ def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], 
     return training, inference
 
 
-def measure_operators(shape: Shape, inputs: Inputs, steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of the operators of a pair with top-1, by direction and name: mean over ranks.
+class Operators:
+    """The operators of a pair with top-1; without overlap nothing runs beside an exchange."""
 
-    Without overlap nothing runs beside an exchange. The widest window holds all dense operators.
-    """
-    everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
-    block = build(shape, everything, num_layers=2, overlap=False)
-    unit = block.layers[0]
-    unit.record_steps(True)
-    names = [*(step.value for step in window("pos3")), "experts", "dispatch", "combine", "others"]
-    samples: dict[str, list[UnitTimes]] = {direction: [] for direction in DIRECTIONS}
-    others: dict[str, list[float]] = {direction: [] for direction in DIRECTIONS}
-    for _ in range(1 + steps):
-        seconds(
-            lambda: block(hidden_states=inputs.hidden_states, **inputs.attention).sum().backward()
+    def __init__(self, shape: Shape, inputs: Inputs) -> None:
+        # The widest window holds all dense operators.
+        everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
+        self._block = build(shape, everything, num_layers=2, overlap=False)
+        self._inputs = inputs
+        dense = [step.value for step in window("pos3")]
+        self.names = [*dense, "experts", "dispatch", "combine", "others"]
+        self._samples: dict[str, list[list[float]]] = {direction: [] for direction in DIRECTIONS}
+
+    def measure(self, steps: int) -> None:
+        """Add samples; the first step is dropped."""
+        unit = self._block.layers[0]
+        unit.record_steps(True)
+        for step in range(1 + steps):
+            seconds(self._forward_backward)
+            record = unit.recorder.take()
+            if step > 0:
+                for direction in DIRECTIONS:
+                    self._samples[direction].append(self._sample(record, direction))
+        unit.record_steps(False)
+
+    def _forward_backward(self) -> None:
+        self._block(
+            hidden_states=self._inputs.hidden_states, **self._inputs.attention
+        ).sum().backward()
+        self._block.zero_grad(set_to_none=True)
+
+    def _sample(self, record: UnitRecord, direction: Direction) -> list[float]:
+        times = unit_times(record, direction, "pos3")
+        others = sum(
+            span.end - span.begin
+            for span in record.steps
+            if span.activity.direction == direction
+            and span.activity.name not in self.names
+            # What a wait lasts is the exchange's time.
+            and not span.activity.name.startswith("wait_")
         )
-        block.zero_grad(set_to_none=True)
-        record = unit.recorder.take()
-        for direction in DIRECTIONS:
-            samples[direction].append(unit_times(record, direction, "pos3"))
-            others[direction].append(
-                sum(
-                    span.end - span.begin
-                    for span in record.steps
-                    if span.activity.direction == direction
-                    and span.activity.name not in names
-                    # What a wait lasts is the exchange's time.
-                    and not span.activity.name.startswith("wait_")
-                )
-            )
-    result: dict[str, dict[str, float]] = {}
-    for direction in DIRECTIONS:
-        rows = [
-            (*times.dense, times.experts, times.dispatch, times.combine, other)
-            for times, other in zip(samples[direction][1:], others[direction][1:], strict=True)
-        ]
-        table = torch.tensor(rows, dtype=torch.float64, device=torch.cuda.current_device())
-        medians = table.median(dim=0).values
-        torch.distributed.all_reduce(medians)
-        values = (medians / torch.distributed.get_world_size()).tolist()
-        result[direction] = dict(zip(names, values, strict=True))
-    return result
+        return [*times.dense, times.experts, times.dispatch, times.combine, others]
+
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """By direction and name: median of the samples, mean over ranks."""
+        result: dict[str, dict[str, float]] = {}
+        for direction, samples in self._samples.items():
+            device = torch.cuda.current_device()
+            medians = torch.tensor(samples, dtype=torch.float64, device=device).median(0).values
+            torch.distributed.all_reduce(medians)
+            values = (medians / torch.distributed.get_world_size()).tolist()
+            result[direction] = dict(zip(self.names, values, strict=True))
+        return result
+
+
+def communication_share(operators: dict[str, dict[str, float]]) -> float:
+    """Of the exchanges in a top-2 MoE layer's forward + backward: twice those of top-1.
+
+    What is neither exchange nor expert is counted once, as a router is; permutations are twice.
+    """
+    totals = {
+        name: sum(times[name] for times in operators.values())
+        for name in ("dispatch", "combine", "experts", "others")
+    }
+    exchange = 2 * (totals["dispatch"] + totals["combine"])
+    return exchange / (exchange + 2 * totals["experts"] + totals["others"])
 
 
 # Reporting. ---------------------------------------------------------------------------------------
@@ -312,6 +337,9 @@ def as_tables(
             "",
             *markdown_table(("operator", "forward ms", "backward ms"), operator_rows),
             "",
+            "All-to-alls in a top-2 MoE layer, forward + backward, by these times: "
+            f"{communication_share(operators):.0%}.",
+            "",
         )
     )
 
@@ -346,17 +374,19 @@ def run(args: argparse.Namespace) -> None:
     runs: dict[Contender, tuple[list[float], list[float]]] = {
         contender: ([], []) for contender in contenders(shape)
     }
+    operators = Operators(shape, inputs)
     for _ in range(args.repetitions):
+        operators.measure(args.steps)
         for contender, (training, inference) in runs.items():
             block = build(shape, contender, num_layers=1 if shape.moe_every_layer else 2)
             more_training, more_inference = measure_block(block, inputs, args.steps)
             training += more_training
             inference += more_inference
-    operators = measure_operators(shape, inputs, args.steps)
+    times = operators.seconds()
     if torch.distributed.get_rank() != 0:
         return
     source = f"{environment['command']}, commit {environment['commit']}, {environment['date']}"
-    measured = measured_file(source, operators, {one: both[0] for one, both in runs.items()})
+    measured = measured_file(source, times, {one: both[0] for one, both in runs.items()})
     content = {
         "environment": environment,
         "settings": settings,
@@ -364,9 +394,9 @@ def run(args: argparse.Namespace) -> None:
             one.name: {"forward_backward": training, "inference": inference}
             for one, (training, inference) in runs.items()
         },
-        "operators": operators,
+        "operators": times,
     }
-    markdown = as_tables(environment, settings, runs, operators)
+    markdown = as_tables(environment, settings, runs, times)
     write_pair(
         args.output, args.shape, markdown, content, {f"{args.shape}.measured.json": measured}
     )
