@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
+from megatron_scmoe.overlap.schedule import Step, window
 from tools.benchmarks import network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
 from tools.benchmarks.contenders import Sizes, contenders, fixed_slots
 from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import judge
+from tools.benchmarks.paper_shapes import communication_share, operator_times
 from tools.benchmarks.report import write_pair, write_report
 from tools.benchmarks.results import UNLIMITED, Launch, hidden_share, spread, summarize
 from tools.benchmarks.step_log import StepReader
@@ -207,6 +209,29 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_pair(tmp_path, "name", "text", {"bad": object()})
     assert not list(tmp_path.iterdir())
+
+
+# Operators of a pair of layers. -------------------------------------------------------------------
+
+
+def test_a_wait_belongs_to_the_exchange() -> None:
+    """Backward, the dispatch is waited for inside the step that started it."""
+    names = [*(step.value for step in window("pos3")), "experts", Step.START_DISPATCH.value]
+    record = UnitRecord()
+    for at, name in enumerate(names):
+        duration = 9.0 if name == Step.START_DISPATCH.value else 1.0
+        record.steps.append(Span(Activity(name, "backward"), 10.0 * at, 10.0 * at + duration))
+    for name, blocked in (("dispatch", 6.0), ("combine", 2.5)):
+        record.exchanges.append(Exchange(Activity(name, "backward"), 0.0, 7.0, blocked, 100))
+    times = operator_times(record, "backward")
+    assert times.pop("others") == 9.0 - 6.0 - 2.5
+    assert (times.pop("dispatch"), times.pop("combine")) == (7.0, 7.0)
+    assert set(times.values()) == {1.0} and len(times) == len(window("pos3")) + 1
+
+
+def test_communication_share_of_a_pair() -> None:
+    one = {"dense_mlp": 50.0, "experts": 2.0, "dispatch": 3.0, "combine": 4.0, "others": 1.0}
+    assert communication_share({"forward": one, "backward": one}) == 28 / (28 + 8 + 2)
 
 
 # The command line. --------------------------------------------------------------------------------

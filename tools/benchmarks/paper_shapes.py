@@ -210,6 +210,21 @@ def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], 
     return training, inference
 
 
+def operator_times(record: UnitRecord, direction: Direction) -> dict[str, float]:
+    """Seconds by name of one pass of a Pos-3 unit without overlap."""
+    times = unit_times(record, direction, "pos3")
+    named = dict(zip((step.value for step in window("pos3")), times.dense, strict=True))
+    named["experts"] = times.experts
+    others = sum(
+        span.end - span.begin
+        for span in record.steps
+        if span.activity.direction == direction and span.activity.name not in named
+    )
+    # What compute stands still for is the exchange's time, whichever step contains the wait.
+    others -= sum(x.blocked for x in record.exchanges if x.activity.direction == direction)
+    return named | {"dispatch": times.dispatch, "combine": times.combine, "others": others}
+
+
 class Operators:
     """The operators of a pair with top-1; without overlap nothing runs beside an exchange."""
 
@@ -218,9 +233,9 @@ class Operators:
         everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
         self._block = build(shape, everything, num_layers=2, overlap=False)
         self._inputs = inputs
-        dense = [step.value for step in window("pos3")]
-        self.names = [*dense, "experts", "dispatch", "combine", "others"]
-        self._samples: dict[str, list[list[float]]] = {direction: [] for direction in DIRECTIONS}
+        self._samples: dict[Direction, list[dict[str, float]]] = {
+            direction: [] for direction in DIRECTIONS
+        }
 
     def measure(self, steps: int) -> None:
         """Add samples; the first step is dropped."""
@@ -231,7 +246,7 @@ class Operators:
             record = unit.recorder.take()
             if step > 0:
                 for direction in DIRECTIONS:
-                    self._samples[direction].append(self._sample(record, direction))
+                    self._samples[direction].append(operator_times(record, direction))
         unit.record_steps(False)
 
     def _forward_backward(self) -> None:
@@ -240,27 +255,17 @@ class Operators:
         ).sum().backward()
         self._block.zero_grad(set_to_none=True)
 
-    def _sample(self, record: UnitRecord, direction: Direction) -> list[float]:
-        times = unit_times(record, direction, "pos3")
-        others = sum(
-            span.end - span.begin
-            for span in record.steps
-            if span.activity.direction == direction
-            and span.activity.name not in self.names
-            # What a wait lasts is the exchange's time.
-            and not span.activity.name.startswith("wait_")
-        )
-        return [*times.dense, times.experts, times.dispatch, times.combine, others]
-
     def seconds(self) -> dict[str, dict[str, float]]:
         """By direction and name: median of the samples, mean over ranks."""
         result: dict[str, dict[str, float]] = {}
         for direction, samples in self._samples.items():
+            names = list(samples[0])
             device = torch.cuda.current_device()
-            medians = torch.tensor(samples, dtype=torch.float64, device=device).median(0).values
+            rows = [list(sample.values()) for sample in samples]
+            medians = torch.tensor(rows, dtype=torch.float64, device=device).median(0).values
             torch.distributed.all_reduce(medians)
             values = (medians / torch.distributed.get_world_size()).tolist()
-            result[direction] = dict(zip(self.names, values, strict=True))
+            result[direction] = dict(zip(names, values, strict=True))
         return result
 
 
