@@ -1,6 +1,10 @@
 """Benchmarks without their network and their clock: parsing, search for rates, tables, goals."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
-from megatron_scmoe.overlap.schedule import Step, window
+from megatron_scmoe.overlap.schedule import window
 from tools.benchmarks import network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
 from tools.benchmarks.contenders import Sizes, contenders, fixed_slots
@@ -16,8 +20,8 @@ from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import judge
 from tools.benchmarks.paper_shapes import communication_share, operator_times
 from tools.benchmarks.report import write_pair, write_report
-from tools.benchmarks.results import UNLIMITED, Launch, hidden_share, spread, summarize
-from tools.benchmarks.step_log import StepReader
+from tools.benchmarks.results import Turn, hidden_share, spread, summarize
+from tools.benchmarks.step_log import Step, StepReader
 
 # What the last rank of a run prints, shortened.
 LOG = """\
@@ -25,7 +29,7 @@ INFO:megatron.core.timers:(min, max) time across ranks (ms):
     model-and-optimizer-setup ......................: (6748.43, 6749.87)
  [2026-11-24 22:11:18.634180] iteration        1/       2 | consumed samples:           32 | \
 elapsed time per iteration (ms): 812.5 | lm loss: 5.174809E+00 | a2a (ms): 91.2 | \
-a2a hidden: 43.0% | moe layer (ms): 300.500 | moe a2a (ms): 120.250 |
+a2a exposed (ms): 52.1 | a2a hidden: 43.0% | moe layer (ms): 300.500 | moe a2a (ms): 120.250 |
 INFO:megatron.core.timers:(min, max) time across ranks (ms):
     forward-backward ...............................: (700.00, 710.00)
     all-grads-sync .................................: (90.00, 110.00)
@@ -47,9 +51,48 @@ def test_step_of_a_log() -> None:
     (step,) = steps
     assert step.iteration == 1
     assert (step.train, step.layers, step.inference) == pytest.approx((0.8125, 0.6, 0.21))
+    assert (step.exchange, step.exposed) == (0.0912, 0.0521)
     assert step.fields["moe layer (ms)"] == 300.5
     assert step.fields["moe a2a (ms)"] == 120.25
     assert "model-and-optimizer-setup" not in step.timers
+
+
+def test_one_of_several_jobs_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what its processes have started with it."""
+    command = "sleep 60 & echo $!; exec sleep 60"
+    jobs = [
+        subprocess.Popen(
+            ["sh", "-c", command],
+            env=os.environ | {network.JOB_VARIABLE: str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in (1, 12)
+    ]
+    processes = [(job.pid, int(job.stdout.readline())) for job in jobs if job.stdout]
+
+    def states() -> list[str]:
+        names = [Path(f"/proc/{pid}/stat").read_text() for pids in processes for pid in pids]
+        return [text.rsplit(")", 1)[1].split()[0] for text in names]
+
+    def becomes(expected: list[str]) -> bool:
+        deadline = time.monotonic() + 20
+        while states() != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return states() == expected
+
+    monkeypatch.setattr(network, "_pids", lambda host: [pid for pair in processes for pid in pair])
+    hosts = network.TwoHosts(("one", "none"))
+    try:
+        hosts.signal_job(1, signal.SIGSTOP)
+        assert becomes(["T", "T", "S", "S"])
+        hosts.signal_job(1, signal.SIGCONT)
+        assert becomes(["S"] * 4)
+    finally:
+        for number in (1, 12):
+            hosts.signal_job(number, signal.SIGKILL)
+        for job in jobs:
+            job.communicate()
 
 
 # The search for a rate. ---------------------------------------------------------------------------
@@ -105,11 +148,12 @@ def test_a_share_below_that_of_the_unlimited_link_is_refused() -> None:
 # From launches to tables. -------------------------------------------------------------------------
 
 
-def launch(contender: str, share: float | None, repetition: int, seconds: float) -> Launch:
+def turn(contender: str, limited: bool, repetition: int, seconds: float) -> Turn:
     in_flight = [] if contender in ("top2", "shared") else [0.4, 0.4]
-    return Launch(
+    return Turn(
         contender=contender,
-        share=share,
+        share=0.6,
+        limited=limited,
         repetition=repetition,
         train=[seconds, seconds],
         layers=[0.9 * seconds, 0.9 * seconds],
@@ -121,34 +165,46 @@ def launch(contender: str, share: float | None, repetition: int, seconds: float)
 
 ROWS = [row for row in contenders(Sizes()) if row.name in ("top2", "shared", "pos2")]
 # The machine was three times as slow during the second repetition.
-LAUNCHES = [
-    launch(name, share, repetition, seconds * (1, 3)[repetition])
+TURNS = [
+    turn(name, limited, repetition, seconds * (1, 3)[repetition])
     for repetition in range(2)
-    for share, times in ((UNLIMITED, (1.2, 1.1, 1.0)), (0.6, (1.53, 1.2, 1.02)))
+    for limited, times in ((False, (1.2, 1.1, 1.0)), (True, (1.53, 1.2, 1.02)))
     for name, seconds in zip(("top2", "shared", "pos2"), times, strict=True)
 ]
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
-    rows = {(row.contender, row.share): row for row in summarize(LAUNCHES, ROWS)}
-    pos2 = rows["pos2", 0.6]
+    rows = {row.contender: row for row in summarize(TURNS, ROWS)}
+    pos2 = rows["pos2"]
     assert (pos2.speed.median, pos2.speed.low, pos2.speed.high) == pytest.approx((1.5,) * 3)
-    assert pos2.unlimited is not None
     assert pos2.unlimited.median == pytest.approx(1.02)
     assert pos2.hidden == pytest.approx(0.975)
-    assert rows["pos2", UNLIMITED].unlimited is None
-    assert rows["top2", 0.6].hidden is None
-    assert list(rows)[:3] == [("top2", None), ("shared", None), ("pos2", None)]
+    assert rows["top2"].hidden is None
+    assert rows["top2"].unlimited.median == pytest.approx(1.275)
+
+
+def test_a_turn_has_what_its_steps_say() -> None:
+    timers = {"forward-backward": 0.7, "all-grads-sync": 0.1, "evaluate": 0.2}
+    stock = {"elapsed time per iteration (ms)": 800.0}
+    shortcut = stock | {"a2a (ms)": 91.5, "a2a exposed (ms)": 0.5}
+    one, other = (
+        Turn.of("pos2", 0.6, True, 3, [Step(iteration, fields, timers) for iteration in (7, 8)])
+        for fields in (shortcut, stock)
+    )
+    assert one.train == [0.8, 0.8] and one.inference == [0.2, 0.2]
+    assert one.layers == pytest.approx([0.6, 0.6])
+    assert (one.exchange, one.exposed) == ([0.0915, 0.0915], [0.0005, 0.0005])
+    assert (other.exchange, other.exposed) == ([], [])
 
 
 def test_spread_and_hidden_share() -> None:
     assert spread([1.0, 2.0, 3.0]) == pytest.approx(0.5)
     assert spread([1.0]) == 0
-    assert hidden_share([launch("top2", 0.6, 0, 1.0)]) is None
+    assert hidden_share([turn("top2", True, 0, 1.0)]) is None
 
 
 def test_goals() -> None:
-    goals = {goal.claim: goal.reached for goal in judge(summarize(LAUNCHES, ROWS))}
+    goals = {goal.claim: goal.reached for goal in judge(summarize(TURNS, ROWS))}
     assert goals["60%: training 1.49 times as fast as top-2"]
     assert not goals["60%: inference 1.82 times as fast as top-2"]
     assert goals["60%: pos2 not slower than stock top-1 + shared expert"]
@@ -158,13 +214,13 @@ def test_goals() -> None:
 def test_goal_of_the_adaptive_slot() -> None:
     slots = fixed_slots(ROWS[2])
     assert [row.options[-1] for row in slots] == [str(i) for i in range(len(window("pos2")) + 1)]
-    launches = LAUNCHES + [
-        launch(row.name, share, repetition, (0.9 + i / 10) * (1, 3)[repetition])
+    turns = TURNS + [
+        turn(row.name, limited, repetition, (0.9 + i / 10) * (1, 3)[repetition])
         for repetition in range(2)
-        for share in (UNLIMITED, 0.6)
+        for limited in (True, False)
         for i, row in enumerate(slots)
     ]
-    goals = judge(summarize(launches, [*ROWS, *slots]))
+    goals = judge(summarize(turns, [*ROWS, *slots]))
     (goal,) = (goal for goal in goals if "fixed slot" in goal.claim)
     assert not goal.reached
     assert goal.measured == "1.133 (pos2/slot0)"
@@ -186,15 +242,17 @@ ENVIRONMENT: dict[str, Any] = {
 
 
 def test_report(tmp_path: Path) -> None:
-    links = {UNLIMITED: layer(None), 0.6: layer(400e6)}
-    rows = summarize(LAUNCHES, ROWS)
-    paths = write_report(tmp_path, ENVIRONMENT, {"seed": 1}, links, LAUNCHES, rows, judge(rows))
+    links = {0.6: layer(400e6)}
+    rows = summarize(TURNS, ROWS)
+    paths = write_report(
+        tmp_path, ENVIRONMENT, {"seed": 1}, layer(None), links, TURNS, rows, judge(rows)
+    )
     markdown, content = paths[0].read_text(), json.loads(paths[1].read_text())
     assert "Communication 60% of the top-2 MoE layer, 400 Mbit/s" in markdown
     assert "| pos2 | 2040 +- " in markdown
     assert content["links"][1]["wanted_share"] == 0.6
     assert content["links"][1]["share"] == pytest.approx(layer(400e6).share)
-    assert len(content["launches"]) == len(LAUNCHES)
+    assert len(content["turns"]) == len(TURNS)
     assert {"command", "commit", "date", "machine", "versions"} <= set(content["environment"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
 
@@ -216,10 +274,10 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_wait_belongs_to_the_exchange() -> None:
     """Backward, the dispatch is waited for inside the step that started it."""
-    names = [*(step.value for step in window("pos3")), "experts", Step.START_DISPATCH.value]
+    names = [*(step.value for step in window("pos3")), "experts", "start_dispatch"]
     record = UnitRecord()
     for at, name in enumerate(names):
-        duration = 9.0 if name == Step.START_DISPATCH.value else 1.0
+        duration = 9.0 if name == "start_dispatch" else 1.0
         record.steps.append(Span(Activity(name, "backward"), 10.0 * at, 10.0 * at + duration))
     for name, blocked in (("dispatch", 6.0), ("combine", 2.5)):
         record.exchanges.append(Exchange(Activity(name, "backward"), 0.0, 7.0, blocked, 100))

@@ -29,7 +29,8 @@ class Sizes:
     num_experts: int = 8
     seq_length: int = 128
     micro_batch_size: int = 8
-    num_micro_batches: int = 2
+    num_micro_batches: int = 4
+    """Of a step: the more, the less the gradients' reduction weighs, which uses the same link."""
     moe_every_layer: bool = False
     """LLaMA2-MoE's layout; otherwise every second layer, as in the GPT models of the paper."""
 
@@ -117,12 +118,11 @@ def fixed_slots(contender: Contender) -> list[Contender]:
     ]
 
 
-def run_options(prefix: Path, cache: Path, tensorboard: Path, iterations: int) -> list[str]:
-    """Data, length and logs of one run: a forward-only pass follows every training step."""
+def run_options(prefix: Path, cache: Path, iterations: int) -> list[str]:
+    """Data, length and log of one run: a forward-only pass follows every training step."""
     return shlex.split(
         f"--data-path {prefix} --data-cache-path {cache} --split 95,5,0 --num-workers 0 "
         f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
         f"--make-vocab-size-divisible-by 64 --train-iters {iterations} --eval-interval 1 "
-        f"--eval-iters 1 --log-interval 1 --timing-log-level 1 --logging-level 20 "
-        f"--tensorboard-dir {tensorboard} --tensorboard-log-interval 1"
+        f"--eval-iters 1 --log-interval 1 --timing-log-level 1 --logging-level 20"
     )

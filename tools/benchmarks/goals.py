@@ -27,7 +27,7 @@ class Goal:
 def judge(rows: list[Row]) -> list[Goal]:
     """All claims that these rows can answer."""
     goals: list[Goal] = []
-    for share in dict.fromkeys(row.share for row in rows if row.share is not None):
+    for share in dict.fromkeys(row.share for row in rows):
         link = {row.contender: row for row in rows if row.share == share}
         positions = [row for name, row in link.items() if name in ("pos1", "pos2", "pos3")]
         if share in PAPER and positions:
@@ -62,14 +62,13 @@ def _fits(share: float, positions: list[Row]) -> Iterable[Goal]:
                 f"{row.hidden:.1%}",
                 row.hidden >= MIN_HIDDEN,
             )
-        if row.layers_unlimited is not None:
-            over = row.layers_unlimited.median
-            yield Goal(
-                f"{share:.0%}: {row.contender}, forward and backward at most {MAX_UNLIMITED} of "
-                "the unlimited link",
-                f"{over:.3f}",
-                over <= MAX_UNLIMITED,
-            )
+        over = row.layers_unlimited.median
+        yield Goal(
+            f"{share:.0%}: {row.contender}, forward and backward at most {MAX_UNLIMITED} of "
+            "the unlimited link",
+            f"{over:.3f}",
+            over <= MAX_UNLIMITED,
+        )
 
 
 def _against_shared(share: float, positions: list[Row], link: dict[str, Row]) -> Iterable[Goal]:
@@ -87,13 +86,13 @@ def _against_shared(share: float, positions: list[Row], link: dict[str, Row]) ->
 def _adaptive(share: float, positions: list[Row], link: dict[str, Row]) -> Iterable[Goal]:
     for row in positions:
         fixed = {
-            name: other.train
+            name: other.speed.median
             for name, other in link.items()
             if name.startswith(f"{row.contender}/slot")
         }
         if fixed:
-            best = min(fixed, key=lambda name: fixed[name])
-            ratio = row.train / fixed[best]
+            best = max(fixed, key=lambda name: fixed[name])
+            ratio = fixed[best] / row.speed.median
             yield Goal(
                 f"{share:.0%}: {row.contender} takes at most {MAX_ADAPTIVE} of its best fixed slot",
                 f"{ratio:.3f} ({best})",

@@ -21,6 +21,8 @@ from pathlib import Path
 
 INTERFACE = "scmoe0"
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
+JOB_VARIABLE = "SCMOE_BENCHMARK_JOB"
+"""In the environment of a job's processes: its number, by which they are found."""
 _NAME = re.compile(r"scmoe-(\d+)-[01]")
 
 # A whole message fits into the kernel's buffers, so that one system call hands it over and timer
@@ -54,10 +56,13 @@ class TwoHosts:
         """`command` as a process of a host, confined to one core."""
         return ["ip", "netns", "exec", self.namespaces[host], "taskset", "-c", str(core), *command]
 
-    def kill_processes(self) -> None:
-        """End everything that runs on the hosts."""
-        for namespace in self.namespaces:
-            _kill_processes(namespace)
+    def signal_job(self, job: int, number: signal.Signals) -> None:
+        """Send a signal to all processes of a job, on both hosts at nearly the same time."""
+        mark = f"{JOB_VARIABLE}={job}".encode()
+        for pid in [pid for namespace in self.namespaces for pid in _pids(namespace)]:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, number)
 
     def limit(self, bits_per_s: float | None) -> None:
         """Limit both directions, now; None takes the limit away."""
@@ -146,11 +151,15 @@ def _remove(namespace: str) -> None:
 
 def _kill_processes(namespace: str) -> None:
     # Again and again, because one that still ran may have started another.
-    while pids := _run(["ip", "netns", "pids", namespace], check=False).split():
-        for pid in map(int, pids):
+    while pids := _pids(namespace):
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _pids(namespace: str) -> list[int]:
+    return [int(pid) for pid in _run(["ip", "netns", "pids", namespace], check=False).split()]
 
 
 def _run(command: list[str], check: bool = True) -> str:

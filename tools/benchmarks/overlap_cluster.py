@@ -5,8 +5,9 @@
 Two network namespaces stand for two hosts (network.py). Every contender is a Megatron command line
 (contenders.py), run by `torchrun --nnodes 2`, one rank a host, on real text: forward, backward,
 optimizer, and after each step a forward-only pass. The link's rates are found first, so that
-communication is the wanted share of the top-2 MoE layer's time (calibration.py). Then contenders
-take turns, repetition by repetition and link by link, so that a drift of the machine hits all.
+communication is the wanted share of the top-2 MoE layer's time (calibration.py). Then, link by
+link, all contenders are started and take turns of a few steps while the others stand still
+(job.py), so that a drift of the machine hits all. Each turn goes on for as long without the limit.
 
 What the numbers mean and what they leave out: docs/benchmarks.md. Needs root and iproute2.
 """
@@ -16,8 +17,8 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
@@ -31,18 +32,18 @@ from tools.benchmarks.contenders import (
 )
 from tools.benchmarks.environment import describe
 from tools.benchmarks.goals import judge
-from tools.benchmarks.job import JobError, two_node_job
+from tools.benchmarks.job import Job, JobError
 from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
-from tools.benchmarks.report import link_name, write_report
-from tools.benchmarks.results import UNLIMITED, Launch, summarize
-from tools.benchmarks.step_log import Step, read_curve
+from tools.benchmarks.report import link_name, rate_name, write_report
+from tools.benchmarks.results import Turn, summarize
+from tools.benchmarks.step_log import Step
 from tools.benchmarks.text import write_text
 
 SCRIPT = ["pretrain_gpt_scmoe.py"]
 METER = ["-m", "tools.benchmarks.meter_moe_layer"]
 FIRST_RATE = 400e6  # bits per second, where the search for the rates begins
 SHARE_TOLERANCE = 0.01
-CALIBRATION_STEPS = 1000  # the run is ended when the rates are found
+ITERATIONS = 10_000  # a run is ended when it has been measured
 
 
 class UsageError(Exception):
@@ -55,16 +56,18 @@ class Settings:
 
     shares: Sequence[float]
     repetitions: int
+    """Turns of each contender on each link."""
     warmup: int
-    """First steps of each launch, not counted: five of them choose the expert slot."""
+    """First steps of each run, not counted: five of them choose the expert slot."""
     steps: int
-    """Counted steps of each launch."""
+    """Counted steps of a turn with the limit, and as many without; each is preceded by one that is
+    not counted."""
     calibration_steps: int
     """Counted steps of a rate that is tried."""
 
 
-FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=3, warmup=6, steps=5, calibration_steps=5)
-QUICK = Settings((0.60,), repetitions=1, warmup=6, steps=2, calibration_steps=2)
+FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=7, warmup=6, steps=1, calibration_steps=5)
+QUICK = Settings((0.60,), repetitions=3, warmup=6, steps=1, calibration_steps=3)
 QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 
 
@@ -78,64 +81,61 @@ class Bench:
     folder: Path
     megatron_options: list[str]
 
-    def options(self, contender: Contender, name: str, iterations: int) -> list[str]:
-        run = run_options(self.prefix, self.folder / "cache", self.folder / name, iterations)
-        return [*self.sizes.options(), *run, *self.megatron_options, *contender.options]
+    def job(self, number: int, contender: Contender, log: str, script: list[str]) -> Job:
+        run = run_options(self.prefix, self.folder / "cache", ITERATIONS)
+        options = [*self.sizes.options(), *run, *self.megatron_options, *contender.options]
+        return Job(self.hosts, number, script, options, self.folder / f"{log}.log")
 
-    def calibrate(self, top2: Contender, settings: Settings) -> dict[float | None, LayerTime]:
-        """Links by wanted share; one run of top-2 whose link changes while it runs."""
-        options = self.options(top2, "calibration", CALIBRATION_STEPS)
-        links: dict[float | None, LayerTime] = {}
-        log = self.folder / "calibration.log"
-        with two_node_job(self.hosts, METER, options, log) as steps:
-            list(islice(steps, settings.warmup))
+    def calibrate(
+        self, top2: Contender, settings: Settings
+    ) -> tuple[LayerTime, dict[float, LayerTime]]:
+        """The link without a limit, and links by wanted share; one run whose link changes."""
+        with self.job(0, top2, "calibration", METER) as job:
+            job.take(settings.warmup)
 
             def measure(rate: float | None) -> LayerTime:
                 self.hosts.limit(rate)
-                next(steps)  # began before the link had changed, or while it did
-                time = layer_time(rate, list(islice(steps, settings.calibration_steps)))
-                print(f"  {link_name(time.share, time)}", flush=True)
+                job.take(1)  # began before the link had changed, or while it did
+                time = layer_time(rate, job.take(settings.calibration_steps))
+                print(f"  {rate_name(time)}: {time.share:.1%}", flush=True)
                 return time
 
-            links[UNLIMITED] = measure(None)
+            unlimited = measure(None)
+            links: dict[float, LayerTime] = {}
             rate = FIRST_RATE
             for share in sorted(settings.shares):
-                found = find_rate(measure, share, links[UNLIMITED], rate, SHARE_TOLERANCE)
+                found = find_rate(measure, share, unlimited, rate, SHARE_TOLERANCE)
                 assert found.rate is not None
                 links[share], rate = found, found.rate
-        return links
+        return unlimited, links
 
-    def launch(
-        self,
-        contender: Contender,
-        link: LayerTime,
-        share: float | None,
-        repetition: int,
-        settings: Settings,
-    ) -> Launch:
-        """One contender on one link."""
-        self.hosts.limit(link.rate)
-        name = f"{contender.name.replace('/', '-')}.{share}.{repetition}"
-        options = self.options(contender, name, settings.warmup + settings.steps)
-        with two_node_job(self.hosts, SCRIPT, options, self.folder / f"{name}.log") as all_steps:
-            counted = list(all_steps)[settings.warmup :]
-        curves = [
-            read_curve(self.folder / name, tag) for tag in ("a2a-seconds", "a2a-exposed-seconds")
-        ]
-        exchange, exposed = (
-            [curve[step.iteration] for step in counted if step.iteration in curve]
-            for curve in curves
-        )
-        return Launch(
-            contender=contender.name,
-            share=share,
-            repetition=repetition,
-            train=[step.train for step in counted],
-            layers=[step.layers for step in counted],
-            inference=[step.inference for step in counted],
-            exchange=exchange,
-            exposed=exposed,
-        )
+    def measure(
+        self, rows: list[Contender], share: float, link: LayerTime, settings: Settings
+    ) -> list[Turn]:
+        """All contenders on one link."""
+        turns: list[Turn] = []
+        with ExitStack() as alive:
+            jobs: list[tuple[Contender, Job]] = []
+            self.hosts.limit(link.rate)
+            for number, row in enumerate(rows):
+                log = f"{row.name.replace('/', '-')}.{share}"
+                job = alive.enter_context(self.job(number, row, log, SCRIPT))
+                job.take(settings.warmup)
+                job.pause()
+                jobs.append((row, job))
+            for repetition in range(settings.repetitions):
+                # There and back, so that a drift favours nobody.
+                for row, job in jobs if repetition % 2 == 0 else reversed(jobs):
+                    job.resume()
+                    for limited, rate in ((True, link.rate), (False, None)):
+                        self.hosts.limit(rate)
+                        job.take(1)  # stood still, or the link changed meanwhile
+                        steps = job.take(settings.steps)
+                        turns.append(Turn.of(row.name, share, limited, repetition, steps))
+                    job.pause()
+                    self.hosts.limit(link.rate)
+                print(f"  {repetition + 1}/{settings.repetitions}", flush=True)
+        return turns
 
 
 def layer_time(rate: float | None, steps: list[Step]) -> LayerTime:
@@ -151,28 +151,6 @@ def layer_time(rate: float | None, steps: list[Step]) -> LayerTime:
         other=median("moe layer") - exchange,
         inference_share=median("moe a2a inference") / median("moe layer inference"),
     )
-
-
-def measure_all(
-    bench: Bench,
-    rows: list[Contender],
-    links: dict[float | None, LayerTime],
-    settings: Settings,
-) -> list[Launch]:
-    """Everybody once on every link, then all over again."""
-    launches = []
-    for repetition in range(settings.repetitions):
-        for share, link in links.items():
-            for row in rows:
-                launch = bench.launch(row, link, share, repetition, settings)
-                launches.append(launch)
-                print(
-                    f"  {repetition + 1}/{settings.repetitions}  {link_name(share, link)}  "
-                    f"{row.name}: {statistics.median(launch.train) * 1e3:.0f} ms, inference "
-                    f"{statistics.median(launch.inference) * 1e3:.0f} ms",
-                    flush=True,
-                )
-    return launches
 
 
 def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
@@ -218,12 +196,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="overlap_cluster", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="one share, one repetition, few contenders, 3 minutes")
+    add("--quick", action="store_true", help="one share, few contenders, 5 minutes")
     add("--output", type=Path, default=Path("runs/overlap_cluster"), help="folder of the results")
     add("--shares", type=float, nargs="+", help="of communication in the top-2 MoE layer's time")
-    add("--repetitions", type=int)
-    add("--warmup", type=int, help="first steps of each launch, not counted")
-    add("--steps", type=int, help="counted steps of each launch")
+    add("--repetitions", type=int, help="turns of each contender on each link")
+    add("--warmup", type=int, help="first steps of each run, not counted")
+    add("--steps", type=int, help="counted steps of each turn")
     add("--only", nargs="+", metavar="NAME", help="these contenders, and their baselines")
     add(
         "--contender",
@@ -275,12 +253,15 @@ def run(args: argparse.Namespace) -> None:
         prefix = write_text(folder / "text")
         bench = Bench(hosts, sizes, prefix, folder, shlex.split(args.megatron_options))
         print("== rates of the link", flush=True)
-        links = bench.calibrate(rows[0], settings)
-        print(f"== {len(rows) * len(links) * settings.repetitions} runs", flush=True)
-        launches = measure_all(bench, rows, links, settings)
-    table = summarize(launches, rows)
+        unlimited, links = bench.calibrate(rows[0], settings)
+        turns: list[Turn] = []
+        for share, link in links.items():
+            print(f"== {link_name(share, link)}: {len(rows)} runs", flush=True)
+            turns += bench.measure(rows, share, link, settings)
+    table = summarize(turns, rows)
     described = asdict(settings) | asdict(sizes)
-    paths = write_report(folder, environment, described, links, launches, table, judge(table))
+    goals = judge(table)
+    paths = write_report(folder, environment, described, unlimited, links, turns, table, goals)
     print(paths[0].read_text())
     print("written:", *paths)
 

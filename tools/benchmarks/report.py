@@ -10,15 +10,16 @@ from typing import Any
 from tools.benchmarks.calibration import LayerTime
 from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import Goal
-from tools.benchmarks.results import Launch, Ratio, Row
+from tools.benchmarks.results import Ratio, Row, Turn
 
 
 def write_report(
     folder: Path,
     environment: dict[str, Any],
     settings: dict[str, Any],
-    links: dict[float | None, LayerTime],
-    launches: list[Launch],
+    unlimited: LayerTime,
+    links: dict[float, LayerTime],
+    turns: list[Turn],
     rows: list[Row],
     goals: list[Goal],
 ) -> tuple[Path, Path]:
@@ -26,12 +27,15 @@ def write_report(
     content = {
         "environment": environment,
         "settings": settings,
-        "links": [{"wanted_share": share, **time.as_dict()} for share, time in links.items()],
+        "links": [
+            {"wanted_share": None, **unlimited.as_dict()},
+            *({"wanted_share": share, **time.as_dict()} for share, time in links.items()),
+        ],
         "rows": [asdict(row) for row in rows],
         "goals": [asdict(goal) for goal in goals],
-        "launches": [asdict(launch) for launch in launches],
+        "turns": [asdict(turn) for turn in turns],
     }
-    markdown = as_tables(environment, settings, links, rows, goals)
+    markdown = as_tables(environment, settings, unlimited, links, rows, goals)
     return write_pair(folder, "overlap_cluster", markdown, content)
 
 
@@ -57,14 +61,15 @@ def write_pair(
 def as_tables(
     environment: dict[str, Any],
     settings: dict[str, Any],
-    links: dict[float | None, LayerTime],
+    unlimited: LayerTime,
+    links: dict[float, LayerTime],
     rows: list[Row],
     goals: list[Goal],
 ) -> str:
     """The whole report."""
     lines = ["# Two hosts, slow link", "", as_markdown(environment), ""]
     lines += [", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
-    lines += ["## Links", "", *link_table(links), ""]
+    lines += ["## Links", "", *link_table(unlimited, links), ""]
     for share, time in links.items():
         lines += [f"## {link_name(share, time)}", ""]
         lines += [*row_table([row for row in rows if row.share == share]), ""]
@@ -73,31 +78,39 @@ def as_tables(
     return "\n".join(lines)
 
 
-def link_name(share: float | None, time: LayerTime) -> str:
-    """For example `60 %, 212 Mbit/s`."""
-    if time.rate is None:
-        return "Unlimited link"
-    return f"Communication {share:.0%} of the top-2 MoE layer, {time.rate / 1e6:.0f} Mbit/s"
+def link_name(share: float, time: LayerTime) -> str:
+    """For example `Communication 60% of the top-2 MoE layer, 212 Mbit/s`."""
+    return f"Communication {share:.0%} of the top-2 MoE layer, {rate_name(time)}"
 
 
-def link_table(links: dict[float | None, LayerTime]) -> list[str]:
+def rate_name(time: LayerTime) -> str:
+    return "unlimited" if time.rate is None else f"{time.rate / 1e6:.0f} Mbit/s"
+
+
+def link_table(unlimited: LayerTime, links: dict[float, LayerTime]) -> list[str]:
     body = [
         (
-            "-" if share is None else f"{share:.0%}",
-            "unlimited" if time.rate is None else f"{time.rate / 1e6:.0f}",
+            wanted,
+            rate_name(time),
             f"{time.share:.1%}",
             f"{time.inference_share:.1%}",
             f"{time.exchange * 1e3:.0f}",
             f"{time.other * 1e3:.0f}",
         )
-        for share, time in links.items()
+        for wanted, time in (
+            ("-", unlimited),
+            *((f"{share:.0%}", time) for share, time in links.items()),
+        )
     ]
-    head = ("wanted", "Mbit/s", "training", "inference", "all-to-all ms", "rest of the layer ms")
+    head = ("wanted", "link", "training", "inference", "all-to-all ms", "rest of the layer ms")
     return markdown_table(head, body)
 
 
 def row_table(rows: list[Row]) -> list[str]:
-    """Speeds are baseline's time over one's own; `/ unlimited` is time over time, 1 is ideal."""
+    """Speeds are baseline's time over one's own; `/ unlimited` is time over time, 1 is ideal.
+
+    Ratios are the median over repetitions, with their quartiles.
+    """
     body = [
         (
             row.contender,
@@ -139,8 +152,8 @@ def _times(ratio: Ratio) -> str:
     return f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
-def _over(ratio: Ratio | None) -> str:
-    return "-" if ratio is None else f"{ratio.median:.3f}"
+def _over(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def markdown_table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:

@@ -3,21 +3,21 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tools.benchmarks.contenders import Contender
-
-UNLIMITED = None
-"""The share of a link without a limit."""
+from tools.benchmarks.step_log import Step
 
 
 @dataclass(frozen=True)
-class Launch:
-    """The measured steps of one launch of a contender; times in seconds, one entry a step."""
+class Turn:
+    """A few steps of a contender that ran one after the other; seconds, one entry a step."""
 
     contender: str
-    share: float | None
-    """Wanted communication share of the top-2 MoE layer, which names the link; or UNLIMITED."""
+    share: float
+    """Wanted communication share of the top-2 MoE layer, which names the link."""
+    limited: bool
+    """Whether the link had its limit: otherwise the same run without it, right behind."""
     repetition: int
     train: list[float]
     """Whole training steps."""
@@ -25,15 +25,31 @@ class Launch:
     """Their forward and backward, without the reduction of the gradients."""
     inference: list[float]
     """Forward-only passes."""
-    exchange: list[float] = field(default_factory=list)
+    exchange: list[float]
     """Time of all-to-alls in flight; empty for stock contenders, whose all-to-alls block."""
-    exposed: list[float] = field(default_factory=list)
+    exposed: list[float]
     """The part of it for which compute stood still."""
+
+    @classmethod
+    def of(
+        cls, contender: str, share: float, limited: bool, repetition: int, steps: list[Step]
+    ) -> "Turn":
+        return cls(
+            contender,
+            share,
+            limited,
+            repetition,
+            train=[step.train for step in steps],
+            layers=[step.layers for step in steps],
+            inference=[step.inference for step in steps],
+            exchange=[step.exchange for step in steps if step.exchange is not None],
+            exposed=[step.exposed for step in steps if step.exposed is not None],
+        )
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over repetitions, and the range of the repetitions."""
+    """Median over repetitions, and their quartiles."""
 
     median: float
     low: float
@@ -41,8 +57,8 @@ class Ratio:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Ratio":
-        values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
+        low, median, high = quartiles(list(values))
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Row:
     """One contender on one link."""
 
     contender: str
-    share: float | None
+    share: float
     baseline: str
     train: float
     """Median training step, seconds."""
@@ -61,26 +77,24 @@ class Row:
     """Of training, against the baseline on this link."""
     layers_speed: Ratio
     inference_speed: Ratio
-    unlimited: Ratio | None
-    """Training step over the same contender's on the unlimited link."""
-    layers_unlimited: Ratio | None
-    inference_unlimited: Ratio | None
+    unlimited: Ratio
+    """Training step over that of the same run without a limit on the link."""
+    layers_unlimited: Ratio
+    inference_unlimited: Ratio
     hidden: float | None
     """Share of the all-to-alls' time that compute did not wait for."""
 
 
-def summarize(launches: list[Launch], rows: list[Contender]) -> list[Row]:
+def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
     """Link by link, contenders in the order of the table.
 
-    Ratios are taken between launches of the same repetition, which ran shortly after one another.
+    Ratios are taken between turns of the same repetition, which ran shortly after one another.
     """
-    by_key = {(one.contender, one.share, one.repetition): one for one in launches}
-    shares = list(dict.fromkeys(one.share for one in launches))
-    repetitions = sorted({one.repetition for one in launches})
-    baselines = {row.name: row.baseline for row in rows}
+    by_key = {(one.contender, one.share, one.limited, one.repetition): one for one in turns}
+    repetitions = sorted({one.repetition for one in turns})
 
     def ratio(
-        over: tuple[str, float | None], under: tuple[str, float | None], steps: Callable
+        over: tuple[str, float, bool], under: tuple[str, float, bool], steps: Callable
     ) -> Ratio:
         return Ratio.of(
             statistics.median(steps(by_key[(*over, repetition)]))
@@ -89,60 +103,60 @@ def summarize(launches: list[Launch], rows: list[Contender]) -> list[Row]:
         )
 
     table = []
-    for share in shares:
-        for name, baseline in baselines.items():
-            mine = [by_key[name, share, repetition] for repetition in repetitions]
-            here, base = (name, share), (baseline, share)
-            kinds = {"train": train, "layers": layers, "inference": inference}
-            speed = {kind: ratio(base, here, steps) for kind, steps in kinds.items()}
-            against: dict[str, Ratio | None] = dict.fromkeys(kinds)
-            if UNLIMITED in shares and share is not UNLIMITED:
-                against |= {
-                    kind: ratio(here, (name, UNLIMITED), steps) for kind, steps in kinds.items()
-                }
+    for share in dict.fromkeys(one.share for one in turns):
+        for contender in rows:
+            here = (contender.name, share, True)
+            base, lifted = (contender.baseline, share, True), (contender.name, share, False)
+            mine = [by_key[(*here, repetition)] for repetition in repetitions]
             all_steps = [second for one in mine for second in one.train]
             table.append(
                 Row(
-                    contender=name,
+                    contender=contender.name,
                     share=share,
-                    baseline=baseline,
+                    baseline=contender.baseline,
                     train=statistics.median(all_steps),
                     spread=spread(all_steps),
                     inference=statistics.median(s for one in mine for s in one.inference),
-                    speed=speed["train"],
-                    layers_speed=speed["layers"],
-                    inference_speed=speed["inference"],
-                    unlimited=against["train"],
-                    layers_unlimited=against["layers"],
-                    inference_unlimited=against["inference"],
+                    speed=ratio(base, here, train),
+                    layers_speed=ratio(base, here, layers),
+                    inference_speed=ratio(base, here, inference),
+                    unlimited=ratio(here, lifted, train),
+                    layers_unlimited=ratio(here, lifted, layers),
+                    inference_unlimited=ratio(here, lifted, inference),
                     hidden=hidden_share(mine),
                 )
             )
     return table
 
 
-def train(launch: Launch) -> list[float]:
-    return launch.train
+def train(turn: Turn) -> list[float]:
+    return turn.train
 
 
-def layers(launch: Launch) -> list[float]:
-    return launch.layers
+def layers(turn: Turn) -> list[float]:
+    return turn.layers
 
 
-def inference(launch: Launch) -> list[float]:
-    return launch.inference
+def inference(turn: Turn) -> list[float]:
+    return turn.inference
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of a single value three times itself."""
+    if len(values) < 2:
+        values = values * 2
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
 def spread(values: list[float]) -> float:
-    """Distance of the quartiles over the median; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    """Distance of the quartiles over the median."""
+    low, median, high = quartiles(values)
     return (high - low) / median
 
 
-def hidden_share(launches: list[Launch]) -> float | None:
+def hidden_share(turns: list[Turn]) -> float | None:
     """1 - exposed / in flight over all measured steps; None where nothing was reported."""
-    exchange = math.fsum(second for one in launches for second in one.exchange)
-    exposed = math.fsum(second for one in launches for second in one.exposed)
+    exchange = math.fsum(second for one in turns for second in one.exchange)
+    exposed = math.fsum(second for one in turns for second in one.exposed)
     return 1 - exposed / exchange if exchange else None

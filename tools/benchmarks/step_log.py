@@ -1,4 +1,4 @@
-"""What a run of Megatron's loop says about its steps: the loss line, the timers, TensorBoard.
+"""What a run of Megatron's loop says about its steps: the loss line and the timers.
 
 A step is complete with the loss line, the timers of `--timing-log-level 1` behind it and the
 forward-only pass that `--eval-interval 1` puts behind that:
@@ -12,10 +12,8 @@ forward-only pass that `--eval-interval 1` puts behind that:
      validation loss at iteration 3 | ...
 """
 
-import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 _LOSS_LINE = re.compile(r"iteration +(\d+)/ *\d+ \|(.*)")
 _FIELD = re.compile(r" ([\w ()-]+): +([-+0-9.Ee]+) \|")
@@ -48,6 +46,19 @@ class Step:
         """Forward only, without gradients, as many micro-batches as the training step has."""
         return self.timers["evaluate"]
 
+    @property
+    def exchange(self) -> float | None:
+        """All-to-alls in flight; None for stock contenders, whose all-to-alls block."""
+        return self._seconds("a2a (ms)")
+
+    @property
+    def exposed(self) -> float | None:
+        """The part of it for which compute stood still."""
+        return self._seconds("a2a exposed (ms)")
+
+    def _seconds(self, field: str) -> float | None:
+        return self.fields[field] / 1e3 if field in self.fields else None
+
 
 class StepReader:
     """Puts the lines of a run together, one after the other."""
@@ -71,14 +82,3 @@ class StepReader:
             self._iteration, self._timers = None, {}
             return step
         return None
-
-
-def read_curve(tensorboard: Path, tag: str) -> dict[int, float]:
-    """A TensorBoard curve, {iteration: value}; empty where a run has no such curve."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in events.Scalars(tag)}
