@@ -29,7 +29,8 @@ INFO:megatron.core.timers:(min, max) time across ranks (ms):
     model-and-optimizer-setup ......................: (6748.43, 6749.87)
  [2026-11-24 22:11:18.634180] iteration        1/       2 | consumed samples:           32 | \
 elapsed time per iteration (ms): 812.5 | lm loss: 5.174809E+00 | a2a (ms): 91.2 | \
-a2a exposed (ms): 52.1 | a2a hidden: 43.0% | moe layer (ms): 300.500 | moe a2a (ms): 120.250 |
+a2a exposed (ms): 52.1 | a2a hidden: 43.0% | expert slots: 2,3 | \
+moe layer (ms): 300.500 | moe a2a (ms): 120.250 |
 INFO:megatron.core.timers:(min, max) time across ranks (ms):
     forward-backward ...............................: (700.00, 710.00)
     all-grads-sync .................................: (90.00, 110.00)
@@ -51,7 +52,7 @@ def test_step_of_a_log() -> None:
     (step,) = steps
     assert step.iteration == 1
     assert (step.train, step.layers, step.inference) == pytest.approx((0.8125, 0.6, 0.21))
-    assert (step.exchange, step.exposed) == (0.0912, 0.0521)
+    assert (step.exchange, step.exposed, step.slots) == (0.0912, 0.0521, "2,3")
     assert step.fields["moe layer (ms)"] == 300.5
     assert step.fields["moe a2a (ms)"] == 120.25
     assert "model-and-optimizer-setup" not in step.timers
@@ -188,13 +189,14 @@ def test_a_turn_has_what_its_steps_say() -> None:
     stock = {"elapsed time per iteration (ms)": 800.0}
     shortcut = stock | {"a2a (ms)": 91.5, "a2a exposed (ms)": 0.5}
     one, other = (
-        Turn.of("pos2", 0.6, True, 3, [Step(iteration, fields, timers) for iteration in (7, 8)])
-        for fields in (shortcut, stock)
+        Turn.of("pos2", 0.6, True, 3, [Step(number, fields, timers, slots) for number in (7, 8)])
+        for fields, slots in ((shortcut, "1,3"), (stock, None))
     )
     assert one.train == [0.8, 0.8] and one.inference == [0.2, 0.2]
     assert one.layers == pytest.approx([0.6, 0.6])
     assert (one.exchange, one.exposed) == ([0.0915, 0.0915], [0.0005, 0.0005])
     assert (other.exchange, other.exposed) == ([], [])
+    assert (one.slots, other.slots) == ("1,3", None)
 
 
 def test_spread_and_hidden_share() -> None:
@@ -249,7 +251,7 @@ def test_report(tmp_path: Path) -> None:
     )
     markdown, content = paths[0].read_text(), json.loads(paths[1].read_text())
     assert "Communication 60% of the top-2 MoE layer, 400 Mbit/s" in markdown
-    assert "| pos2 | 2040 +- " in markdown
+    assert "| pos2 | - | 2040 +- " in markdown
     assert content["links"][1]["wanted_share"] == 0.6
     assert content["links"][1]["share"] == pytest.approx(layer(400e6).share)
     assert len(content["turns"]) == len(TURNS)

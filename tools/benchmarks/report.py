@@ -114,6 +114,7 @@ def row_table(rows: list[Row]) -> list[str]:
     body = [
         (
             row.contender,
+            row.slots or "-",
             f"{row.train * 1e3:.0f} +- {row.spread:.1%}",
             f"{_times(row.speed)} {row.baseline}",
             f"{1 - 1 / row.speed.median:.1%}",
@@ -129,6 +130,7 @@ def row_table(rows: list[Row]) -> list[str]:
     ]
     head = (
         "contender",
+        "slots",
         "step ms",
         "speed",
         "time saved",

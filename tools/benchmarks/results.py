@@ -29,6 +29,8 @@ class Turn:
     """Time of all-to-alls in flight; empty for stock contenders, whose all-to-alls block."""
     exposed: list[float]
     """The part of it for which compute stood still."""
+    slots: str | None = None
+    """Where the experts ran, forward and backward."""
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Turn:
             inference=[step.inference for step in steps],
             exchange=[step.exchange for step in steps if step.exchange is not None],
             exposed=[step.exposed for step in steps if step.exposed is not None],
+            slots=steps[-1].slots,
         )
 
 
@@ -83,6 +86,8 @@ class Row:
     inference_unlimited: Ratio
     hidden: float | None
     """Share of the all-to-alls' time that compute did not wait for."""
+    slots: str | None
+    """Where the experts ran, forward and backward."""
 
 
 def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
@@ -124,6 +129,7 @@ def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
                     layers_unlimited=ratio(here, lifted, layers),
                     inference_unlimited=ratio(here, lifted, inference),
                     hidden=hidden_share(mine),
+                    slots=mine[-1].slots,
                 )
             )
     return table

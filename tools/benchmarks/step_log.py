@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 _LOSS_LINE = re.compile(r"iteration +(\d+)/ *\d+ \|(.*)")
 _FIELD = re.compile(r" ([\w ()-]+): +([-+0-9.Ee]+) \|")
+_SLOTS = re.compile(r" expert slots: (\d+,\d+) \|")
 _TIMER = re.compile(r"^ +([\w-]+) \.+: \(([0-9.]+), ([0-9.]+)\)")
 _END = re.compile(r"^ validation loss at iteration (\d+) \|")
 
@@ -30,6 +31,8 @@ class Step:
     """Of the loss line, as printed there."""
     timers: dict[str, float]
     """The slower rank's."""
+    slots: str | None = None
+    """Where the experts run, forward and backward, for example `1,3`; None for stock contenders."""
 
     @property
     def train(self) -> float:
@@ -67,6 +70,7 @@ class StepReader:
         self._iteration: int | None = None
         self._fields: dict[str, float] = {}
         self._timers: dict[str, float] = {}
+        self._slots: str | None = None
 
     def feed(self, line: str) -> Step | None:
         """The step that this line completes, if it does."""
@@ -74,10 +78,12 @@ class StepReader:
             self._iteration = int(match[1])
             self._fields = {name.strip(): float(value) for name, value in _FIELD.findall(match[2])}
             self._timers = {}
+            slots = _SLOTS.search(match[2])
+            self._slots = slots[1] if slots else None
         elif match := _TIMER.search(line):
             self._timers[match[1]] = float(match[3]) / 1e3
         elif (match := _END.search(line)) and self._iteration == int(match[1]):
-            step = Step(self._iteration, self._fields, self._timers)
+            step = Step(self._iteration, self._fields, self._timers, self._slots)
             # The pass at the end of a run says the same once more.
             self._iteration, self._timers = None, {}
             return step
