@@ -13,9 +13,9 @@ import pytest
 
 from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import window
-from tools.benchmarks import network, overlap_cluster
+from tools.benchmarks import job, network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
-from tools.benchmarks.contenders import Sizes, contenders, fixed_slots
+from tools.benchmarks.contenders import Contender, Sizes, contenders, fixed_slots
 from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import judge
 from tools.benchmarks.paper_shapes import communication_share, operator_times
@@ -94,6 +94,92 @@ def test_one_of_several_jobs_stands_still(monkeypatch: pytest.MonkeyPatch) -> No
             hosts.signal_job(number, signal.SIGKILL)
         for job in jobs:
             job.communicate()
+
+
+def test_a_run_that_ends_too_early_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(hosts: network.TwoHosts, host: int, script: list[str], output: Any, job: int) -> Any:
+        command = ["sh", "-c", f"echo no memory on host {host}; exit {3 + host}"]
+        return subprocess.Popen(command, stdout=output, text=True)
+
+    monkeypatch.setattr(job, "start_node", start)
+    monkeypatch.setattr(network, "_pids", lambda host: [])
+    hosts = network.TwoHosts(("one", "none"))
+    with (
+        pytest.raises(job.JobError, match=r"exit codes \[3, 4\](.|\n)*no memory on host 1"),
+        job.Job(hosts, 0, ["script"], [], tmp_path / "run.log") as run,
+    ):
+        run.take(1)
+    assert (tmp_path / "run.log.0").read_text() == "no memory on host 0\n"
+
+
+class OneAtATime:
+    """Stands for the hosts and their jobs: what was done, and by whom while who was running."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.rate: float | None = None
+        self.taken: list[tuple[str, float | None, int]] = []
+
+    def limit(self, rate: float | None) -> None:
+        self.rate = rate
+
+    def job(self, number: int, row: Contender, log: str, script: list[str]) -> "OneRun":
+        return OneRun(self, row.name)
+
+
+class OneRun:
+    def __init__(self, machine: OneAtATime, name: str) -> None:
+        self.machine, self.name = machine, name
+
+    def __enter__(self) -> "OneRun":
+        self.resume()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.machine.running.discard(self.name)
+
+    def pause(self) -> None:
+        self.machine.running.remove(self.name)
+
+    def resume(self) -> None:
+        self.machine.running.add(self.name)
+
+    def take(self, count: int) -> list[Step]:
+        assert self.machine.running == {self.name}
+        first = len(self.machine.taken)
+        self.machine.taken += [(self.name, self.machine.rate, first + i) for i in range(count)]
+        timers = {"forward-backward": 2.0, "all-grads-sync": 1.0, "evaluate": 1.0}
+        # The time of a step is its place in `taken`.
+        fields = "elapsed time per iteration (ms)"
+        return [Step(i, {fields: 1e3 * (first + i)}, timers) for i in range(count)]
+
+
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One runs at a time, with the link's limit and without; the step of a change is dropped."""
+    machine = OneAtATime()
+    hosts: Any = machine
+    bench = overlap_cluster.Bench(hosts, Sizes(), tmp_path, tmp_path, [])
+    monkeypatch.setattr(overlap_cluster.Bench, "job", lambda _, *options: machine.job(*options))
+    settings = overlap_cluster.Settings((0.6,), 2, warmup=3, steps=2, calibration_steps=1)
+    turns = bench.measure(ROWS, 0.6, layer(4e8), settings)
+    names = [row.name for row in ROWS]
+    assert [(one.contender, one.repetition) for one in turns[::2]] == [
+        *((name, 0) for name in names),
+        *((name, 1) for name in reversed(names)),
+    ]
+    assert [one.limited for one in turns] == [True, False] * 6
+    warmup = machine.taken[: 3 * len(names)]
+    assert [(name, rate) for name, rate, _ in warmup] == [(n, 4e8) for n in names for _ in range(3)]
+    for one in turns:
+        steps = [machine.taken[round(second)] for second in one.train]
+        rate = 4e8 if one.limited else None
+        assert [(name, at) for name, at, _ in steps] == [(one.contender, rate)] * 2
+        # The one before ran at the same rate already, and does not count.
+        before = round(one.train[0]) - 1
+        assert machine.taken[before][:2] == (one.contender, rate)
+        assert all(before not in map(round, other.train) for other in turns)
 
 
 # The search for a rate. ---------------------------------------------------------------------------
@@ -211,6 +297,28 @@ def test_goals() -> None:
     assert not goals["60%: inference 1.82 times as fast as top-2"]
     assert goals["60%: pos2 not slower than stock top-1 + shared expert"]
     assert len(goals) == 3  # 60 % is beyond what fits behind the window
+
+
+def test_goals_where_the_communication_fits() -> None:
+    """Against the same run without a limit, and not at all beyond a share of 50 %."""
+
+    def reached(turns: list[Turn]) -> dict[str, bool]:
+        rows = summarize([replace(one, share=0.3) for one in turns], ROWS)
+        return {goal.claim: goal.reached for goal in judge(rows)}
+
+    hides, near = (
+        "30%: pos2 hides 97%",
+        "30%: pos2, forward and backward at most 1.03 of the unlimited link",
+    )
+    goals = reached(TURNS)
+    assert goals[hides] and goals[near]
+    goals = reached([replace(one, exposed=[x / 20 for x in one.exchange]) for one in TURNS])
+    assert not goals[hides] and goals[near]
+    slower = [
+        replace(one, layers=[1.02 * x for x in one.layers]) if one.limited else one for one in TURNS
+    ]
+    goals = reached(slower)
+    assert goals[hides] and not goals[near]
 
 
 def test_goal_of_the_adaptive_slot() -> None:
