@@ -70,8 +70,7 @@ class UnitTracker(MoEMetricsTracker):
             wanted = self._traced(iteration + 1) or (
                 self._chooser is not None and self._chooser.wants_steps
             )
-            if unit.recorder.records_steps != wanted:
-                unit.record_steps(wanted)
+            unit.recorder.records_steps = wanted
 
         scalars = {"expert-load-imbalance": imbalance}
         console = f" expert load imbalance: {imbalance:.2f} |"
@@ -109,7 +108,7 @@ class UnitTracker(MoEMetricsTracker):
         # With the options into every checkpoint, so that a resumed run need not measure.
         get_args().scmoe_measured_slots = list(slots)
         for unit in self.units:
-            unit.set_slots(slots)
+            unit.slots = slots
 
     def _traced(self, iteration: int) -> bool:
         args = get_args()

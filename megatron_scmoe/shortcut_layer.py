@@ -43,7 +43,6 @@ from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backwar
 from megatron_scmoe.overlap.schedule import (
     PER_CHUNK,
     PLACES,
-    Slots,
     Step,
     Task,
     build_schedule,
@@ -122,7 +121,16 @@ class _Pass:
 
 
 class ShortcutLayer(NumberedLayer):
-    """Dense layer + MoE layer with a shortcut around the dense work between tap and merge."""
+    """Dense layer + MoE layer with a shortcut around the dense work between tap and merge.
+
+    Attributes, which hold from the next forward pass on:
+        slots: where the routed experts run.
+        overlap: whether exchanges are launched early and awaited late. Changes no bit of a result.
+        operators_ahead: on a GPU, dense operators that are enqueued before the host waits for the
+            numbers of rows.
+    """
+
+    operators_ahead = 1
 
     def __init__(
         self,
@@ -173,30 +181,24 @@ class ShortcutLayer(NumberedLayer):
                 self.dense_layer.self_attention, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION
             )
         self._watch_attention(self.self_attention, Step.CORE_ATTENTION, Step.PROJECTION)
-        self.set_slots(scmoe.initial_slots)
-
-    def set_slots(self, slots: Slots) -> None:
-        """Choose where the routed experts run, from the next forward pass on."""
-        self.slots = slots
-        self._build_schedule()
-
-    def record_steps(self, wanted: bool) -> None:
-        """Let the recorder have the times of all steps, from the next forward pass on."""
-        self.recorder.records_steps = wanted
-        self._build_schedule()
+        self.slots = scmoe.initial_slots
+        self.overlap = scmoe.scmoe_overlap
 
     @property
     def recorder(self) -> UnitRecorder:
         """What this unit did and when."""
         return self.mlp.recorder
 
-    def _build_schedule(self) -> None:
-        self.schedule = build_schedule(
+    def _schedule(self, hidden_states: Tensor) -> tuple[Task, ...]:
+        """What the next forward pass does, in order."""
+        # Asked of the data: the host moves a module to its device after it was built.
+        ahead = self.operators_ahead if runs_ahead(hidden_states) else 0
+        return build_schedule(
             self._scmoe.scmoe_shortcut_position,
             self.slots,
-            self._scmoe.scmoe_overlap,
+            self.overlap,
             self._scmoe.scmoe_num_chunks,
-            runs_ahead=runs_ahead(self.mlp.router.weight),
+            operators_ahead=ahead,
             marked=self.recorder.records_steps,
         )
 
@@ -221,7 +223,7 @@ class ShortcutLayer(NumberedLayer):
             hidden states [s, b, h], and the context that the host's block passes on.
         """
         run = _Pass(
-            tasks=deque(self.schedule),
+            tasks=deque(self._schedule(hidden_states)),
             hidden_states=hidden_states,
             attention_arguments={
                 "attention_mask": attention_mask,
@@ -235,7 +237,7 @@ class ShortcutLayer(NumberedLayer):
         )
         self._pass = run
         if self.training:
-            self.recorder.begin_pass()
+            self.recorder.begin_pass(hidden_states)
         try:
             self._advance(run)
         finally:
@@ -341,7 +343,7 @@ class ShortcutLayer(NumberedLayer):
 
     def prepare_dispatch(self, run: _Pass) -> None:
         assert run.tap is not None
-        run.work = self.mlp.prepare_dispatch(*run.tap)
+        run.work = self.mlp.prepare_dispatch(*run.tap, overlap=self.overlap)
         run.tap = None
 
     def start_dispatch(self, run: _Pass) -> None:

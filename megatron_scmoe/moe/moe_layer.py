@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe.token_dispatcher import ExpertInput, Trip, build_dispatcher
+from megatron_scmoe.moe.token_dispatcher import Chunk, ExpertInput, Trip, build_dispatcher
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 
@@ -78,7 +78,6 @@ class ScMoELayer(MoELayer):
             self.config, pg_collection, self.local_expert_indices, self.token_dispatcher
         )
         self.num_chunks = scmoe.scmoe_num_chunks
-        self.overlap = scmoe.scmoe_overlap
         self.recorder = UnitRecorder()
         self.combine_gate = CombineGate(self.config) if scmoe.scmoe_combine == "cg2" else None
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
@@ -89,16 +88,22 @@ class ScMoELayer(MoELayer):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
 
     def prepare_dispatch(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, overlap: bool
     ) -> "RoutedWork":
-        """Permute z, [s, b, h], by expert; probs and routing_map are [T, E]."""
+        """Permute z, [s, b, h], by expert; probs and routing_map are [T, E].
+
+        Args:
+            overlap: launch the exchanges of the backward pass early; otherwise wait at once.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(flat.split(sizes), probs.split(sizes), routing_map.split(sizes), strict=True)
-        trips = [self.token_dispatcher.prepare(*part) for part in parts]
+        # Evaluation is not recorded.
         recorder = self.recorder if self.training else None
-        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(self.overlap, recorder))
+        waited = self.recorder.host_waited if self.training else _forget
+        trips = self.token_dispatcher.prepare([Chunk(*part) for part in parts], waited)
+        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(overlap, recorder))
         work.branch.depart([trip.cargo() for trip in trips])
         return work
 
@@ -138,7 +143,9 @@ class ScMoELayer(MoELayer):
     def routed_output(work: "RoutedWork") -> Tensor:
         """sum_i G(z)_i E_i(z), [s, b, h]."""
         returned = zip(work.trips, work.branch.arrive(), strict=True)
-        return torch.cat([trip.restore(rows) for trip, rows in returned]).view(work.shape)
+        first, *others = [trip.restore(rows) for trip, rows in returned]
+        tokens = torch.cat([first, *others]) if others else first
+        return tokens.view(work.shape)
 
     def shared_expert(self, hidden_states: Tensor) -> SharedOutput:
         """Shared expert and coefficient gate on x, [s, b, h].
@@ -157,6 +164,10 @@ class ScMoELayer(MoELayer):
         if shared.routed_weight is not None:
             routed_output = routed_output * shared.routed_weight
         return routed_output + shared.output
+
+
+def _forget(_seconds: float) -> None:
+    pass
 
 
 class CombineGate(MegatronModule):

@@ -1,6 +1,6 @@
 """How tokens get to their experts and back, as trips that hand their state on.
 
-    dispatcher.prepare(z) -> Trip      cargo, collective -> (exchange) -> expert_input -> (experts)
+    dispatcher.prepare([z]) -> [Trip]  cargo, collective -> (exchange) -> expert_input -> (experts)
                                        -> reply -> (exchange) -> restore
 
 Differs from megatron.core.transformer.moe.token_dispatcher: a trip is one chunk of one micro-batch
@@ -11,8 +11,10 @@ Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E
 experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's experts
 """
 
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.moe.row_counts import KnownRowCounts, RowCounts
 from megatron_scmoe.overlap.collectives import (
     AllGather,
     AllToAll,
@@ -43,7 +46,18 @@ from megatron_scmoe.overlap.collectives import (
     Fused,
     ReduceScatter,
 )
-from megatron_scmoe.overlap.streams import HostCopy, launch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of one micro-batch's tokens, to be sent to its experts."""
+
+    hidden_states: Tensor
+    """What the routed experts read, [T, h]."""
+    probs: Tensor
+    """Router weights, zero where not routed, [T, E]."""
+    routing_map: Tensor
+    """[T, E], bool."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,11 @@ class Trip(Protocol):
 class Dispatcher(Protocol):
     """One way of exchanging tokens."""
 
-    def prepare(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Trip:
-        """Begin a trip.
+    def prepare(self, chunks: list[Chunk], host_waited: Callable[[float], None]) -> Sequence[Trip]:
+        """Begin a trip with each chunk, and ask for the numbers of rows of all.
 
         Args:
-            hidden_states: what the routed experts read, [T, h].
-            probs: router weights, zero where not routed, [T, E].
-            routing_map: [T, E], bool.
+            host_waited: told the seconds for which the host stands still until it knows them.
         """
 
 
@@ -101,9 +113,9 @@ def build_dispatcher(
     Args:
         host: the host's own.
     """
-    if isinstance(host, MoEFlexTokenDispatcher):
-        return FlexDispatcher(host)
     local_experts = slice(local_expert_indices[0], local_expert_indices[-1] + 1)
+    if isinstance(host, MoEFlexTokenDispatcher):
+        return FlexDispatcher(host, local_experts)
     if config.moe_token_dispatcher_type == "allgather":
         return AllGatherDispatcher(config, pg_collection, local_experts)
     return AllToAllDispatcher(config, pg_collection, local_experts)
@@ -129,43 +141,70 @@ class AllToAllDispatcher:
         self.by_expert = chunks.view(self.tp_ep_group.size(), -1).T.ravel()
         self.by_rank = chunks.view(-1, self.tp_ep_group.size()).T.ravel()
 
-    def prepare(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> "AllToAllTrip":
+    def prepare(
+        self, chunks: list[Chunk], host_waited: Callable[[float], None]
+    ) -> "list[AllToAllTrip]":
         """Permute the tokens by expert and ask the other ranks for their numbers of rows."""
-        return AllToAllTrip(self, hidden_states, probs, routing_map)
+        config = self.config
+        if config.moe_router_padding_for_quantization:
+            multiple = get_align_size_for_quantization(config)
+            chunks = [
+                replace(chunk, routing_map=pad_routing_map(chunk.routing_map, multiple))
+                for chunk in chunks
+            ]
+        maps = [chunk.routing_map for chunk in chunks]
+        if config.moe_pad_expert_input_to_capacity:
+            num_tokens, num_experts = maps[0].shape
+            shape = (self.tp_ep_group.size(), len(maps), num_experts)
+            counts: RowCounts = KnownRowCounts(shape, self._capacity(num_tokens), maps[0].device)
+        else:
+            counts = RowCounts(maps, self.tp_ep_group, host_waited)
+        return [AllToAllTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
+
+    def most_rows(self, routing_map: Tensor) -> int:
+        """Rows that a routing map, [T, E], may have; all that it has if they are padded to
+        capacity."""
+        config = self.config
+        num_tokens, num_experts = routing_map.shape
+        if config.moe_pad_expert_input_to_capacity:
+            return num_experts * self._capacity(num_tokens)
+        rows = num_tokens * config.moe_router_topk
+        if config.moe_router_padding_for_quantization:
+            rows += num_experts * (get_align_size_for_quantization(config) - 1)
+        return min(rows, num_tokens * num_experts)
+
+    def _capacity(self, num_tokens: int) -> int:
+        config = self.config
+        return get_capacity(
+            num_tokens=num_tokens * config.moe_router_topk,
+            num_experts=config.num_moe_experts,
+            capacity_factor=config.moe_expert_capacity_factor,
+        )
 
 
 class AllToAllTrip:
-    """Rows sorted by expert, sent to the ranks of the experts and back."""
+    """Rows sorted by expert, sent to the ranks of the experts and back.
+
+    How many rows there are the host need not know to permute them: it permutes as many as there can
+    be, real ones first, and sends those.
+    """
 
     def __init__(
-        self,
-        dispatcher: AllToAllDispatcher,
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
+        self, dispatcher: AllToAllDispatcher, chunk: Chunk, counts: RowCounts, index: int
     ) -> None:
         self._dispatcher = dispatcher
-        self._config = config = dispatcher.config
-        if config.moe_router_padding_for_quantization:
-            routing_map = pad_routing_map(routing_map, get_align_size_for_quantization(config))
-        self._shape = hidden_states.shape
-        self._probs_dtype = probs.dtype
-        self._routing_map = routing_map
-        self._counts = _RowCounts(dispatcher, routing_map)
-        # Without dropping and padding the host need not wait for the counts to permute.
-        if config.moe_expert_capacity_factor is None and not (
-            config.moe_router_padding_for_quantization
-        ):
-            self._num_rows = routing_map.shape[0] * config.moe_router_topk
-        else:
-            self._num_rows = int(self._own_counts().sum())
+        self._config = dispatcher.config
+        self._shape = chunk.hidden_states.shape
+        self._probs_dtype = chunk.probs.dtype
+        self._routing_map = chunk.routing_map
+        self._counts, self._index = counts, index
         rows, row_probs, self._permutation, _, _ = permute(
-            hidden_states,
-            routing_map,
-            probs=probs,
-            num_out_tokens=self._num_rows,
-            fused=config.moe_permute_fusion,
-            drop_and_pad=config.moe_pad_expert_input_to_capacity,
+            chunk.hidden_states,
+            chunk.routing_map,
+            probs=chunk.probs,
+            num_out_tokens=dispatcher.most_rows(chunk.routing_map),
+            fused=self._config.moe_permute_fusion,
+            drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
         )
         # The small exchange first: with CUDA_DEVICE_MAX_CONNECTIONS=1 work that is enqueued behind
         # a second exchange would wait for the first one.
@@ -180,22 +219,24 @@ class AllToAllTrip:
         """Splits from everybody's numbers of rows.
 
         Raises:
-            RuntimeError: the router chose another number of experts than K for some token.
+            RuntimeError: the router chose more than K experts for some token.
         """
         own = self._dispatcher
-        sent = self._own_counts()
-        if int(sent.sum()) != self._num_rows:
-            raise RuntimeError(
-                f"the router selected {int(sent.sum())} rows, not tokens x top-k = {self._num_rows}"
-            )
-        counts, device_counts = self._counts.wait()
+        ranks = own.ep_group.size(), own.tp_group.size()
+        counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
+        sent = counts[own.ep_group.rank(), own.tp_group.rank()]
+        self._num_rows = int(sent.sum())
+        most = own.most_rows(self._routing_map)
+        if self._num_rows > most:
+            raise RuntimeError(f"the router selected {self._num_rows} rows, {most} at most fit")
         received = counts[:, :, own.local_experts]
         self._tokens_per_expert = received.sum(dim=(0, 1))
         # Rows from each (expert tensor parallel, expert parallel) rank for each local expert,
         # [ETP * EP, e]: the gather over expert tensor parallel ranks puts their blocks one after
         # another. A fused permutation reads them on the device.
-        chunk_counts = device_counts if self._config.moe_permute_fusion else counts
-        self._chunk_sizes = chunk_counts[:, :, own.local_experts].transpose(0, 1).flatten(0, 1)
+        if self._config.moe_permute_fusion:
+            counts = self._counts.on_device()[:, self._index].unflatten(0, ranks)
+        self._chunk_sizes = counts[:, :, own.local_experts].transpose(0, 1).flatten(0, 1)
         self._rows_per_tp_rank = received.sum(dim=(0, 2)).tolist()
         self._collective = AllToAll(
             group=own.ep_group,
@@ -236,20 +277,16 @@ class AllToAllTrip:
 
     def restore(self, rows: Tensor) -> Tensor:
         """Back in the order of the tokens."""
+        fused = self._config.moe_permute_fusion
         return unpermute(
             rows,
-            self._permutation,
+            # A fused permutation lists places of tokens, another one tokens of rows.
+            self._permutation if fused else self._permutation[: self._num_rows],
             restore_shape=self._shape,
             routing_map=self._routing_map,
-            fused=self._config.moe_permute_fusion,
+            fused=fused,
             drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
         )
-
-    def _own_counts(self) -> Tensor:
-        """Rows that this rank sends to each expert, [E], on the CPU."""
-        own = self._dispatcher
-        counts, _ = self._counts.wait()
-        return counts[own.ep_group.rank(), own.tp_group.rank()]
 
     def _several_experts(self) -> bool:
         return self._tokens_per_expert.numel() > 1
@@ -262,42 +299,6 @@ class AllToAllTrip:
         )
 
 
-class _RowCounts:
-    """Rows from every rank for every expert, [EP, ETP, E], int64, gathered beside other work."""
-
-    def __init__(self, dispatcher: AllToAllDispatcher, routing_map: Tensor) -> None:
-        config, group = dispatcher.config, dispatcher.tp_ep_group
-        num_tokens, num_experts = routing_map.shape
-        self._shape = (dispatcher.ep_group.size(), dispatcher.tp_group.size(), num_experts)
-        self._pending: HostCopy | None = None
-        if config.moe_pad_expert_input_to_capacity:
-            capacity = get_capacity(
-                num_tokens=num_tokens * config.moe_router_topk,
-                num_experts=num_experts,
-                capacity_factor=config.moe_expert_capacity_factor,
-            )
-            self._host = torch.full(self._shape, capacity, dtype=torch.int64)
-            self._device = self._host.to(routing_map.device)
-            return
-        counts = routing_map.sum(dim=0)
-        if group.size() == 1:
-            self._device = counts
-            self._host = counts.cpu()
-            return
-        gather = AllGather(group)
-        self._device = gather.buffer(counts)
-        flight = launch(
-            lambda async_op: [gather.issue(self._device, counts, async_op)], [counts, self._device]
-        )
-        self._pending = HostCopy(flight, self._device)
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """The counts on the CPU and on the device; blocks the host the first time."""
-        if self._pending is not None:
-            self._host, self._pending = self._pending.wait(), None
-        return self._host.view(self._shape), self._device.view(self._shape)
-
-
 class AllGatherDispatcher:
     """Sends every token to all ranks, which pick those of their experts (`allgather`)."""
 
@@ -308,26 +309,27 @@ class AllGatherDispatcher:
         self.group = pg_collection.tp_ep
         self.local_experts = local_experts
 
-    def prepare(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> "AllGatherTrip":
+    def prepare(
+        self, chunks: list[Chunk], host_waited: Callable[[float], None]
+    ) -> "list[AllGatherTrip]":
         """Nothing is computed before the exchange."""
-        return AllGatherTrip(self, hidden_states, probs, routing_map)
+        maps = [chunk.routing_map for chunk in chunks]
+        counts = RowCounts(maps, self.group, host_waited)
+        return [AllGatherTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
 
 
 class AllGatherTrip:
     """Tokens gathered from the expert (tensor) parallel ranks; outputs summed over them."""
 
     def __init__(
-        self,
-        dispatcher: AllGatherDispatcher,
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
+        self, dispatcher: AllGatherDispatcher, chunk: Chunk, counts: RowCounts, index: int
     ) -> None:
         self._dispatcher = dispatcher
         self._fused = dispatcher.config.moe_permute_fusion
-        self._dtype = hidden_states.dtype
+        self._dtype = chunk.hidden_states.dtype
+        self._counts, self._index = counts, index
         # Small ones first, as in an all-to-all.
-        self._cargo: tuple[Tensor, ...] = (routing_map, probs, hidden_states)
+        self._cargo: tuple[Tensor, ...] = (chunk.routing_map, chunk.probs, chunk.hidden_states)
 
     def cargo(self) -> tuple[Tensor, ...]:
         """Routing map and router weights, [T, E], and hidden states, [T, h]."""
@@ -335,24 +337,24 @@ class AllGatherTrip:
         return cargo
 
     def collective(self) -> Collective:
-        """One number of tokens on all ranks: nothing to ask for."""
+        """One number of tokens on all ranks: no need to know the numbers of rows."""
         return AllGather(self._dispatcher.group)
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """The tokens of this rank's experts; a token of several experts is repeated."""
         routing_map, probs, hidden_states = received
-        self._local_map = routing_map[:, self._dispatcher.local_experts].contiguous()
-        local_probs = probs[:, self._dispatcher.local_experts]
+        local = self._dispatcher.local_experts
+        self._local_map = routing_map[:, local].contiguous()
         self._shape = hidden_states.shape
         self._probs_dtype = probs.dtype
-        tokens_per_expert = self._local_map.sum(dim=0).cpu()
-        rows, _, self._permutation, _, _ = permute(
+        tokens_per_expert = self._counts.on_host()[:, self._index, local].sum(dim=0)
+        rows, row_probs, self._permutation, _, _ = permute(
             hidden_states,
             self._local_map,
+            probs=probs[:, local].contiguous(),
             num_out_tokens=int(tokens_per_expert.sum()),
             fused=self._fused,
         )
-        row_probs = local_probs.T.masked_select(self._local_map.T)
         return ExpertInput(rows, row_probs, tokens_per_expert)
 
     def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
@@ -378,35 +380,48 @@ class FlexDispatcher:
         host: builds the manager of --moe-flex-dispatcher-backend and speaks to it.
     """
 
-    def __init__(self, host: MoEFlexTokenDispatcher) -> None:
+    def __init__(self, host: MoEFlexTokenDispatcher, local_experts: slice) -> None:
         self.host = host
+        self.local_experts = local_experts
 
-    def prepare(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> "FlexTrip":
+    def prepare(
+        self, chunks: list[Chunk], host_waited: Callable[[float], None]
+    ) -> "list[FlexTrip]":
         """Find the ranks of each token."""
-        return FlexTrip(self, hidden_states, probs, routing_map)
+        trips = [FlexTrip(self, chunk) for chunk in chunks]
+        if self.host.config.moe_flex_dispatcher_backend == "hybridep":
+            # It waits for the numbers of rows wherever it needs them, unless it is told them.
+            maps = [chunk.routing_map for chunk in chunks]
+            counts = RowCounts(maps, self.host._comm_manager.group, host_waited)
+            for index, trip in enumerate(trips):
+                trip.will_know(counts, index)
+        return trips
 
 
 class FlexTrip:
     """Permutation and exchange in one kernel; one manager for there and back."""
 
-    def __init__(
-        self,
-        dispatcher: FlexDispatcher,
-        hidden_states: Tensor,
-        probs: Tensor,
-        routing_map: Tensor,
-    ) -> None:
+    def __init__(self, dispatcher: FlexDispatcher, chunk: Chunk) -> None:
+        self._dispatcher = dispatcher
         host = dispatcher.host
         # The host's manager holds the state of one micro-batch; a copy holds this trip's. Buffers
         # of the backend, counters of dropped tokens and groups stay shared.
         self._manager = manager = copy(host._comm_manager)
+        # The host's looks for the valid indices, and waits for the device to count them.
+        manager._indices_to_multihot = partial(_multihot, manager.num_local_experts)
         # [T, TP * EP, e]: every rank of the group with its experts.
-        by_rank, probs_by_rank = host._initialize_metadata(routing_map, probs)
+        by_rank, probs_by_rank = host._initialize_metadata(chunk.routing_map, chunk.probs)
         manager.setup_metadata(by_rank, probs_by_rank)
         visits = by_rank.any(dim=2)
         self._rows_leaving = visits.sum() - visits[:, manager.group.rank()].sum()
-        self._cargo: tuple[Tensor, ...] = (hidden_states, manager.token_probs)
+        self._counts: tuple[RowCounts, int] | None = None
+        self._cargo: tuple[Tensor, ...] = (chunk.hidden_states, manager.token_probs)
         manager.token_probs = None
+
+    def will_know(self, counts: RowCounts, index: int) -> None:
+        """Take the numbers of rows from here, unless a capacity decides them."""
+        if self._manager.num_permuted_tokens is None:
+            self._counts = counts, index
 
     def cargo(self) -> tuple[Tensor, ...]:
         """Hidden states, [T, h], and router weights, [T, K] or [T, E]."""
@@ -414,8 +429,14 @@ class FlexTrip:
         return cargo
 
     def collective(self) -> Collective:
-        """The manager's dispatch; it blocks the host until the numbers of rows are known."""
-        manager = self._manager
+        """The manager's dispatch. DeepEP's blocks the host until the numbers of rows are known."""
+        manager, config = self._manager, self._dispatcher.host.config
+        if self._counts is not None:
+            counts, index = self._counts
+            rows = counts.on_host()[:, index, self._dispatcher.local_experts].sum(dim=0)
+            if config.fp8 or config.fp4:
+                rows += -rows % get_align_size_for_quantization(config)
+            manager.tokens_per_expert, manager.num_permuted_tokens = rows, int(rows.sum())
 
         def dispatch(hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
             manager.token_probs = probs
@@ -426,7 +447,8 @@ class FlexTrip:
             manager.token_probs = None
             return rows, received
 
-        return Fused(dispatch, self._rows_leaving)
+        blocks = config.moe_flex_dispatcher_backend == "deepep"
+        return Fused(dispatch, self._rows_leaving, blocks_host=blocks)
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """What the exchange has not sorted by expert yet is sorted here."""
@@ -447,3 +469,16 @@ class FlexTrip:
     def restore(self, rows: Tensor) -> Tensor:
         """In the order of the tokens already."""
         return rows
+
+
+def _multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Which experts a token has and with which weights, each [R, e], from DeepEP's [R, K]; an index
+    of -1 is of no expert of this rank."""
+    # A column for those that have none.
+    columns = indices.where(indices >= 0, num_local_experts)
+    size = (len(indices), num_local_experts + 1)
+    routing_map = torch.zeros(size, dtype=torch.bool, device=indices.device)
+    weights = torch.zeros(size, dtype=torch.float32, device=indices.device)
+    routing_map = routing_map.scatter(1, columns, True)
+    weights = weights.scatter(1, columns, probs)
+    return routing_map[:, :-1].contiguous(), weights[:, :-1].contiguous()

@@ -12,15 +12,17 @@ runs the routed work forward, one of them runs it backward.
                dense' | depart returns the gradients
 
 `depart`, `gate` and `arrive` are nodes of the dense graph, chained by an empty token, so that
-autograd keeps their order. What happens between them is the branch's own graph of each chunk: its
-leaves are the received tensors, its root is what is sent back, and the gate's backward runs it as
-activation checkpointing does. Nothing lives on a module; any number of branches may be in flight.
+autograd keeps their order. The token lives where the cargo lives: on a GPU, autograd runs the
+backward of a node on the thread and the stream of its output's device. What happens between depart
+and arrive is the branch's own graph of each chunk, from the received tensors to what is sent back,
+and the gate's backward runs it as activation checkpointing does. Nothing lives on a module; any
+number of branches may be in flight.
 
 Shapes: N rows sent, R rows received, of each chunk of the tokens
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_scmoe.overlap.collectives import Collective, Transfer
+from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.recorder import Activity, Direction, UnitRecorder
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.overlap.streams import Event, now
@@ -39,16 +42,14 @@ class _Chunk:
 
     cargo: list[Tensor]
     """What departs, each [N, ...]; empty once it is sent."""
-    wants_gradient: list[bool]
-    """Whether a gradient is sent back for each of them; integers have none."""
+    rows: list[int | None]
+    """How many rows of each departed, N; None of integers, for which no gradient comes back."""
     dispatch: Collective | None = None
     transfer: Transfer | None = None
     """The exchange in flight, whichever it is."""
-    leaves: list[Tensor] = field(default_factory=list)
-    """Received tensors that want a gradient, each [R, ...]."""
+    graph: OwnGraph | None = None
+    """From what was received, each [R, ...], to what was sent back, [R, ...]."""
     combine: Collective | None = None
-    root: Tensor | None = None
-    """What was sent back, with the graph that leads to the leaves."""
     result: Tensor | None = None
     """What came back, [N, ...]."""
     grad: Tensor | None = None
@@ -84,12 +85,13 @@ class RoutedBranch:
         """Take what every chunk sends, each [N, ...], out of the dense graph."""
         tensors = [tensor for chunk in cargo for tensor in chunk]
         # The chain exists even if nothing in front of it is trained: the experts may be.
-        anchor = torch.empty(0, requires_grad=torch.is_grad_enabled())
+        anchor = tensors[0].new_empty(0, dtype=torch.float32)
+        anchor.requires_grad_(torch.is_grad_enabled())
         self._token = _Depart.apply(self, [len(chunk) for chunk in cargo], anchor, *tensors)
         self._ready = now(tensors[0])
 
     def send(self, chunk: int, collective: Collective) -> None:
-        """Launch the exchange of a chunk's cargo and return at once."""
+        """Launch the exchange of a chunk's cargo, or of its first rows, and return at once."""
         own = self._chunks[chunk]
         own.dispatch = collective
         log = self._log("dispatch", "forward", chunk)
@@ -97,23 +99,20 @@ class RoutedBranch:
         own.cargo = []
 
     def receive(self, chunk: int) -> list[Tensor]:
-        """What the other ranks sent, each [R, ...]; leaves of the chunk's own graph."""
+        """What the other ranks sent, each [R, ...]; it begins the chunk's own graph."""
         own = self._chunks[chunk]
-        # An exchange of one rank hands its input on: a leaf is a tensor of its own.
-        received = [tensor.detach() for tensor in own.complete()]
+        received = own.complete()
         if torch.is_grad_enabled():
-            own.leaves = [
-                x for x, wanted in zip(received, own.wants_gradient, strict=True) if wanted
-            ]
-            for leaf in own.leaves:
-                leaf.requires_grad_()
+            own.graph = OwnGraph()
+            received = own.graph.enter(received)
         return received
 
     def send_back(self, chunk: int, collective: Collective, rows: Tensor) -> None:
         """Launch the exchange of the chunk's results, [R, ...], and return at once."""
         own = self._chunks[chunk]
         own.combine = collective
-        own.root = rows if torch.is_grad_enabled() else None
+        if own.graph is not None:
+            own.graph.leave([rows])
         log = self._log("combine", "forward", chunk)
         own.transfer = Transfer(collective, [rows.detach()], log)
 
@@ -174,14 +173,10 @@ class RoutedBranch:
             self._switch(Step.WAIT_COMBINE, chunk)
             if own.transfer is None:
                 self._send_gradient(chunk)
-            (grad,) = own.complete()
-            if own.root is None:
-                raise RuntimeError("the routed branch cannot run backward a second time")
+            grad = own.complete()
             self._switch(Step.EXPERTS, chunk)
-            root, own.root = own.root, None
-            torch.autograd.backward(root, grad)
-            leaves, own.leaves = own.leaves, []
-            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            assert own.graph is not None
+            grads = own.graph.backward(grad)
             self._switch(Step.START_DISPATCH, chunk)
             assert own.dispatch is not None
             log = self._log("dispatch", "backward", chunk)
@@ -212,9 +207,18 @@ class RoutedBranch:
             if own.transfer is not None:
                 own.cargo = own.complete()
             returned: Iterator[Tensor | None] = iter(own.cargo or repeat(None))
-            grads += [next(returned) if wanted else None for wanted in own.wants_gradient]
+            grads += [None if rows is None else _of_rows(next(returned), rows) for rows in own.rows]
             own.cargo = []
         return grads
+
+
+def _of_rows(grad: Tensor | None, rows: int) -> Tensor | None:
+    """A gradient of all rows from that of those which were sent, the first ones."""
+    if grad is None or grad.shape[0] == rows:
+        return grad
+    whole = grad.new_zeros(rows, *grad.shape[1:])
+    whole[: grad.shape[0]] = grad
+    return whole
 
 
 class _Depart(torch.autograd.Function):
@@ -225,8 +229,10 @@ class _Depart(torch.autograd.Function):
         ctx.branch = branch
         departing = iter(tensors)
         for size in sizes:
-            cargo = [next(departing).detach() for _ in range(size)]
-            branch._chunks.append(_Chunk(cargo, [x.is_floating_point() for x in cargo]))
+            # Copied here if they have to be: what `ready` marks is complete.
+            cargo = [next(departing).detach().contiguous() for _ in range(size)]
+            rows = [x.shape[0] if x.is_floating_point() else None for x in cargo]
+            branch._chunks.append(_Chunk(cargo, rows))
         return anchor.new_empty(0)
 
     @staticmethod
@@ -255,6 +261,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, branch: RoutedBranch, token: Tensor) -> tuple[Tensor, ...]:
         ctx.branch = branch
+        ctx.device, ctx.dtype = token.device, token.dtype
         results = tuple(chunk.result for chunk in branch._chunks)
         for chunk in branch._chunks:
             chunk.result = None
@@ -264,4 +271,4 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.branch._take_gradients(grads)
-        return None, grads[0].new_zeros(0)
+        return None, torch.zeros(0, dtype=ctx.dtype, device=ctx.device)

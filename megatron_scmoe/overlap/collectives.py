@@ -13,45 +13,55 @@ Shapes: N rows sent, R rows received, n ranks of the group
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
+from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
-from megatron_scmoe.overlap.streams import (
-    Event,
-    Flight,
-    hand_over,
-    launch,
-    reduces_in_flight,
-)
+from megatron_scmoe.overlap.streams import Event, launch
 
 
 class Collective(ABC):
-    """One kind of exchange."""
+    """One kind of exchange; `streams.launch` calls it and looks after the memory."""
+
+    blocks_host = False
+    """Whether `exchange` returns when the numbers of rows are known, and not at once."""
 
     @abstractmethod
     def mirrored(self) -> "Collective":
         """The exchange that goes the other way."""
 
     @abstractmethod
-    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight | None, list[Tensor]]:
-        """Start it and return at once: no flight where nothing moves, and what will be filled.
+    def moves(self) -> bool:
+        """Whether anything travels; otherwise what is sent is what is received."""
+
+    def leaving(self, tensor: Tensor) -> Tensor:
+        """What is sent of a tensor: its first rows, [N, ...]."""
+        return tensor
+
+    @abstractmethod
+    def exchange(
+        self, sent: list[Tensor], async_op: bool
+    ) -> tuple[list[Tensor], list[Work | None]]:
+        """Called where exchanges run: allocate what will be filled and start filling it.
 
         Args:
             sent: each [N, ...].
-            ready: the point of the compute stream behind which they are filled; now by default.
+
+        Returns:
+            what will be received, and what to wait for if `async_op`.
         """
 
     @abstractmethod
     def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
         """What this rank sends to other ranks."""
 
-    @abstractmethod
-    def results(self, filled: list[Tensor]) -> list[Tensor]:
-        """What the caller gets of what was filled, each [R, ...]."""
+    def result(self, received: Tensor) -> Tensor:
+        """What the caller gets of what was received, [R, ...]; called where compute runs."""
+        return received
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,16 @@ class PerTensor(Collective):
     group: ProcessGroup
     """Who takes part."""
 
+    def moves(self) -> bool:
+        return self.group.size() > 1
+
+    def exchange(
+        self, sent: list[Tensor], async_op: bool
+    ) -> tuple[list[Tensor], list[Work | None]]:
+        buffers = [self.buffer(tensor) for tensor in sent]
+        pairs = zip(buffers, sent, strict=True)
+        return buffers, [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
+
     @abstractmethod
     def buffer(self, sent: Tensor) -> Tensor:
         """An empty tensor for what `issue` writes."""
@@ -69,17 +89,6 @@ class PerTensor(Collective):
     def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
         """Call torch.distributed."""
 
-    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight | None, list[Tensor]]:
-        if self.group.size() == 1:
-            return None, sent
-        buffers = [self.buffer(tensor) for tensor in sent]
-
-        def issue(async_op: bool) -> list[Work | None]:
-            pairs = zip(buffers, sent, strict=True)
-            return [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
-
-        return launch(issue, [*sent, *buffers], ready), buffers
-
     def bytes_sent(self, sent: list[Tensor]) -> int:
         return sum(self._bytes_sent(tensor) for tensor in sent)
 
@@ -87,17 +96,13 @@ class PerTensor(Collective):
     def _bytes_sent(self, sent: Tensor) -> int:
         """Of one tensor."""
 
-    def results(self, filled: list[Tensor]) -> list[Tensor]:
-        return [self.result(buffer) for buffer in filled]
-
-    def result(self, buffer: Tensor) -> Tensor:
-        """What the caller gets of a filled buffer, [R, ...]."""
-        return buffer
-
 
 @dataclass(frozen=True)
 class AllToAll(PerTensor):
-    """Rows for each rank of the group, one rank's after the other's."""
+    """Rows for each rank of the group, one rank's after the other's.
+
+    Of a tensor with more rows than are sent the last ones stay behind.
+    """
 
     input_splits: list[int]
     """Rows sent to each rank; sums to N."""
@@ -106,6 +111,9 @@ class AllToAll(PerTensor):
 
     def mirrored(self) -> "AllToAll":
         return AllToAll(self.group, self.output_splits, self.input_splits)
+
+    def leaving(self, tensor: Tensor) -> Tensor:
+        return tensor[: sum(self.input_splits)]
 
     def buffer(self, sent: Tensor) -> Tensor:
         return sent.new_empty((sum(self.output_splits), *sent.shape[1:]))
@@ -148,17 +156,17 @@ class ReduceScatter(PerTensor):
         return AllGather(self.group)
 
     def buffer(self, sent: Tensor) -> Tensor:
-        if reduces_in_flight(sent):
-            return sent.new_empty((sent.shape[0] // self.group.size(), *sent.shape[1:]))
-        return torch.empty_like(sent)
+        if self._by_gloo():
+            return torch.empty_like(sent)
+        return sent.new_empty((sent.shape[0] // self.group.size(), *sent.shape[1:]))
 
     def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
-        if reduces_in_flight(sent):
-            return torch.distributed.reduce_scatter_tensor(
+        if self._by_gloo():
+            # It would reduce everything on every rank: twice the bytes. The parts are summed here.
+            return torch.distributed.all_to_all_single(
                 buffer, sent, group=self.group, async_op=async_op
             )
-        # gloo would reduce everything on every rank: twice the bytes. The parts are summed here.
-        return torch.distributed.all_to_all_single(
+        return torch.distributed.reduce_scatter_tensor(
             buffer, sent, group=self.group, async_op=async_op
         )
 
@@ -166,63 +174,64 @@ class ReduceScatter(PerTensor):
         size = self.group.size()
         return (size - 1) * (sent.nbytes // size)
 
-    def result(self, buffer: Tensor) -> Tensor:
-        if reduces_in_flight(buffer):
-            return buffer
-        return buffer.unflatten(0, (self.group.size(), -1)).sum(dim=0)
+    def result(self, received: Tensor) -> Tensor:
+        if self._by_gloo():
+            return received.unflatten(0, (self.group.size(), -1)).sum(dim=0)
+        return received
+
+    def _by_gloo(self) -> bool:
+        return torch.distributed.get_backend(self.group) == "gloo"
 
 
 class Fused(Collective):
     """An exchange by a function that autograd can take back, such as DeepEP's dispatch.
 
     It is called where exchanges run, and so is its backward. Its graph is its own: it begins at
-    copies of what is sent and ends at what is received.
+    what is sent and ends at what is received.
 
     Args:
         function: sent tensors to received ones; what it does not block for may run later.
         rows_leaving: rows that this rank sends to other ranks, []. The way back is taken to carry
             as many, which holds for the mean over ranks.
+        blocks_host: whether the function waits for the numbers of rows.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], rows_leaving: int | Tensor
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        rows_leaving: int | Tensor,
+        blocks_host: bool = False,
     ) -> None:
         self._function = function
         self._rows_leaving = rows_leaving
-        self._inputs: list[Tensor] = []
-        self._outputs: list[GradientEdge] = []
+        self.blocks_host = blocks_host
+        self._graph: OwnGraph | None = None
 
     def mirrored(self) -> "FusedBackward":
         return FusedBackward(self)
 
-    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight, list[Tensor]]:
-        differentiable = torch.is_grad_enabled()
-        received: list[Tensor] = []
+    def moves(self) -> bool:
+        return True
 
-        def issue(_async_op: bool) -> list[Work | None]:
-            inputs = [tensor.detach().requires_grad_(differentiable) for tensor in sent]
-            received.extend(self._function(*inputs))
-            if differentiable:
-                self._inputs = inputs
-                # The edges lead to the graph without holding the received rows.
-                self._outputs = [get_gradient_edge(tensor) for tensor in received]
-            return []
+    def exchange(
+        self, sent: list[Tensor], async_op: bool
+    ) -> tuple[list[Tensor], list[Work | None]]:
+        if not torch.is_grad_enabled():
+            return list(self._function(*sent)), []
+        self._graph = OwnGraph()
+        received = self._function(*self._graph.enter(sent))
+        self._graph.leave(received)
+        return [tensor.detach() for tensor in received], []
 
-        return launch(issue, sent, ready), received
-
-    def take_back(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def take_back(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of what was sent from those of what was received; call once."""
-        inputs, self._inputs = self._inputs, []
-        outputs, self._outputs = self._outputs, []
-        return torch.autograd.grad(outputs, inputs, grads)
+        assert self._graph is not None
+        graph, self._graph = self._graph, None
+        return graph.backward(grads)
 
     def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
         """Of the rows; their weights are not counted."""
         return self._rows_leaving * sent[0][0].nbytes
-
-    def results(self, filled: list[Tensor]) -> list[Tensor]:
-        hand_over(filled)
-        return [tensor.detach() for tensor in filled]
 
 
 class FusedBackward(Collective):
@@ -234,29 +243,24 @@ class FusedBackward(Collective):
     def mirrored(self) -> Fused:
         return self._there
 
-    def launch(self, sent: list[Tensor], ready: Event | None) -> tuple[Flight, list[Tensor]]:
-        received: list[Tensor] = []
+    def moves(self) -> bool:
+        return True
 
-        def issue(_async_op: bool) -> list[Work | None]:
-            received.extend(self._there.take_back(sent))
-            return []
-
-        return launch(issue, sent, ready), received
+    def exchange(
+        self, sent: list[Tensor], async_op: bool
+    ) -> tuple[list[Tensor], list[Work | None]]:
+        return self._there.take_back(sent), []
 
     def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
         return self._there.bytes_sent(sent)
 
-    def results(self, filled: list[Tensor]) -> list[Tensor]:
-        hand_over(filled)
-        return filled
-
 
 class Transfer:
-    """One exchange in flight.
+    """One exchange in flight, or none where nothing moves.
 
     Args:
         collective: what is exchanged with whom.
-        tensors: each [N, ...]; they stay referenced until the exchange is complete.
+        tensors: each [N, ...], or with more rows than are sent; referenced until it is complete.
         log: the recorder that gets the times of the exchange, and its name there; if wanted.
         ready: the point of the compute stream behind which `tensors` are filled; now by default.
     """
@@ -269,18 +273,22 @@ class Transfer:
         ready: Event | None = None,
     ) -> None:
         self._collective = collective
-        self._sent = [tensor.contiguous() for tensor in tensors]
         self._log = log
-        self._flight, self._buffers = collective.launch(self._sent, ready)
+        sent = [collective.leaving(tensor) for tensor in tensors]
+        self._bytes = 0 if log is None else collective.bytes_sent(sent)
+        began = perf_counter()
+        self._flight = launch(collective.exchange, sent, ready) if collective.moves() else None
+        if log is not None and collective.blocks_host:
+            log[0].host_waited(perf_counter() - began)
+        self._home = sent if self._flight is None else []
 
     def complete(self) -> list[Tensor]:
         """The received tensors, each [R, ...], in the order in which they were sent; call once."""
-        buffers, self._buffers = self._buffers, []
         if self._flight is None:
-            return buffers
-        self._flight.wait()
+            home, self._home = self._home, []
+            return home
+        received = self._flight.wait()
         if self._log is not None:
             recorder, activity = self._log
-            recorder.exchanged(activity, self._flight, self._collective.bytes_sent(self._sent))
-        self._sent.clear()
-        return self._collective.results(buffers)
+            recorder.exchanged(activity, self._flight, self._bytes)
+        return [self._collective.result(tensor) for tensor in received]

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_scmoe.overlap.streams import Flight, Moment, moment, moment_seconds
+from megatron_scmoe.overlap.streams import Clock, Flight, Moment, moment
 
 Direction = Literal["forward", "backward"]
 
@@ -56,6 +56,9 @@ class UnitRecord:
     exchanges: list[Exchange] = field(default_factory=list)
     steps: list[Span] = field(default_factory=list)
     """Empty unless steps were recorded."""
+    host_wait: float = 0.0
+    """Seconds for which the host waited for numbers of rows. On a device this is no time in which
+    compute stood still, unless the host is what compute waits for."""
     tokens_per_expert: Tensor | None = None
     """Rows of every local expert, [e], summed over the passes; None without a pass."""
 
@@ -72,21 +75,28 @@ class UnitRecorder:
         """Of the forward pass that runs."""
         self._flights: list[tuple[Activity, Flight, int | Tensor]] = []
         self._turns: list[tuple[Activity | None, Moment]] = []
+        self._host_wait = 0.0
         self._tokens_per_expert: Tensor | None = None
+        self._like = torch.empty(0)
 
-    def begin_pass(self) -> None:
-        """A forward pass begins."""
+    def begin_pass(self, hidden_states: Tensor) -> None:
+        """A forward pass begins; all of its work is on the device of `hidden_states`."""
         self.pass_number += 1
+        self._like = hidden_states.new_empty(0)
 
     def switch(self, activity: Activity | None) -> None:
         """Compute turns to something else, or away from this unit."""
         if self.records_steps:
             self.current = activity
-            self._turns.append((activity, moment()))
+            self._turns.append((activity, moment(self._like)))
 
     def exchanged(self, activity: Activity, flight: Flight, bytes_sent: int | Tensor) -> None:
         """An exchange has been waited for."""
         self._flights.append((activity, flight, bytes_sent))
+
+    def host_waited(self, seconds: float) -> None:
+        """The host stood still until it knew numbers of rows."""
+        self._host_wait += seconds
 
     def routed(self, tokens_per_expert: Tensor) -> None:
         """The experts are given this many rows, [e], on the CPU."""
@@ -100,17 +110,28 @@ class UnitRecorder:
         flights, self._flights = self._flights, []
         turns, self._turns = self._turns, []
         tokens, self._tokens_per_expert = self._tokens_per_expert, None
+        host_wait, self._host_wait = self._host_wait, 0.0
         self.pass_number = 0
+        clock = Clock(self._like)
+        bytes_sent = _on_host([sent for _, _, sent in flights])
         exchanges = [
-            Exchange(activity, *flight.times(), int(sent)) for activity, flight, sent in flights
+            Exchange(activity, *flight.times(clock), sent)
+            for (activity, flight, _), sent in zip(flights, bytes_sent, strict=True)
         ]
-        times = [moment_seconds(at) for _, at in turns]
+        times = [clock.seconds(at) for _, at in turns]
         steps = [
             Span(activity, begin, end)
             for (activity, _), begin, end in zip(turns, times, times[1:], strict=False)
             if activity is not None
         ]
-        return UnitRecord(exchanges, steps, tokens)
+        return UnitRecord(exchanges, steps, host_wait, tokens)
+
+
+def _on_host(numbers: list[int | Tensor]) -> list[int]:
+    """Numbers and tensors of one number each, those of a device by one copy."""
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    copied = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(copied) if isinstance(number, Tensor) else number for number in numbers]
 
 
 class _Mark(torch.autograd.Function):

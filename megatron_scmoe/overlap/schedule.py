@@ -16,6 +16,7 @@ experts run in the backward pass; its slot is counted in the same way, from the 
 """
 
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -99,12 +100,13 @@ def default_slot(position: str) -> int:
     return _DEFAULT_SLOT[position]
 
 
+@lru_cache
 def build_schedule(
     position: str,
     slots: Slots,
     overlap: bool,
     num_chunks: int = 1,
-    runs_ahead: bool = False,
+    operators_ahead: int = 0,
     marked: bool = False,
 ) -> tuple[Task, ...]:
     """Order the steps of one unit.
@@ -115,8 +117,9 @@ def build_schedule(
         slots: where the experts stand, forward and backward.
         overlap: launch the exchanges early and wait late; otherwise wait at once.
         num_chunks: parts of the tokens that are exchanged one by one.
-        runs_ahead: the host enqueues work for a device. It then enqueues a dense operator before it
-            waits for the numbers of rows, without which no exchange can be launched.
+        operators_ahead: where the host enqueues work for a device, dense operators that it
+            enqueues before it waits for the numbers of rows, without which no exchange can be
+            launched. No more than there are in front of the experts.
         marked: with marks between the operators of the window, by which the backward pass is timed.
 
     Raises:
@@ -137,8 +140,9 @@ def build_schedule(
     late = [task for operator in operators[slots.forward :] for task in operator] + places[-1]
 
     start = [Task(Step.START_DISPATCH)]
-    if runs_ahead and overlap:
-        fed = early.index(Task(dense[0])) + 1 if slots.forward else 0
+    ahead = min(operators_ahead, slots.forward)
+    if ahead and overlap:
+        fed = early.index(Task(dense[ahead - 1])) + 1
         start, early = [*early[:fed], *start], early[fed:]
     wait = [Task(Step.WAIT_DISPATCH, chunk) for chunk in chunks]
     back = [Task(Step.WAIT_COMBINE)]

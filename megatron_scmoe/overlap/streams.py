@@ -1,7 +1,17 @@
-"""Where an exchange runs: on a side stream on CUDA, on gloo's worker threads on CPU.
+"""Where an exchange runs: on side streams on CUDA, on gloo's worker threads on CPU.
 
 This is the only module that knows the device. Everything above it has two verbs: `launch` issues
 communication without blocking the thread that computes, `Flight.wait` makes the result usable.
+
+On CUDA this is also the only place that allocates what an exchange fills, hands it over to compute
+and decides when memory may be used again. Three rules keep both streams out of each other's memory:
+
+    filled    is allocated while the side stream is current. Memory that compute has freed belongs
+              to compute's stream, which may still be writing to it: the side stream waits for what
+              it sends, not for everything that was enqueued since.
+    received  is recorded as used by compute, so that the side stream gets it back no earlier than
+              compute is done with it.
+    sent      stays referenced until compute is ordered behind the exchange.
 
 A flight also carries the two times by which the overlap is judged, in seconds:
 
@@ -14,120 +24,117 @@ so that `1 - blocked / in flight` is the share of the communication that was hid
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from time import perf_counter
-from typing import Protocol
+from types import ModuleType
+from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed import Work
 
-# Issues the collectives of one exchange; the argument is torch.distributed's `async_op`.
-Issue = Callable[[bool], Sequence[Work | None]]
+# Allocates what it fills and issues the collectives of one exchange; the arguments are what is sent
+# and torch.distributed's `async_op`. Gives what will have been received, and the works to wait for.
+Exchange = Callable[[list[Tensor], bool], tuple[list[Tensor], Sequence[Work | None]]]
 Event = torch.cuda.Event
 Moment = float | torch.cuda.Event
+# Exchanges of one lane run one after the other. Numbers of rows do not queue behind rows.
+Lane = Literal["rows", "counts"]
 
 
 class Flight(Protocol):
     """Communication that was launched."""
 
-    def wait(self) -> None:
-        """Order all later work of the caller (CPU thread or current CUDA stream) after it."""
+    def wait(self) -> list[Tensor]:
+        """What was received; call once. All later work of the caller (CPU thread or current CUDA
+        stream) is ordered behind the exchange."""
 
-    def times(self) -> tuple[float, float, float]:
-        """(start, completion, blocked), in seconds of `moment_seconds`; only after `wait`."""
+    def to_host(self) -> "HostCopy":
+        """Copy the first received tensor to the host behind the exchange; before `wait`."""
+
+    def times(self, clock: "Clock") -> tuple[float, float, float]:
+        """(start, completion, blocked), in seconds of the clock; only after `wait`."""
 
 
-def launch(issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None = None) -> Flight:
+class HostCopy(Protocol):
+    """A small tensor on its way to the host."""
+
+    def wait(self) -> tuple[Tensor, float]:
+        """The values, on the CPU, and the seconds for which the host stood still."""
+
+
+def launch(
+    exchange: Exchange, sent: Sequence[Tensor], ready: Event | None = None, lane: Lane = "rows"
+) -> Flight:
     """Start communication beside the work that the caller enqueues next.
 
     Args:
-        issue: issues the collectives; it may read and write `buffers` only.
-        buffers: every tensor that the collectives read or write.
-        ready: what `now` returned when the buffers to send were filled; work enqueued since then
-            does not delay the exchange. None for this moment.
+        exchange: called at once, where exchanges run; it reads `sent` and what it allocates itself.
+        sent: what leaves.
+        ready: what `now` returned when `sent` was filled; work enqueued since then does not delay
+            the exchange. None for this moment.
+        lane: what it may have to wait for.
     """
-    if buffers[0].is_cuda:
-        return _StreamFlight(issue, buffers, ready)
-    return _ThreadFlight(issue)
+    dense = [tensor.contiguous() for tensor in sent]
+    if any(copy is not tensor for copy, tensor in zip(dense, sent, strict=True)):
+        ready = None  # the copies are made now
+    if _cuda(dense[0]) is None:
+        return _ThreadFlight(exchange, dense)
+    return _StreamFlight(exchange, dense, ready, lane)
 
 
-def hand_over(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell the allocator that tensors which an exchange has allocated are now the caller's."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-def now(tensor: torch.Tensor) -> Event | None:
+def now(tensor: Tensor) -> Event | None:
     """This point of the compute stream of the tensor's device; None where there are no streams."""
-    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+    cuda = _cuda(tensor)
+    return None if cuda is None else cuda.current_stream(tensor.device).record_event()
 
 
-def runs_ahead(tensor: torch.Tensor) -> bool:
+def runs_ahead(tensor: Tensor) -> bool:
     """Whether the host enqueues work for a device, which it must not keep waiting."""
-    return tensor.is_cuda
+    return _cuda(tensor) is not None
 
 
-def reduces_in_flight(tensor: torch.Tensor) -> bool:
-    """Whether a reduce-scatter moves no more than each rank's parts (NCCL)."""
-    return tensor.is_cuda
-
-
-def moment() -> Moment:
-    """This point of the work that is being issued: of the compute stream, or of the CPU."""
-    if not torch.cuda.is_available():
+def moment(tensor: Tensor) -> Moment:
+    """This point of the work on the tensor's device: of the compute stream, or of the CPU."""
+    cuda = _cuda(tensor)
+    if cuda is None:
         return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event = cuda.Event(enable_timing=True)
+    event.record(cuda.current_stream(tensor.device))
     return event
 
 
-def moment_seconds(at: Moment) -> float:
-    """A moment in seconds of `time.perf_counter`; waits until the device has reached it."""
-    if isinstance(at, float):
-        return at
-    at.synchronize()
-    event, seconds = _clock()
-    return seconds + event.elapsed_time(at) / 1e3
+class Clock:
+    """Moments in seconds of `time.perf_counter`.
 
+    Made when they have passed: it waits for the device, once for any number of moments. Durations
+    are measured back from there, because an event's distance has 24 bits, which in hours would be
+    milliseconds.
 
-@lru_cache
-def _clock() -> tuple[Event, float]:
-    """An event and the time at which the device reached it."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    event.synchronize()
-    return event, perf_counter()
+    Args:
+        like: a tensor on the device whose moments are asked for.
+    """
 
+    def __init__(self, like: Tensor) -> None:
+        self._end = moment(like)
+        if not isinstance(self._end, float):
+            self._end.synchronize()
+        self._seconds = perf_counter()
 
-class HostCopy:
-    """A small tensor that an exchange fills, on its way to the host; the device goes on."""
-
-    def __init__(self, flight: Flight, tensor: torch.Tensor) -> None:
-        """Enqueue the copy behind the exchange that fills `tensor`."""
-        self._flight = flight
-        self._tensor = tensor
-        self._event: Event | None = None
-        if tensor.is_cuda:
-            side = _side_stream(tensor.device)
-            with torch.cuda.stream(side):
-                self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._host.copy_(tensor, non_blocking=True)
-                self._event = side.record_event()
-
-    def wait(self) -> torch.Tensor:
-        """The values, on the CPU. Blocks the host."""
-        self._flight.wait()
-        if self._event is None:
-            return self._tensor
-        self._event.synchronize()
-        return self._host
+    def seconds(self, at: Moment) -> float:
+        """The time of a moment."""
+        if isinstance(at, float):
+            return at
+        assert not isinstance(self._end, float)
+        return self._seconds - at.elapsed_time(self._end) / 1e3
 
 
 class _ThreadFlight:
     """CPU: the backend's own threads move the data, `wait` blocks the calling thread."""
 
-    def __init__(self, issue: Issue) -> None:
+    def __init__(self, exchange: Exchange, sent: list[Tensor]) -> None:
+        self._sent = sent
         self._started = perf_counter()
-        self._works = [work for work in issue(True) if work is not None]
+        self._received, works = exchange(sent, True)
+        self._works = [work for work in works if work is not None]
         self._num_works = len(self._works)
         completed: list[float] = []
         for work in self._works:
@@ -136,7 +143,7 @@ class _ThreadFlight:
         self._blocked = 0.0
         self._waited = 0.0
 
-    def wait(self) -> None:
+    def wait(self) -> list[Tensor]:
         before = perf_counter()
         for work in self._works:
             work.wait()
@@ -144,8 +151,14 @@ class _ThreadFlight:
         self._blocked = self._waited - before
         # A work holds its output, and through it, in training, the graph that holds this flight.
         self._works.clear()
+        self._sent.clear()
+        received, self._received = self._received, []
+        return received
 
-    def times(self) -> tuple[float, float, float]:
+    def to_host(self) -> HostCopy:
+        return _Here(self._works, self._received[0])
+
+    def times(self, clock: Clock) -> tuple[float, float, float]:
         # A callback may still be queued behind the waiting thread: completion is then the wait's
         # own end, never later.
         complete = len(self._completed) == self._num_works
@@ -155,38 +168,92 @@ class _ThreadFlight:
         return self._started, end, min(self._blocked, end - self._started)
 
 
+class _Here:
+    """CPU: the tensor is on the host already, once its exchange is complete."""
+
+    def __init__(self, works: Sequence[Work], tensor: Tensor) -> None:
+        self._works = tuple(works)
+        self._tensor = tensor
+
+    def wait(self) -> tuple[Tensor, float]:
+        before = perf_counter()
+        for work in self._works:
+            work.wait()
+        self._works = ()
+        return self._tensor, perf_counter() - before
+
+
 class _StreamFlight:
-    """CUDA: the collectives run on one high-priority side stream per device."""
+    """CUDA: the collectives run on a high-priority side stream, one for each lane and device."""
 
-    def __init__(self, issue: Issue, buffers: Sequence[torch.Tensor], ready: Event | None) -> None:
-        device = buffers[0].device
-        side = _side_stream(device)
-        side.wait_event(ready or torch.cuda.current_stream(device).record_event())
-        self._device = device
+    def __init__(
+        self, exchange: Exchange, sent: list[Tensor], ready: Event | None, lane: Lane
+    ) -> None:
+        cuda = _cuda(sent[0])
+        assert cuda is not None
+        self._cuda, self._device = cuda, sent[0].device
+        self._side = _side_stream(cuda, self._device, lane)
+        self._sent = sent
         self._begin, self._end, self._before_wait, self._after_wait = (
-            torch.cuda.Event(enable_timing=True) for _ in range(4)
+            cuda.Event(enable_timing=True) for _ in range(4)
         )
-        with torch.cuda.stream(side):
-            self._begin.record(side)
-            issue(False)
-            self._end.record(side)
-        for buffer in buffers:
-            # The allocator must not hand a buffer out again before the side stream is done.
-            buffer.record_stream(side)
+        self._side.wait_event(ready or cuda.current_stream(self._device).record_event())
+        with cuda.stream(self._side):
+            self._begin.record(self._side)
+            self._received, _ = exchange(sent, False)
+            self._end.record(self._side)
 
-    def wait(self) -> None:
-        compute = torch.cuda.current_stream(self._device)
+    def wait(self) -> list[Tensor]:
+        compute = self._cuda.current_stream(self._device)
         self._before_wait.record(compute)
         compute.wait_event(self._end)
         self._after_wait.record(compute)
+        received, self._received = self._received, []
+        for tensor in received:
+            tensor.record_stream(compute)
+        # Whoever uses this memory next does so behind the exchange.
+        self._sent = []
+        return received
 
-    def times(self) -> tuple[float, float, float]:
-        self._after_wait.synchronize()
-        begin, end = moment_seconds(self._begin), moment_seconds(self._end)
+    def __del__(self) -> None:
+        # Nobody waited: the side stream may still read what is freed now.
+        for tensor in self._sent:
+            tensor.record_stream(self._side)
+
+    def to_host(self) -> HostCopy:
+        with self._cuda.stream(self._side):
+            return _Coming(_to_host(self._received[0]), self._side.record_event())
+
+    def times(self, clock: Clock) -> tuple[float, float, float]:
+        begin = clock.seconds(self._begin)
+        in_flight = self._begin.elapsed_time(self._end) / 1e3
         blocked = self._before_wait.elapsed_time(self._after_wait) / 1e3
-        return begin, end, min(blocked, end - begin)
+        return begin, begin + in_flight, min(blocked, in_flight)
+
+
+class _Coming:
+    """CUDA: the tensor is on the host once the device has reached an event."""
+
+    def __init__(self, tensor: Tensor, event: Event) -> None:
+        self._tensor = tensor
+        self._event = event
+
+    def wait(self) -> tuple[Tensor, float]:
+        before = perf_counter()
+        self._event.synchronize()
+        return self._tensor, perf_counter() - before
+
+
+def _cuda(tensor: Tensor) -> ModuleType | None:
+    """Streams and events of the tensor's device; None where the calling thread computes."""
+    return torch.cuda if tensor.is_cuda else None
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A pinned copy that the current stream makes; the host goes on."""
+    return tensor.to("cpu", non_blocking=True)
 
 
 @lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+def _side_stream(cuda: ModuleType, device: torch.device, lane: Lane) -> torch.cuda.Stream:
+    return cuda.Stream(device, priority=-1)

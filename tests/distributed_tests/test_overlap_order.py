@@ -7,8 +7,9 @@ import pytest
 from torch import distributed as dist
 from torch import nn
 
+from megatron_scmoe import shortcut_layer
 from megatron_scmoe.overlap import branch
-from megatron_scmoe.overlap.schedule import Slots, build_schedule
+from megatron_scmoe.overlap.schedule import Slots
 from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.distributed_tests.test_overlap_parity import RECOMPUTE_ALL, inputs
 from tests.distributed_utils import run_distributed
@@ -113,21 +114,21 @@ def record(
     overlap: bool,
     recorder: Recorder,
     host: dict[str, Any] | None = None,
-    **options: Any,
+    num_chunks: int = 1,
 ) -> tuple[list[str], list[str]]:
     """Steps of the forward and of the backward pass of one unit."""
     case = Case(
         scmoe={
             "scmoe_shortcut_position": position,
             "scmoe_overlap": overlap,
-            "scmoe_num_chunks": options.get("num_chunks", 1),
+            "scmoe_num_chunks": num_chunks,
         },
         host={"expert_model_parallel_size": dist.get_world_size(), **(host or {})},
         num_layers=2,
     )
     block = build_block(case)
     (unit,) = (layer for layer in block.layers if isinstance(layer, ShortcutLayer))
-    unit.schedule = build_schedule(position, slots, overlap, **options)
+    unit.slots = slots
     if position != "pos1":
         recorder.watch_attention(1, unit.dense_layer.self_attention)
         recorder.watch("mlp 1", unit.dense_layer.mlp)
@@ -150,7 +151,10 @@ def record_all() -> dict[Any, tuple[list[str], list[str]]]:
     }
     orders["recompute"] = record("pos2", Slots(1, 1), True, recorder, RECOMPUTE_ALL)
     orders["chunks"] = record("pos2", Slots(1, 2), True, recorder, num_chunks=2)
-    orders["runs ahead"] = record("pos2", Slots(2, 0), True, recorder, runs_ahead=True)
+    shortcut_layer.runs_ahead = lambda _: True
+    orders["runs ahead"] = record("pos2", Slots(2, 0), True, recorder)
+    ShortcutLayer.operators_ahead = 2
+    orders["runs two ahead"] = record("pos2", Slots(3, 0), True, recorder)
     return orders
 
 
@@ -213,3 +217,6 @@ def test_dense_work_is_enqueued_before_the_host_waits_for_the_numbers_of_rows(
         forward, backward = recorded["runs ahead"]
         assert forward[3:6] == ["mlp 1", "start", "qkv 2"]
         assert backward == expected_backward("pos2", Slots(2, 0), overlap=True)
+        forward, backward = recorded["runs two ahead"]
+        assert forward[3:7] == ["mlp 1", "qkv 2", "start", "core 2"]
+        assert backward == expected_backward("pos2", Slots(3, 0), overlap=True)

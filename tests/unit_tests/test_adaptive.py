@@ -136,8 +136,8 @@ def test_recording_changes_nothing_and_misses_nothing(
         torch.manual_seed(0)
         block = build_block(case)
         (unit,) = (layer for layer in block.layers if isinstance(layer, ShortcutLayer))
-        unit.set_slots(Slots(1, 3))
-        unit.record_steps(recorded)
+        unit.slots = Slots(1, 3)
+        unit.recorder.records_steps = recorded
         x = torch.randn(SEQUENCE, BATCH, 16, dtype=torch.float64).requires_grad_()
         output = run_block(block, x)
         output.square().sum().backward()

@@ -129,19 +129,20 @@ def test_sequential_is_overlapped_with_the_waits_moved_up(position: str, slots: 
     assert without_waits[0] == without_waits[1]
 
 
+@pytest.mark.parametrize("operators", [1, 2])
 @each_slot
-def test_a_host_that_runs_ahead_enqueues_an_operator_before_it_waits(
-    position: str, slots: Slots
+def test_a_host_that_runs_ahead_enqueues_operators_before_it_waits(
+    position: str, slots: Slots, operators: int
 ) -> None:
-    """If the slot leaves one in front of the experts; nothing else moves."""
-    ahead, plain = (
-        steps_of(position, slots, runs_ahead=runs_ahead) for runs_ahead in (True, False)
-    )
+    """As many as the slot leaves in front of the experts; nothing else moves."""
+    ahead, plain = (steps_of(position, slots, operators_ahead=n) for n in (operators, 0))
     start = Step.START_DISPATCH
     assert [s for s in ahead if s is not start] == [s for s in plain if s is not start]
     in_front = ahead[ahead.index(Step.ROUTE) : ahead.index(start)]
-    assert (WINDOWS[position][0] in in_front) == (slots.forward > 0)
-    assert steps_of(position, slots, False, runs_ahead=True) == steps_of(position, slots, False)
+    dense = [step for step in in_front if step in WINDOWS[position]]
+    assert dense == list(WINDOWS[position][: min(operators, slots.forward)])
+    sequential = steps_of(position, slots, False)
+    assert steps_of(position, slots, False, operators_ahead=operators) == sequential
 
 
 @each_order
