@@ -6,6 +6,11 @@
     a2a-exposed-seconds    the part of it for which compute stood still in a wait, same sum
     a2a-hidden-seconds     the rest
     a2a-hidden-share       hidden / in flight
+    a2a-host-wait-seconds  time for which the host waited for numbers of rows before it could launch
+                           or receive an exchange, same sum; on a GPU no time of compute, unless
+                           compute waits for the host
+    a2a-compute-slowdown   time of the dense operators of the window beside exchanges / alone, from
+                           the first iterations (overlap/adaptive.py)
     expert-slot-forward, expert-slot-backward
                            where the routed experts run
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
@@ -14,7 +19,7 @@ Measured where the exchanges run (overlap/streams.py); evaluation is not counted
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -26,7 +31,15 @@ from megatron.core.transformer.moe.moe_logging import (
 from megatron.training import get_args
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.overlap.adaptive import SlotChooser, choose_slots, describe_choice
+from megatron_scmoe.overlap.adaptive import (
+    ALONE,
+    FirstIterations,
+    SlowDown,
+    choose_slots,
+    describe_choice,
+    slow_down,
+)
+from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.shortcut_layer import ShortcutLayer
@@ -53,7 +66,10 @@ class UnitTracker(MoEMetricsTracker):
         self._position = scmoe.scmoe_shortcut_position
         self._trace_dir = scmoe.scmoe_trace_dir
         self._trace: TraceWriter | None = None
-        self._chooser = SlotChooser(self._position) if scmoe.measures_slots else None
+        self._measures_slots = scmoe.measures_slots
+        self._first = FirstIterations(self._position) if scmoe.scmoe_overlap else None
+        self._beside: tuple[UnitTimes, UnitTimes] | None = None
+        self._slow_down: SlowDown | None = None
 
     def report(
         self, loss_scale: float, iteration: int, writer=None, wandb_writer=None, **options: Any
@@ -61,31 +77,31 @@ class UnitTracker(MoEMetricsTracker):
         """Log the iteration's metrics and return the console's part of them."""
         losses = super().report(loss_scale, iteration, writer, wandb_writer, **options)
         records = [unit.recorder.take() for unit in self.units]
-        in_flight, exposed = self._mean_over_ranks(records)
-        imbalance = self._load_imbalance(records)
+        totals = self._totals(records)
         self._write_trace(iteration, records)  # with the slots that the iteration ran with
-        if in_flight > 0:  # else one expert parallel rank: nothing travels
-            self._choose(records)
-        for unit in self.units:
-            wanted = self._traced(iteration + 1) or (
-                self._chooser is not None and self._chooser.wants_steps
-            )
-            unit.recorder.records_steps = wanted
+        if totals.in_flight > 0:  # else one expert parallel rank: nothing travels
+            self._measure(iteration, records)
+        self._prepare(iteration + 1)
 
-        scalars = {"expert-load-imbalance": imbalance}
-        console = f" expert load imbalance: {imbalance:.2f} |"
-        if in_flight > 0:
-            hidden = in_flight - exposed
+        scalars = {"expert-load-imbalance": totals.imbalance}
+        console = f" expert load imbalance: {totals.imbalance:.2f} |"
+        if totals.in_flight > 0:
+            in_flight, exposed = totals.in_flight, totals.exposed
+            share = 1 - exposed / in_flight
             scalars |= {
                 "a2a-seconds": in_flight,
                 "a2a-exposed-seconds": exposed,
-                "a2a-hidden-seconds": hidden,
-                "a2a-hidden-share": hidden / in_flight,
+                "a2a-hidden-seconds": in_flight - exposed,
+                "a2a-hidden-share": share,
+                "a2a-host-wait-seconds": totals.host_wait,
             }
             console += (
                 f" a2a (ms): {in_flight * 1e3:.1f} | a2a exposed (ms): {exposed * 1e3:.1f} | "
-                f"a2a hidden: {hidden / in_flight:.1%} |"
+                f"a2a hidden: {share:.1%} | a2a host wait (ms): {totals.host_wait * 1e3:.1f} |"
             )
+        if self._slow_down is not None:
+            scalars["a2a-compute-slowdown"] = self._slow_down.both
+            console += f" compute slow-down: {self._slow_down.both:.3f} |"
         if self.units:
             slots = self.units[0].slots
             scalars |= {
@@ -96,19 +112,43 @@ class UnitTracker(MoEMetricsTracker):
         self._log_scalars(scalars, iteration, writer, wandb_writer)
         return losses + console
 
-    def _choose(self, records: list[UnitRecord]) -> None:
-        times = None if self._chooser is None else self._chooser.observe(records)
+    def _measure(self, iteration: int, records: list[UnitRecord]) -> None:
+        """Count one of the first iterations, and draw the conclusions."""
+        if self._first is None or self._first.phase is None:
+            return
+        if self._first.phase is ALONE and self._traced(iteration):
+            return  # it ran as the rest of the run does
+        times = self._first.observe(records)
         if times is None:
             return
-        self._chooser = None
+        if self._beside is None:
+            self._beside = times
+            if self._measures_slots:
+                self._choose(times)
+        else:
+            self._slow_down = found = slow_down(self._beside, times)
+            _print_once(
+                f"dense compute beside exchanges takes {found.both:.3f} of its time alone "
+                f"(forward {found.forward:.3f}, backward {found.backward:.3f})"
+            )
+
+    def _choose(self, times: tuple[UnitTimes, UnitTimes]) -> None:
         slots = choose_slots(*times)
-        if torch.distributed.get_rank() == 0:
-            before = ScMoEConfig(scmoe_shortcut_position=self._position).initial_slots  # type: ignore[arg-type]
-            print(describe_choice(self._position, slots, before, *times), flush=True)
+        before = ScMoEConfig(scmoe_shortcut_position=self._position).initial_slots  # type: ignore[arg-type]
+        _print_once(describe_choice(self._position, slots, before, *times))
         # With the options into every checkpoint, so that a resumed run need not measure.
         get_args().scmoe_measured_slots = list(slots)
         for unit in self.units:
             unit.slots = slots
+
+    def _prepare(self, iteration: int) -> None:
+        """Let the units do the next iteration as it is to be measured and traced."""
+        traced = self._traced(iteration)
+        phase = None if self._first is None else self._first.phase
+        for unit in self.units:
+            unit.recorder.records_steps = traced or (phase is not None and phase.records_steps)
+            if self._first is not None:
+                unit.overlap = phase is None or phase.overlap or traced
 
     def _traced(self, iteration: int) -> bool:
         args = get_args()
@@ -133,31 +173,49 @@ class UnitTracker(MoEMetricsTracker):
         }
         self._trace.add(iteration, by_layer, self.units[0].slots)
 
-    @staticmethod
-    def _mean_over_ranks(records: list[UnitRecord]) -> tuple[float, float]:
-        """(in flight, exposed), in seconds."""
+    def _totals(self, records: list[UnitRecord]) -> "_Totals":
+        """Of this iteration; the same on every rank."""
         exchanges = [exchange for record in records for exchange in record.exchanges]
+        ratios = self._load_ratios(records)
         sums = torch.tensor(
-            [sum(x.end - x.begin for x in exchanges), sum(x.blocked for x in exchanges)],
+            [
+                sum(x.end - x.begin for x in exchanges),
+                sum(x.blocked for x in exchanges),
+                sum(record.host_wait for record in records),
+                sum(ratios),
+                len(ratios),
+            ],
             dtype=torch.float64,
             device=torch.cuda.current_device(),
         )
         torch.distributed.all_reduce(sums)
-        in_flight, exposed = (sums / torch.distributed.get_world_size()).tolist()
-        return in_flight, exposed
+        *seconds, ratio, layers = sums.tolist()
+        in_flight, exposed, host_wait = (x / torch.distributed.get_world_size() for x in seconds)
+        return _Totals(in_flight, exposed, host_wait, ratio / layers)
 
-    def _load_imbalance(self, records: list[UnitRecord]) -> float:
-        """Busiest expert / mean, over the expert parallel ranks of a layer; mean over layers."""
-        device = torch.cuda.current_device()
-        ratios = torch.zeros(2, dtype=torch.float64, device=device)  # sum, number of layers
-        if self.units:
-            group = self.units[0].mlp.ep_group
-            counts = [record.tokens_per_expert for record in records]
-            rows = torch.stack([x for x in counts if x is not None]).double().to(device)
-            busiest, total = rows.amax(dim=1), rows.sum(dim=1)
-            torch.distributed.all_reduce(busiest, torch.distributed.ReduceOp.MAX, group=group)
-            torch.distributed.all_reduce(total, group=group)
-            mean = total / (rows.shape[1] * group.size())
-            ratios[0], ratios[1] = (busiest / mean).nan_to_num(1.0).sum(), len(mean)
-        torch.distributed.all_reduce(ratios)
-        return (ratios[0] / ratios[1]).item()
+    def _load_ratios(self, records: list[UnitRecord]) -> list[float]:
+        """Busiest expert / mean over the expert parallel ranks, of every layer of this rank."""
+        counts = [x.tokens_per_expert for x in records if x.tokens_per_expert is not None]
+        if not counts:
+            return []
+        group = self.units[0].mlp.ep_group
+        own = torch.stack(counts).to(torch.cuda.current_device())  # [layers, e]
+        gathered = own.new_empty(group.size(), *own.shape)
+        torch.distributed.all_gather_into_tensor(gathered, own, group=group)
+        rows = gathered.double()
+        return (rows.amax(dim=(0, 2)) / rows.mean(dim=(0, 2))).nan_to_num(1.0).tolist()
+
+
+class _Totals(NamedTuple):
+    """Of one iteration, mean over ranks; see the head of this file."""
+
+    in_flight: float
+    exposed: float
+    host_wait: float
+    imbalance: float
+    """Mean over the layers of all ranks."""
+
+
+def _print_once(text: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)

@@ -1,13 +1,19 @@
-"""Choosing the expert slots from measurements (arXiv:2404.05019, section 3.2).
+"""What the first iterations of a run measure, and what follows from it.
 
-During a few of the first iterations every operator of a unit and every exchange is timed, forward
-and backward. The times are averaged over units and ranks, so that all ranks choose the same, and
-the slots with the least `max(T_pre, T_dispatch) + T_experts + max(T_post, T_combine)` stay for the
-rest of the run. A choice changes no bit of any result (tests/unit_tests/test_layer.py).
+    warm-up    2 iterations
+    beside     3 iterations: every operator of a unit and every exchange is timed
+    alone      3 iterations: the same, and every exchange is awaited where it starts
+
+The times are averaged over units and ranks, so that all ranks conclude the same. From those of
+"beside" the expert slots are chosen (arXiv:2404.05019, section 3.2): the ones with the least
+`max(T_pre, T_dispatch) + T_experts + max(T_post, T_combine)` stay for the rest of the run. Both
+together say how much slower dense compute is beside exchanges than alone. No iteration differs from
+another in any bit of its results (tests/unit_tests/test_layer.py).
 """
 
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +21,6 @@ from megatron_scmoe.overlap.cost import UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots, Step, window
 
-WARM_UP_ITERATIONS = 2
-MEASURED_ITERATIONS = 3
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
@@ -56,7 +60,20 @@ def unit_times(record: UnitRecord, direction: Direction, position: str) -> UnitT
     )
 
 
-class SlotChooser:
+class Phase(NamedTuple):
+    """Iterations that are alike."""
+
+    iterations: int
+    records_steps: bool
+    overlap: bool
+
+
+WARM_UP = Phase(2, records_steps=False, overlap=True)
+BESIDE = Phase(3, records_steps=True, overlap=True)
+ALONE = Phase(3, records_steps=True, overlap=False)
+
+
+class FirstIterations:
     """Watches the first iterations of a run; see `observe`.
 
     Args:
@@ -65,29 +82,34 @@ class SlotChooser:
 
     def __init__(self, position: str) -> None:
         self._position = position
+        self._phases = [WARM_UP, BESIDE, ALONE]
         self._iterations = 0
         self._samples: list[list[float]] = []
 
     @property
-    def wants_steps(self) -> bool:
-        """Whether the steps of the next iteration are to be recorded."""
-        return WARM_UP_ITERATIONS <= self._iterations < WARM_UP_ITERATIONS + MEASURED_ITERATIONS
+    def phase(self) -> Phase | None:
+        """Of the next iteration; None when all is measured."""
+        return self._phases[0] if self._phases else None
 
     def observe(self, records: Sequence[UnitRecord]) -> tuple[UnitTimes, UnitTimes] | None:
-        """Count an iteration; call it on every rank.
+        """Count an iteration of the present phase; call it on every rank.
 
         Args:
             records: of this rank's units; none on a pipeline stage without one.
 
         Returns:
-            Forward and backward times, the same on every rank, once all is measured; else None.
+            Forward and backward times, the same on every rank, at the end of "beside" and at the
+            end of "alone"; else None.
         """
-        if self.wants_steps and records:
+        phase = self._phases[0]
+        if phase.records_steps and records:
             self._samples.append(self._mean_over_units(records))
         self._iterations += 1
-        if self._iterations < WARM_UP_ITERATIONS + MEASURED_ITERATIONS:
+        if self._iterations < phase.iterations:
             return None
-        return self._mean_over_ranks()
+        del self._phases[0]
+        self._iterations = 0
+        return self._mean_over_ranks() if phase.records_steps else None
 
     def _mean_over_units(self, records: Sequence[UnitRecord]) -> list[float]:
         units = [
@@ -103,9 +125,10 @@ class SlotChooser:
     def _mean_over_ranks(self) -> tuple[UnitTimes, UnitTimes]:
         size = len(DIRECTIONS) * (len(window(self._position)) + 3)
         # One slow iteration does not count.
-        own = [median(column) for column in zip(*self._samples, strict=True)] or [0.0] * size
+        samples, self._samples = self._samples, []
+        own = [median(column) for column in zip(*samples, strict=True)] or [0.0] * size
         device = torch.cuda.current_device()
-        sums = torch.tensor([*own, bool(self._samples)], dtype=torch.float64, device=device)
+        sums = torch.tensor([*own, bool(samples)], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         *values, ranks = sums.tolist()
         means = [value / ranks for value in values]
@@ -115,6 +138,21 @@ class SlotChooser:
 def choose_slots(forward: UnitTimes, backward: UnitTimes) -> Slots:
     """The best slot of each direction."""
     return Slots(best_slot(forward), best_slot(backward))
+
+
+class SlowDown(NamedTuple):
+    """Time of the dense operators beside exchanges, as a multiple of their time alone."""
+
+    forward: float
+    backward: float
+    both: float
+
+
+def slow_down(beside: tuple[UnitTimes, UnitTimes], alone: tuple[UnitTimes, UnitTimes]) -> SlowDown:
+    """From the forward and backward times of both phases."""
+    with_exchanges, without = ([times.window for times in pair] for pair in (beside, alone))
+    forward, backward = (x / y for x, y in zip(with_exchanges, without, strict=True))
+    return SlowDown(forward, backward, sum(with_exchanges) / sum(without))
 
 
 def describe_choice(

@@ -151,7 +151,7 @@ class _ThreadFlight:
         self._blocked = self._waited - before
         # A work holds its output, and through it, in training, the graph that holds this flight.
         self._works.clear()
-        self._sent.clear()
+        self._sent = []
         received, self._received = self._received, []
         return received
 

@@ -9,11 +9,15 @@ import torch
 from torch import distributed as dist
 
 from megatron_scmoe.overlap.adaptive import (
-    MEASURED_ITERATIONS,
-    WARM_UP_ITERATIONS,
-    SlotChooser,
+    ALONE,
+    BESIDE,
+    WARM_UP,
+    FirstIterations,
+    Phase,
+    SlowDown,
     choose_slots,
     describe_choice,
+    slow_down,
     unit_times,
 )
 from megatron_scmoe.overlap.cost import UnitTimes
@@ -82,31 +86,49 @@ def test_directions_choose_for_themselves() -> None:
     assert text[1].startswith("expert slot 4 backward")
 
 
-def watch(rank_scale: dict[int, float]) -> list[tuple[bool, object]]:
-    chooser = SlotChooser("pos2")
+def test_slow_down_is_of_dense_operators_only() -> None:
+    alone = (UnitTimes((1.0, 3.0), 1.0, 1.0, 1.0), UnitTimes((2.0, 2.0), 1.0, 1.0, 1.0))
+    beside = (UnitTimes((1.5, 3.5), 9.0, 9.0, 9.0), UnitTimes((2.0, 4.0), 9.0, 9.0, 9.0))
+    assert slow_down(beside, alone) == SlowDown(forward=1.25, backward=1.5, both=11 / 8)
+
+
+def watch(rank_scale: dict[int, float]) -> list[tuple[Phase | None, object]]:
+    first = FirstIterations("pos2")
     seen = []
-    for iteration in range(WARM_UP_ITERATIONS + MEASURED_ITERATIONS):
-        wanted = chooser.wants_steps
+    while first.phase is not None:
+        phase = first.phase
         scale = rank_scale[dist.get_rank()]
-        # One iteration is disturbed.
-        disturbed = 50.0 if iteration == WARM_UP_ITERATIONS else 1.0
-        records = [record_of(scale=scale * disturbed)] if scale else []
-        seen.append((wanted, chooser.observe(records if wanted else [UnitRecord()] * len(records))))
+        # One iteration is disturbed; dense work takes twice as long beside exchanges.
+        disturbed = 50.0 if not any(before is phase for before, _ in seen) else 1.0
+        scale *= disturbed * (2.0 if phase is BESIDE else 1.0)
+        records = [record_of(scale=scale)] if scale else []
+        if not phase.records_steps:
+            records = [UnitRecord()] * len(records)
+        seen.append((phase, first.observe(records)))
     return seen
 
 
-def test_all_ranks_choose_from_the_same_times() -> None:
+def test_all_ranks_conclude_from_the_same_times() -> None:
     """The mean over ranks that have units; a slow iteration does not count."""
     # Rank 2 is a pipeline stage without a unit.
     results = run_distributed(watch, 3, {0: 1.0, 1: 3.0, 2: 0.0})
     assert results[0] == results[1] == results[2]
-    wanted = [wanted for wanted, _ in results[0]]
-    assert wanted == [False] * WARM_UP_ITERATIONS + [True] * MEASURED_ITERATIONS
-    assert [times is None for _, times in results[0]] == [True] * (len(wanted) - 1) + [False]
-    forward, backward = results[0][-1][1]
-    assert forward.dense == pytest.approx([2 * PARTS[step.value] for step in window("pos2")])
-    assert backward.experts == pytest.approx(4 * PARTS["experts"])
-    assert forward.dispatch == pytest.approx(14.0)
+    assert [phase for phase, _ in results[0]] == [WARM_UP] * 2 + [BESIDE] * 3 + [ALONE] * 3
+    assert [phase.overlap for phase, _ in results[0]] == [True] * 5 + [False] * 3
+    found = [times for _, times in results[0] if times is not None]
+    assert [times is not None for _, times in results[0]] == [
+        *[False] * 4,
+        True,
+        False,
+        False,
+        True,
+    ]
+    for factor, (forward, backward) in zip((2, 1), found, strict=True):
+        dense = [factor * 2 * PARTS[step.value] for step in window("pos2")]
+        assert forward.dense == pytest.approx(dense)
+        assert backward.experts == pytest.approx(factor * 4 * PARTS["experts"])
+        assert forward.dispatch == pytest.approx(factor * 14.0)
+    assert slow_down(*found) == pytest.approx((2.0, 2.0, 2.0))
 
 
 # What a real unit records. ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 from torch import distributed
 
+from megatron_scmoe.overlap import collectives
 from megatron_scmoe.overlap.collectives import AllToAll, Transfer
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
 from tools.benchmarks import one_device
@@ -71,10 +72,10 @@ def test_stock_all_to_all_blocks_forward_and_backward(
 
 
 def test_it_is_gone_behind_the_block(link: Link, group: distributed.ProcessGroup) -> None:
-    ours, stock = AllToAll.launch, token_dispatcher.all_to_all
+    ours, stock = (AllToAll.moves, collectives.launch), token_dispatcher.all_to_all
     with emulated_link(link):
         pass
-    assert AllToAll.launch is ours and token_dispatcher.all_to_all is stock
+    assert (AllToAll.moves, collectives.launch) == ours and token_dispatcher.all_to_all is stock
 
 
 @pytest.mark.parametrize(

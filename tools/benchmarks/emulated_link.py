@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
-from megatron_scmoe.overlap import streams
+from megatron_scmoe.overlap import collectives, streams
 from megatron_scmoe.overlap.collectives import AllToAll
 
 
@@ -53,20 +54,22 @@ class Link:
 class _Sleep:
     """A transfer on the CPU; see streams.Flight."""
 
-    def __init__(self, link: Link, seconds: float) -> None:
+    def __init__(self, link: Link, seconds: float, sent: list[Tensor]) -> None:
+        self._sent = sent
         self._started = time.perf_counter()
         self._end = link.reserve(self._started, seconds)
         self._blocked = 0.0
 
-    def wait(self) -> None:
+    def wait(self) -> list[Tensor]:
         before = time.perf_counter()
         if before < self._end:
             time.sleep(self._end - before)
             # A sleep is late by some microseconds; nobody has computed in them.
             self._end = time.perf_counter()
             self._blocked = self._end - before
+        return self._sent
 
-    def times(self) -> tuple[float, float, float]:
+    def times(self, clock: streams.Clock) -> tuple[float, float, float]:
         return self._started, self._end, self._blocked
 
 
@@ -115,24 +118,24 @@ def emulated_link(link: Link) -> Iterator[None]:
     """All all-to-alls of expert parallelism take the time of `link`, forward and backward."""
 
     def launch(
-        self: AllToAll, sent: list[Tensor], ready: streams.Event | None
-    ) -> tuple[streams.Flight, list[Tensor]]:
+        _exchange: streams.Exchange, sent: list[Tensor], ready: streams.Event | None
+    ) -> streams.Flight:
         seconds = sum(link.send(tensor.nbytes) for tensor in sent)
         if not sent[0].is_cuda:
-            return _Sleep(link, seconds), list(sent)
+            return _Sleep(link, seconds, sent)  # type: ignore[return-value]
 
-        def issue(_async_op: bool) -> list[Any]:
+        def exchange(sent: list[Tensor], _async_op: bool) -> tuple[list[Tensor], list[Any]]:
             _sleep_on_stream(seconds)
-            return []
+            return sent, []
 
-        return streams.launch(issue, sent, ready), list(sent)
+        return streams.launch(exchange, sent, ready)
 
     def all_to_all(_group: Any, tensor: Tensor, *_splits: Any, **_options: Any) -> Tensor:
         return _Blocking.apply(link, tensor)
 
-    ours, stock = AllToAll.launch, token_dispatcher.all_to_all
-    AllToAll.launch, token_dispatcher.all_to_all = launch, all_to_all  # type: ignore
-    try:
+    with (
+        mock.patch.object(AllToAll, "moves", lambda _: True),
+        mock.patch.object(collectives, "launch", launch),
+        mock.patch.object(token_dispatcher, "all_to_all", all_to_all),
+    ):
         yield
-    finally:
-        AllToAll.launch, token_dispatcher.all_to_all = ours, stock  # type: ignore

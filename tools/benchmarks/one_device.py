@@ -37,7 +37,7 @@ from torch import Tensor
 
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.moe.experts import GroupedExperts
-from megatron_scmoe.overlap.adaptive import SlotChooser, choose_slots
+from megatron_scmoe.overlap.adaptive import FirstIterations, choose_slots
 from megatron_scmoe.overlap.schedule import Slots, window
 from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tools.benchmarks.emulated_link import Link, emulated_link
@@ -144,21 +144,22 @@ class Bench:
         """As a run does in its first iterations."""
         unit = _unit(block)
         assert contender.slot is not None
-        unit.set_slots(Slots(contender.slot, contender.slot))
-        chooser = SlotChooser(contender.position)
+        unit.slots = Slots(contender.slot, contender.slot)
+        first = FirstIterations(contender.position)
         times = None
         with emulated_link(link):
             while times is None:
-                unit.record_steps(chooser.wants_steps)
+                assert first.phase is not None
+                unit.recorder.records_steps = first.phase.records_steps
                 self._step(block)
-                times = chooser.observe([unit.recorder.take()])
-        unit.record_steps(False)
+                times = first.observe([unit.recorder.take()])
+        unit.recorder.records_steps = False
         return choose_slots(*times)
 
     def _measure(self, result: Result, block: Any, link: Link, repetition: int) -> None:
         unit = _unit(block)
         if result.slots is not None:
-            unit.set_slots(result.slots)
+            unit.slots = result.slots
             unit.recorder.take()
         if not no_cuda_device():
             torch.cuda.reset_peak_memory_stats()

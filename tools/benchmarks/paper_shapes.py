@@ -240,14 +240,14 @@ class Operators:
     def measure(self, steps: int) -> None:
         """Add samples; the first step is dropped."""
         unit = self._block.layers[0]
-        unit.record_steps(True)
+        unit.recorder.records_steps = True
         for step in range(1 + steps):
             seconds(self._forward_backward)
             record = unit.recorder.take()
             if step > 0:
                 for direction in DIRECTIONS:
                     self._samples[direction].append(operator_times(record, direction))
-        unit.record_steps(False)
+        unit.recorder.records_steps = False
 
     def _forward_backward(self) -> None:
         self._block(
