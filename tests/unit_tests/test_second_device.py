@@ -1,0 +1,58 @@
+"""A routed branch whose tensors are on another device than the CPU: torch's `lazy` stands for it.
+
+Autograd checks there what it checks on a GPU: that a gradient is where its tensor is.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, group
+
+from megatron_scmoe.overlap.branch import RoutedBranch
+from megatron_scmoe.overlap.collectives import AllToAll
+
+
+@pytest.fixture(scope="module")
+def lazy() -> Iterator[str]:
+    import torch._lazy.ts_backend
+
+    torch._lazy.ts_backend.init()
+    yield "lazy"
+
+
+def backward(device: str, world: ProcessGroup, gated: bool) -> list[Tensor]:
+    """Gradients through a branch of two chunks, with a map that has none and one tensor that
+    nobody uses."""
+    torch.manual_seed(0)
+    rows, weights = (torch.randn(4, 3).to(device).requires_grad_() for _ in range(2))
+    unused = torch.randn(4).to(device).requires_grad_()
+    dense = torch.randn(4, 3).to(device).requires_grad_()
+    branch = RoutedBranch()
+    chunks = [rows * 2, rows * 3]
+    branch.depart([[chunk > 0, chunk, unused * 1] for chunk in chunks])
+    assert branch._token is not None and branch._token.device == rows.device
+    collective = AllToAll(world, [4], [4])
+    for chunk in range(2):
+        branch.send(chunk, collective)
+    other = dense * 5
+    if gated:
+        (other,) = branch.gate((other,))
+    for chunk in range(2):
+        routing_map, received, _ = branch.receive(chunk)
+        branch.send_back(chunk, collective, received * routing_map * weights)
+    branch.wait()
+    first, second = branch.arrive()
+    (first * other + second).sum().backward()
+    gradients = [rows.grad, weights.grad, dense.grad, unused.grad]
+    assert all(x is not None and x.device == rows.device for x in gradients)
+    return [gradient.cpu() for gradient in gradients]
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("gated", [True, False], ids=["gate in the middle", "gate at the end"])
+def test_backward_runs_where_the_cargo_lives(lazy: str, gated: bool) -> None:
+    there, here = (backward(device, group.WORLD, gated) for device in (lazy, "cpu"))
+    for mine, theirs in zip(there, here, strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,0 +1,305 @@
+"""The engine as on a GPU, by a model of its streams and of its allocator (tests/stream_model.py).
+
+Every exchange travels, in a group of one rank.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import group
+
+from megatron_scmoe.overlap import branch, streams
+from megatron_scmoe.overlap.branch import RoutedBranch
+from megatron_scmoe.overlap.collectives import AllGather, AllToAll, PerTensor
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots
+from megatron_scmoe.shortcut_layer import ShortcutLayer
+from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
+from tests.stream_model import StreamModel
+
+pytestmark = pytest.mark.usefixtures("single_rank", "everything_travels")
+
+
+@pytest.fixture
+def everything_travels() -> Iterator[None]:
+    with mock.patch.object(PerTensor, "moves", lambda _: True):
+        yield
+
+
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+TOP2 = {"moe_router_topk": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks": {"scmoe": {"scmoe_num_chunks": 3}},
+    "waiting": {"scmoe": {"scmoe_overlap": False}},
+    "all-gather": {"host": {"moe_token_dispatcher_type": "allgather"}},
+    "all-gather, chunks": {
+        "scmoe": {"scmoe_num_chunks": 2},
+        "host": {"moe_token_dispatcher_type": "allgather"},
+    },
+    "dropping": {"host": {"moe_expert_capacity_factor": 0.5}},
+    "padded to capacity": {
+        "host": {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True}
+    },
+    "recomputed": {"host": FULL},
+    "experts recomputed": {"host": MOE},
+}
+
+
+def make(
+    position: str, scmoe: dict | None = None, host: dict | None = None, num_units: int = 2
+) -> nn.Module:
+    torch.manual_seed(0)
+    case = Case(
+        scmoe={"scmoe_shortcut_position": position, **(scmoe or {})},
+        host={**TOP2, **(host or {})},
+        num_layers=2 * num_units,
+    )
+    return build_block(case)
+
+
+def units_of(block: nn.Module) -> list[ShortcutLayer]:
+    return [layer for layer in block.layers if isinstance(layer, ShortcutLayer)]
+
+
+def step(block: nn.Module, model: AbstractContextManager[Any]) -> list[Tensor | None]:
+    """Output and gradients of one forward and backward pass, or the output in evaluation."""
+    torch.manual_seed(1)
+    x = torch.randn(SEQUENCE, BATCH, 16, dtype=torch.float64, requires_grad=block.training)
+    block.zero_grad()
+    with model, torch.set_grad_enabled(block.training):
+        output = run_block(block, x)
+        if block.training:
+            output.square().sum().backward()
+    return [output, x.grad, *(parameter.grad for parameter in block.parameters())]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_memory_is_touched_early(position: str, variant: str, training: bool) -> None:
+    block = make(position, **VARIANTS[variant]).train(training)
+    expected = step(block, nullcontext())
+    for slots in (None, Slots(0, 4), Slots(2, 1)):
+        for unit in units_of(block):
+            unit.slots = slots or unit.slots
+        model = StreamModel()
+        found = step(block, model)
+        assert model.hazards == []
+        assert model.orders["wait of side"] >= 4  # there was something to order
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("operators", [1, 2, 3])
+def test_operators_that_run_ahead_touch_nothing_either(operators: int) -> None:
+    block = make("pos3")
+    for unit in units_of(block):
+        unit.slots, unit.operators_ahead = Slots(6, 2), operators
+    model = StreamModel()
+    step(block, model)
+    assert model.hazards == []
+
+
+# Every order is needed. ------------------------------------------------------------------------
+
+# One unit asks for these: counts, dispatch, combine, and the two ways back.
+NEEDED = [
+    *(("wait of side", number) for number in range(5)),
+    # Nobody reads the counts on the device unless the permutation is fused.
+    *(("wait of compute", number) for number in range(1, 5)),
+    ("wait of host", 0),
+]
+
+
+@pytest.mark.parametrize("dropped", NEEDED, ids=lambda order: f"{order[0]} {order[1]}")
+@pytest.mark.parametrize("position", POSITIONS)
+def test_an_order_that_is_not_kept_is_seen(position: str, dropped: tuple[str, int]) -> None:
+    model = StreamModel(dropped)
+    step(make(position, num_units=1), model)
+    assert model.orders[dropped[0]] > dropped[1]
+    assert model.hazards != []
+
+
+def allocated_where_compute_runs(model: StreamModel) -> AbstractContextManager[Any]:
+    """What fills the side stream's exchanges was freed behind the point that it waits for."""
+
+    def exchange(self: PerTensor, sent: list[Tensor], async_op: bool) -> Any:
+        cuda = streams._cuda(sent[0])
+        assert cuda is not None
+        with cuda.stream(model.compute):
+            buffers = [self.buffer(tensor) for tensor in sent]
+        pairs = zip(buffers, sent, strict=True)
+        return buffers, [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
+
+    return mock.patch.object(PerTensor, "exchange", exchange)
+
+
+def sent_is_freed_at_once(model: StreamModel) -> AbstractContextManager[Any]:
+    def launch(*args: Any) -> Any:
+        flight = streams.launch(*args)
+        flight._sent = []  # type: ignore[attr-defined]
+        return flight
+
+    return mock.patch("megatron_scmoe.overlap.collectives.launch", launch)
+
+
+def ready_too_early(model: StreamModel) -> AbstractContextManager[Any]:
+    early = model.compute.record_event()
+    return mock.patch.object(branch, "now", lambda _: early)
+
+
+def copied_to_the_host_where_compute_runs(model: StreamModel) -> AbstractContextManager[Any]:
+    def to_host(self: Any) -> Any:
+        return streams._Coming(streams._to_host(self._received[0]), model.compute.record_event())
+
+    return mock.patch.object(streams._StreamFlight, "to_host", to_host)
+
+
+def received_before_the_wait(model: StreamModel) -> AbstractContextManager[Any]:
+    def wait(self: Any) -> list[Tensor]:
+        return self._received
+
+    return mock.patch.object(streams._StreamFlight, "wait", wait)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        allocated_where_compute_runs,
+        sent_is_freed_at_once,
+        ready_too_early,
+        copied_to_the_host_where_compute_runs,
+        received_before_the_wait,
+    ],
+)
+def test_a_mistake_is_seen(
+    mistake: Callable[[StreamModel], AbstractContextManager[Any]],
+) -> None:
+    block, model = make("pos2"), StreamModel()
+    for unit in units_of(block):
+        unit.slots = Slots(2, 2)
+    with mistake(model):
+        step(block, model)
+    assert model.hazards != []
+
+
+# What a unit alone does not show. --------------------------------------------------------------
+
+
+@contextmanager
+def two_branches(model: StreamModel) -> Iterator[None]:
+    """The rows of one are used and freed while the host prepares the launch of the other."""
+    with model, torch.no_grad():
+        collective = AllToAll(group.WORLD, [4], [4])
+        first, second = RoutedBranch(), RoutedBranch()
+        first.depart([[torch.randn(4, 3)]])
+        first.send(0, collective)
+        second.depart([[torch.randn(4, 3)]])
+        (rows,) = first.receive(0)
+        rows = rows * 2
+        second.send(0, collective)
+        second.receive(0)
+        yield
+
+
+def test_received_memory_goes_back_when_compute_is_done_with_it() -> None:
+    with two_branches(model := StreamModel()):
+        assert model.hazards == []
+    with two_branches(model := StreamModel(("record_stream", 0))):
+        assert model.hazards != []
+
+
+@pytest.mark.parametrize("dropped", [None, ("record_stream", None)])
+def test_an_exchange_that_nobody_waits_for(dropped: tuple[str, None] | None) -> None:
+    gather = AllGather(group.WORLD)
+    with StreamModel(dropped) as model:
+        sent = torch.randn(4, 3)
+        flight = streams.launch(gather.exchange, [sent])
+        del sent, flight
+        torch.zeros(4, 3)  # the same memory
+    assert (model.hazards == []) == (dropped is None)
+
+
+def test_what_has_to_be_copied_is_not_ready() -> None:
+    with StreamModel() as model:
+        sent = torch.randn(3, 4)
+        ready = streams.now(sent)
+        streams.launch(AllGather(group.WORLD).exchange, [sent.T], ready).wait()
+    assert model.hazards == []
+
+
+def test_the_numbers_of_rows_do_not_queue_behind_rows() -> None:
+    """Of another branch whose rows are still on their way."""
+    with StreamModel() as model:
+        rows, counts = torch.randn(4, 3), torch.arange(4)
+        gather = AllGather(group.WORLD)
+        travelling = streams.launch(gather.exchange, [rows])
+        asked = streams.launch(gather.exchange, [counts], lane="counts")
+        assert travelling._side is not asked._side  # type: ignore[attr-defined]
+        asked.to_host().wait()
+        done = model.host
+        assert travelling._side.name not in done  # type: ignore[attr-defined]
+        for flight in (travelling, asked):
+            flight.wait()
+
+
+# The host. --------------------------------------------------------------------------------------
+
+
+def host_waits(block: nn.Module, model: StreamModel) -> list[str]:
+    """Waits of the host and first dense operators, in the order of one forward pass."""
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            found.extend(event for event in model.events if event.startswith("host waits"))
+            model.events.clear()
+            found.append(name)
+
+        return hook
+
+    for unit in units_of(block):
+        position = unit._scmoe.scmoe_shortcut_position
+        first = {
+            "pos1": unit.self_attention.linear_qkv,
+            "pos2": unit.dense_layer.mlp if position == "pos2" else None,
+            "pos3": unit.dense_layer.self_attention.linear_qkv if position == "pos3" else None,
+        }[position]
+        first.register_forward_hook(note("dense"))
+        unit.register_forward_hook(note("end"))
+    with torch.no_grad():
+        step(block, model)
+    return found
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "waiting"])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_the_host_waits_once_a_unit_and_not_before_dense_work(position: str, variant: str) -> None:
+    block = make(position, **VARIANTS[variant]).eval()
+    found = host_waits(block, StreamModel())
+    expected = ["dense", "host waits", "end"]
+    if variant == "padded to capacity":
+        # It is known beforehand: a tensor of the host's, which the model takes for the device's.
+        found = [
+            event for event in found if event != "host waits in aten._local_scalar_dense.default"
+        ]
+        expected = ["dense", "end"]
+    assert found == expected * len(units_of(block))
+
+
+def test_one_rank_alone_waits_once_too() -> None:
+    """No exchange, and still it knows the numbers of rows behind a dense operator only."""
+    with mock.patch.object(PerTensor, "moves", lambda _: False):
+        block = make("pos2").eval()
+        assert host_waits(block, StreamModel()) == ["dense", "host waits", "end"] * 2
