@@ -1,10 +1,14 @@
-"""How many bytes autograd keeps for backward passes, now and at the peak."""
+"""How many bytes autograd keeps for backward passes, now and at the peak; what else is alive."""
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class KeptBytes:
@@ -52,6 +56,35 @@ class KeptBytes:
         if self._uses[key] == 0:
             del self._uses[key]
             self._now -= self._storages.pop(key).nbytes()
+
+
+class Alive(TorchDispatchMode):
+    """The memory that was allocated inside of it and is not freed yet, whoever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        # Views of older memory and what is written in place are not new.
+        old = {_identity(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _identity(tensor) not in old:
+                self._storages[_identity(tensor)] = weakref.ref(tensor.untyped_storage())
+        return result
+
+    def without(self, kept: KeptBytes, *tensors: Tensor) -> list[int]:
+        """Bytes of every piece that autograd does not keep and that is not one of `tensors`."""
+        own = {_identity(tensor) for tensor in tensors}
+        found = []
+        for key, reference in self._storages.items():
+            storage = reference()
+            if storage is not None and key not in own and key not in kept._storages:
+                found.append(storage.nbytes())
+        return found
 
 
 class _Kept:
