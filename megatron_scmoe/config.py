@@ -311,6 +311,15 @@ _UNSUPPORTED = (
         "use deepep or hybridep",
     ),
     _Unsupported(
+        "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather",
+        lambda config: (
+            config.moe_router_padding_for_quantization
+            and config.moe_token_dispatcher_type == "allgather"
+        ),
+        "the host pads the rows of the other dispatchers only",
+        "use alltoall, or drop the padding",
+    ),
+    _Unsupported(
         "--moe-shared-expert-overlap",
         lambda config: config.moe_shared_expert_overlap,
         "the unit already runs the shared expert beside the all-to-all",

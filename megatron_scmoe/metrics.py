@@ -200,9 +200,9 @@ class UnitTracker(MoEMetricsTracker):
             return []
         group = self.units[0].mlp.ep_group
         own = torch.stack(counts).to(torch.cuda.current_device())  # [layers, e]
-        gathered = own.new_empty(group.size(), *own.shape)
+        gathered = own.new_empty(group.size() * len(own), own.shape[1])
         torch.distributed.all_gather_into_tensor(gathered, own, group=group)
-        rows = gathered.double()
+        rows = gathered.unflatten(0, (-1, len(own))).double()  # [n, layers, e]
         return (rows.amax(dim=(0, 2)) / rows.mean(dim=(0, 2))).nan_to_num(1.0).tolist()
 
 

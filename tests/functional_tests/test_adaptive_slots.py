@@ -14,6 +14,7 @@ from .launch import TINY_MODEL, TINY_MOE, Run, read_scalars
 
 CURVES = ("lm loss", "grad-norm")
 CHOICE = "expert slot "
+SLOW_DOWN = "dense compute beside exchanges"
 
 
 def train(data: Path, folder: Path, *options: str) -> Run:
@@ -60,6 +61,9 @@ def test_metrics_and_trace(chosen: tuple[Run, Path]) -> None:
     tags = ("a2a-seconds", "a2a-hidden-seconds", "a2a-exposed-seconds")
     total, hidden, exposed = (read_scalars(folder, tag)[8] for tag in tags)
     assert total == pytest.approx(hidden + exposed, rel=1e-5) and total > 0
+    assert read_scalars(folder, "a2a-host-wait-seconds")[8] > 0
+    # The traced iterations 7 and 8 are not those that run without overlap.
+    assert SLOW_DOWN not in run.stdout
     assert read_scalars(folder, "expert-load-imbalance")[8] >= 1
     assert run.stdout.count("expert load imbalance: ") == 8
     for rank in range(2):
@@ -84,9 +88,13 @@ def test_report_of_a_real_trace(chosen: tuple[Run, Path], tmp_path: Path) -> Non
 
 
 def test_no_bit_is_lost(chosen: tuple[Run, Path], data_prefix: Path, tmp_path: Path) -> None:
-    """Against fixed slots, and no measuring and tracing."""
+    """Against fixed slots and no tracing; iterations 6 to 8 run without overlap."""
     run = train(data_prefix, tmp_path, "--scmoe-expert-slot", "5,0")
     assert choices(run) == []
+    (said,) = (line for line in run.stdout.splitlines() if line.startswith(SLOW_DOWN))
+    slow_down = read_scalars(tmp_path, "a2a-compute-slowdown")
+    assert list(slow_down) == [8] and slow_down[8] > 0
+    assert said.startswith(f"{SLOW_DOWN} takes {slow_down[8]:.3f} of its time alone")
     assert [slots[8] for slots in slots_of(tmp_path)] == [5, 0]
     for tag in CURVES:
         assert read_scalars(tmp_path, tag) == read_scalars(chosen[1], tag)

@@ -22,6 +22,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "Leaving out --disable-bias-linear": {"add_bias_linear": True},
     "--moe-flex-dispatcher-backend ncclep": {"moe_flex_dispatcher_backend": "ncclep"},
+    "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather": {
+        "moe_router_padding_for_quantization": True,
+        "moe_token_dispatcher_type": "allgather",
+    },
     "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--delay-wgrad-compute": {"delay_wgrad_compute": True},

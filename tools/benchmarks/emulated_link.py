@@ -86,7 +86,8 @@ def _cycles_per_s() -> float:
     return cycles / (begin.elapsed_time(end) / 1e3)
 
 
-def _sleep_on_stream(seconds: float) -> None:
+def sleep_on_stream(seconds: float) -> None:
+    """A kernel that lasts as long, on the current stream."""
     torch.cuda._sleep(round(seconds * _cycles_per_s()))
 
 
@@ -108,7 +109,7 @@ class _Blocking(torch.autograd.Function):
 def _block(link: Link, tensor: Tensor) -> None:
     seconds = link.send(tensor.nbytes)
     if tensor.is_cuda:
-        _sleep_on_stream(seconds)
+        sleep_on_stream(seconds)
     else:
         time.sleep(seconds)
 
@@ -125,7 +126,7 @@ def emulated_link(link: Link) -> Iterator[None]:
             return _Sleep(link, seconds, sent)  # type: ignore[return-value]
 
         def exchange(sent: list[Tensor], _async_op: bool) -> tuple[list[Tensor], list[Any]]:
-            _sleep_on_stream(seconds)
+            sleep_on_stream(seconds)
             return sent, []
 
         return streams.launch(exchange, sent, ready)

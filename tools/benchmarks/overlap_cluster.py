@@ -58,7 +58,7 @@ class Settings:
     repetitions: int
     """Turns of each contender on each link."""
     warmup: int
-    """First steps of each run, not counted: five of them choose the expert slot."""
+    """First steps of each run, not counted: eight of them measure, and choose the expert slot."""
     steps: int
     """Counted steps of a turn with the limit, and as many without; each is preceded by one that is
     not counted."""
@@ -66,8 +66,8 @@ class Settings:
     """Counted steps of a rate that is tried."""
 
 
-FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=7, warmup=6, steps=1, calibration_steps=5)
-QUICK = Settings((0.60,), repetitions=3, warmup=6, steps=1, calibration_steps=3)
+FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=7, warmup=9, steps=1, calibration_steps=5)
+QUICK = Settings((0.60,), repetitions=3, warmup=9, steps=1, calibration_steps=3)
 QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 
 

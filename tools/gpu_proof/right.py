@@ -1,0 +1,581 @@
+"""The unit on this device computes what it computes on the CPU, whatever its streams do.
+
+Every exchange travels, in a group of one rank: from its memory to its memory, by NCCL on a GPU.
+
+    branch       backward at all, and in the order that hides exchanges; received rows are never in
+                 memory that compute still uses, with 1 to 5 operators ahead; an exchange and compute
+                 take the time of one of them; what the host pays for an exchange
+    units        output and every gradient against the CPU's in float64, in fp32 and bf16: every
+                 position, combine, norm, with the post-norm, chunks, all-gather, dropping
+    bit for bit  every pair of slots, overlap off, recomputation, micro-batches in flight, evaluation
+    pressure     200 steps with hardly any free memory, overlap on and off: the same losses
+    sanitizer    torch's CUDA sanitizer, which knows the order of streams and finds what it misses
+
+Routing is planned, and uneven: one expert gets nothing.
+
+Shapes: s sequence, b batch, h hidden, T = s*b, E experts
+"""
+
+from megatron_scmoe import host
+
+host.apply_replacements()
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.distributed import group
+
+from megatron_scmoe.overlap.branch import RoutedBranch
+from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
+from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
+from megatron_scmoe.shortcut_layer import ShortcutLayer
+from tools.benchmarks.emulated_link import sleep_on_stream
+from tools.benchmarks.paper_shapes import Contender, Inputs, Shape, build
+from tools.gpu_proof.layers import errors, largest, one_rank, seed
+from tools.gpu_proof.results import Results
+
+LIMIT_S: float = 130
+CORRECTNESS = True
+
+SHAPE = Shape(256, 512, 4, 2, 8, False, True)
+LENGTH, BATCH = 128, 2
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+# ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+PRESSURE_STEPS = 200
+PRESSURE_FREE_BYTES = 256 * 2**20
+"""What is left of the device's memory, beside what the model holds."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pair of layers, top-2."""
+
+    name: str
+    position: str = "pos2"
+    scmoe: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, dtype: torch.dtype, **scmoe: Any) -> Any:
+        """The block in a precision, with planned routing; the same weights every time."""
+        seed()
+        contender = Contender(self.name, self.position, 2, True, default_slot(self.position))
+        options = {
+            "moe_router_force_load_balancing": False,
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "bf16": dtype == torch.bfloat16,
+            **self.host,
+        }
+        block = build(SHAPE, contender, 2, {**self.scmoe, **scmoe}, **options)
+        plan_routing(unit_of(block))
+        return block
+
+
+UNITS = [
+    *(
+        Variant(
+            f"{position} {combine} {norm}",
+            position,
+            {"scmoe_combine": combine, "scmoe_shortcut_norm": norm},
+            {"moe_shared_expert_gate": combine == "cg1"},
+        )
+        for position in POSITIONS
+        for combine in ("add", "cg1", "cg2")
+        for norm in ("own", "shared")
+    ),
+    Variant("post-norm", scmoe={"scmoe_post_norm": True}),
+    Variant("3 chunks", scmoe={"scmoe_num_chunks": 3}),
+    Variant("all-gather", host={"moe_token_dispatcher_type": "allgather"}),
+    Variant("dropping", host={"moe_expert_capacity_factor": 1.0}),
+    Variant(
+        "padded to capacity",
+        host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    ),
+]
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+CHUNKS = Variant("3 chunks", scmoe={"scmoe_num_chunks": 3})
+
+
+def run(results: Results, device: torch.device, seconds: float) -> None:
+    """See the head of this file."""
+    began = time.perf_counter()
+
+    def enough_time(name: str, needed: float) -> bool:
+        left = seconds - (time.perf_counter() - began)
+        if left < needed:
+            results.skipped(name, f"{left:.0f} s are left, it may take {needed:.0f} s")
+        return left >= needed
+
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.pt"
+        child = _start("reference", reference, hide_device=True)
+        with one_rank(device), _everything_travels():
+            with results.guarded("branch"):
+                check_branch(results, device)
+            with results.guarded("bit for bit"):
+                check_bits(results, device)
+            with results.guarded("units"):
+                _wait_for(child, results)
+                expected = torch.load(reference, weights_only=True)
+                for dtype in TOLERANCE:
+                    check_units(results, expected, dtype)
+            if enough_time("pressure", 20 if device.type == "cuda" else 0):
+                with results.guarded("pressure"):
+                    check_pressure(results, device)
+    if device.type == "cpu":
+        results.skipped("sanitizer", "needs CUDA")
+    elif enough_time("sanitizer", 30):
+        with results.guarded("sanitizer"):
+            check_sanitizer(results)
+
+
+# The branch alone. --------------------------------------------------------------------------------
+
+
+def check_branch(results: Results, device: torch.device) -> None:
+    """What the streams do, seen from one branch."""
+    rows, hidden = (4096, 2048) if device.type == "cuda" else (64, 32)
+    collective = AllToAll(group.WORLD, [rows], [rows])
+    x = torch.randn(rows, hidden, device=device, requires_grad=True)
+    weight = torch.randn(hidden, hidden, device=device, requires_grad=True)
+    collective.exchange([x.detach()], False)  # the communicator is made
+
+    order: list[str] = []
+    output, dense = _through(collective, x * 1, lambda rows: rows @ weight, order)
+    (output.sum() + dense.sum()).backward()
+    expected = torch.ones_like(x) @ weight.detach().T + 6
+    assert x.grad is not None
+    close = torch.allclose(x.grad, expected, rtol=1e-3, atol=1e-1)
+    results.check("backward through a branch", close)
+    results.check(
+        "the gradients that depart are awaited behind the dense backward",
+        order == ["dense", "depart"],
+        " > ".join(order),
+    )
+
+    if device.type == "cpu":
+        for name in ("receive buffers", "an exchange beside compute"):
+            results.skipped(name, "needs CUDA's streams")
+    else:
+        _check_receive_buffers(results, collective, x.detach())
+        _check_beside_compute(results, collective, x.detach())
+    _measure_host_cost(results, collective, x.detach())
+
+
+def _through(
+    collective: AllToAll, x: Tensor, work: Callable[[Tensor], Tensor], order: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Rows through a branch, and dense work beside it; notes the order of the backward pass."""
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Tensor) -> Tensor:
+            return tensor.view_as(tensor)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            time.sleep(0.05)  # a thread that does not keep the order would be earlier
+            order.append("dense")
+            return grads[0]
+
+    branch = RoutedBranch()
+    returned = branch._returned_gradients
+
+    def noted() -> list[Tensor | None]:
+        order.append("depart")
+        return returned()
+
+    branch._returned_gradients = noted  # type: ignore[method-assign]
+    branch.depart([[x]])
+    dense = Noted.apply(x * 3)
+    branch.send(0, collective)
+    (received,) = branch.receive(0)
+    branch.send_back(0, collective, work(received))
+    (dense,) = branch.gate((dense,))
+    dense = dense * 2
+    branch.wait()
+    (output,) = branch.arrive()
+    return output, dense
+
+
+@torch.no_grad()
+def _check_receive_buffers(results: Results, collective: AllToAll, x: Tensor) -> None:
+    """The block that a dense operator has just freed is the first that an allocator hands out."""
+    for operators in range(1, 6):
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        branch, rows = RoutedBranch(), x.clone()
+        branch.depart([[rows]])
+        sleep_on_stream(0.1)
+        seen = []
+        for _ in range(operators):
+            temporary = torch.full_like(rows, 7.0)
+            seen.append(temporary * 1)
+            address = temporary.data_ptr()
+            del temporary
+        branch.send(0, collective)
+        (received,) = branch.receive(0)
+        torch.cuda.synchronize()
+        right = torch.equal(received, rows) and all(bool((t == 7).all()) for t in seen)
+        same = received.data_ptr() == address
+        results.check(
+            f"receive buffer, {operators} operators ahead",
+            right and not same,
+            "in memory that compute had freed" if same else "",
+        )
+
+
+@torch.no_grad()
+def _check_beside_compute(results: Results, collective: AllToAll, x: Tensor) -> None:
+    """0.1 s of compute beside 0.1 s of exchange."""
+    exchange, wanted = AllToAll.exchange, 0.1
+
+    def slow(self: AllToAll, sent: list[Tensor], async_op: bool) -> Any:
+        sleep_on_stream(wanted)
+        return exchange(self, sent, async_op)
+
+    recorder = UnitRecorder()
+    recorder.begin_pass(x)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with mock.patch.object(AllToAll, "exchange", slow):
+        branch = RoutedBranch(recorder=recorder)
+        branch.depart([[x]])
+        torch.cuda.synchronize()
+        begin.record()
+        branch.send(0, collective)
+        sleep_on_stream(wanted)
+        branch.receive(0)
+        end.record()
+        end.synchronize()
+    (found,) = recorder.take().exchanges
+    together = begin.elapsed_time(end) / 1e3
+    in_flight = found.end - found.begin
+    results.check(
+        "an exchange beside compute",
+        together < 1.2 * wanted and 0.9 * wanted < in_flight < 1.2 * wanted and found.blocked < 0.02,
+        together_seconds=together,
+        in_flight_seconds=in_flight,
+        blocked_seconds=found.blocked,
+    )
+
+
+@torch.no_grad()
+def _measure_host_cost(results: Results, collective: AllToAll, x: Tensor) -> None:
+    recorder = UnitRecorder()
+    recorder.begin_pass(x)
+    repetitions = 200
+    for repetition in range(2 * repetitions):  # the first half warms up
+        if repetition == repetitions:
+            _synchronize(x.device)
+            recorder.take()
+            began = time.perf_counter()
+        branch = RoutedBranch(recorder=recorder)
+        branch.depart([[x[:1]]])
+        branch.send(0, AllToAll(collective.group, [1], [1]))
+        branch.receive(0)
+    host = (time.perf_counter() - began) / repetitions
+    _synchronize(x.device)
+    began = time.perf_counter()
+    recorder.take()
+    results.measured(
+        "what an exchange costs the host",
+        f"one row, {x.shape[1]} wide; its times are read once an iteration",
+        launch_seconds=host,
+        read_seconds=(time.perf_counter() - began) / repetitions,
+    )
+
+
+# Units. -------------------------------------------------------------------------------------------
+
+
+def check_units(
+    results: Results, expected: dict[str, dict[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Output and all gradients against the CPU's, from the same weights."""
+    for variant in UNITS:
+        name = f"{str(dtype).removeprefix('torch.')}: {variant.name}"
+        with results.guarded(name):
+            block = variant.build(dtype)
+            theirs = dict(expected[variant.name])
+            weights = {key: theirs.pop(key) for key in list(theirs) if key.startswith("weight ")}
+            with torch.no_grad():
+                for key, parameter in block.named_parameters():
+                    parameter.copy_(weights[f"weight {key}"])
+            found = {key: value.cpu() for key, value in step(block, dtype).items()}
+            differences = errors(found, theirs)
+            worst = max(differences, key=differences.__getitem__)
+            results.check(
+                name,
+                largest(differences.values()) < TOLERANCE[dtype],
+                worst,
+                relative_error=differences[worst],
+            )
+
+
+def write_reference(path: Path) -> None:
+    """Weights, outputs and gradients of all variants, in float64 on the CPU."""
+    found = {}
+    with one_rank(torch.device("cpu")), _everything_travels():
+        for variant in UNITS:
+            block = variant.build(torch.float64)
+            weights = {f"weight {k}": p.detach().clone() for k, p in block.named_parameters()}
+            found[variant.name] = weights | step(block, torch.float64)
+    torch.save(found, path)
+
+
+def plan_routing(unit: ShortcutLayer) -> None:
+    """Let a router choose what is planned, the same on every device and in every precision.
+
+    Its own logits, [T, E], keep their gradients; they only cannot change the order. Expert E - 1
+    is never chosen.
+    """
+    router = unit.mlp.router
+    gating = router.gating
+
+    def planned(hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        logits = torch.tanh(gating(hidden_states, *arguments, **options))
+        num_experts = logits.shape[-1]
+        order = torch.rand(
+            logits.shape[:-1].numel(), num_experts - 1, generator=torch.Generator().manual_seed(5)
+        )
+        plan = torch.full((len(order), num_experts), -1.0)
+        # Squared: the first experts are chosen more often.
+        bias = torch.linspace(1.0, 0.3, num_experts - 1)
+        plan[:, :-1] = (order * bias).argsort(dim=-1).argsort(dim=-1).float()
+        return plan.view_as(logits).to(logits) + 0.2 * logits
+
+    router.gating = planned
+
+
+def inputs(dtype: torch.dtype, number: int = 0) -> Inputs:
+    """A micro-batch, the same on every device."""
+    device = torch.cuda.current_device()
+    found = Inputs.draw(SHAPE, LENGTH, BATCH, dtype)
+    generator = torch.Generator().manual_seed(11 + number)
+    size = found.hidden_states.shape
+    x, grad = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
+    found.hidden_states = x.to(device, dtype).requires_grad_()
+    found.grad = grad.to(device, dtype)
+    return found
+
+
+def step(
+    block: Any, dtype: torch.dtype, micro_batches: int = 1, in_flight: bool = False
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name.
+
+    Args:
+        in_flight: all forward passes in front of all backward passes.
+    """
+    block.zero_grad(set_to_none=True)
+    batches = [inputs(dtype, number) for number in range(micro_batches)]
+    outputs = []
+    for batch in batches:
+        outputs.append(block(hidden_states=batch.hidden_states, **batch.attention))
+        if not in_flight:
+            outputs[-1].backward(batch.grad)
+    if in_flight:
+        for output, batch in zip(outputs, batches, strict=True):
+            output.backward(batch.grad)
+    found: dict[str, Tensor] = {}
+    for number, (output, batch) in enumerate(zip(outputs, batches, strict=True)):
+        assert batch.hidden_states.grad is not None
+        found[f"output {number}"] = output.detach()
+        found[f"gradient of input {number}"] = batch.hidden_states.grad
+    return found | {
+        f"gradient of {name}": parameter.grad for name, parameter in block.named_parameters()
+    }
+
+
+def unit_of(block: Any) -> ShortcutLayer:
+    (unit,) = (layer for layer in block.layers if isinstance(layer, ShortcutLayer))
+    return unit
+
+
+# Bit for bit. -------------------------------------------------------------------------------------
+
+
+def check_bits(results: Results, device: torch.device) -> None:
+    """What must change no bit of any output and gradient."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for position in POSITIONS:
+        variant = Variant(position, position)
+        block = variant.build(dtype)
+        unit = unit_of(block)
+        expected = step(block, dtype, micro_batches=2)
+        size = len(window(position)) + 1
+        different = []
+        for forward in range(size):
+            for backward in range(size) if position == "pos2" else [forward]:
+                unit.slots = Slots(forward, backward)
+                if not _same(step(block, dtype, micro_batches=2), expected):
+                    different.append(str(unit.slots))
+        results.check(f"{position}: every slot", not different, " ".join(different))
+        unit.slots = Slots(default_slot(position), default_slot(position))
+        for operators in (0, 2, 3):
+            unit.operators_ahead = operators
+            if not _same(step(block, dtype, micro_batches=2), expected):
+                different.append(f"{operators} ahead")
+        results.check(f"{position}: operators ahead", not different, " ".join(different))
+        unit.operators_ahead = 1
+        unit.overlap = False
+        same = _same(step(block, dtype, micro_batches=2), expected)
+        results.check(f"{position}: overlap off", same)
+        unit.overlap = True
+        same = _same(step(block, dtype, micro_batches=2, in_flight=True), expected)
+        results.check(f"{position}: two micro-batches in flight", same)
+        block.eval()
+        with torch.no_grad():
+            batch = inputs(dtype)
+            output = block(hidden_states=batch.hidden_states, **batch.attention)
+        results.check(f"{position}: evaluation", torch.equal(output, expected["output 0"]))
+        for name, options in (("full", FULL), ("selective", SELECTIVE)):
+            recomputed = Variant(position, position, host=options).build(dtype)
+            same = _same(step(recomputed, dtype, micro_batches=2), expected)
+            results.check(f"{position}: {name} recomputation", same)
+    found = []
+    for overlap in (True, False):
+        block = CHUNKS.build(dtype, scmoe_overlap=overlap)
+        found.append(step(block, dtype, micro_batches=2, in_flight=overlap))
+    results.check("3 chunks: overlap off", _same(*found))
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# Pressure. ----------------------------------------------------------------------------------------
+
+
+def check_pressure(results: Results, device: torch.device) -> None:
+    """Many steps, in memory that is handed out again at once."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    steps = PRESSURE_STEPS if device.type == "cuda" else 3
+    losses = []
+    for overlap in (True, False):
+        block = Variant("pos2").build(dtype, scmoe_overlap=overlap)
+        with _little_memory(device):
+            losses.append(_train(block, dtype, steps))
+    finite = bool(torch.isfinite(losses[0]).all())
+    first = next((i for i, same in enumerate((losses[0] == losses[1]).tolist()) if not same), None)
+    results.check(
+        f"{steps} steps under memory pressure",
+        finite and first is None,
+        "" if first is None else f"losses differ from step {first} on",
+        first_loss=losses[0][0].item(),
+        last_loss=losses[0][-1].item(),
+    )
+
+
+def _train(block: Any, dtype: torch.dtype, steps: int) -> Tensor:
+    """Losses of a regression, [steps]."""
+    batch = inputs(dtype)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+    losses = []
+    for number in range(steps):
+        output = block(hidden_states=batch.hidden_states, **batch.attention)
+        loss = (output.float() - batch.grad.float()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # Sizes of every kind come and go, and what they leave behind is not zero.
+        torch.full((1 + number % 7, LENGTH * BATCH, SHAPE.hidden_size), torch.nan, device=output.device)
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
+
+
+@contextmanager
+def _little_memory(device: torch.device) -> Iterator[None]:
+    """The rest of the device's memory is taken."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(0, free - PRESSURE_FREE_BYTES), dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del ballast
+        torch.cuda.empty_cache()
+
+
+# Children. ----------------------------------------------------------------------------------------
+
+
+def check_sanitizer(results: Results) -> None:
+    """One step of every position and dispatcher in a process that torch watches."""
+    child = _start("sanitizer", None, hide_device=False)
+    _, errors = child.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.strip()]
+    results.check(
+        "torch's CUDA sanitizer",
+        child.returncode == 0,
+        "" if child.returncode == 0 else " | ".join(lines[-6:])[:500],
+    )
+
+
+def run_sanitized() -> None:
+    """What the sanitizer watches; it raises at what is not ordered."""
+    from torch.cuda._sanitizer import enable_cuda_sanitizer
+
+    enable_cuda_sanitizer()
+    variants = [*(Variant(position, position) for position in POSITIONS), *UNITS[-4:]]
+    with one_rank(torch.device("cuda")), _everything_travels():
+        for variant in variants:
+            step(variant.build(torch.bfloat16), torch.bfloat16, micro_batches=2, in_flight=True)
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def _everything_travels() -> Iterator[None]:
+    with mock.patch.object(PerTensor, "moves", lambda _: True):
+        yield
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _start(job: str, path: Path | None, hide_device: bool) -> subprocess.Popen[str]:
+    """Another process of this module."""
+    environment = dict(os.environ)
+    if hide_device:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "tools.gpu_proof.right", job]
+    return subprocess.Popen(
+        command if path is None else [*command, str(path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(child: subprocess.Popen[str], results: Results) -> None:
+    _, errors = child.communicate(timeout=120)
+    if child.returncode != 0:
+        raise RuntimeError(f"the CPU's reference: {errors.strip().splitlines()[-1]}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "reference":
+        write_reference(Path(sys.argv[2]))
+    else:
+        run_sanitized()
