@@ -165,6 +165,7 @@ class UnitTracker(MoEMetricsTracker):
             facts = {name: getattr(args, name) for name in TRACED_OPTIONS}
             facts["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
             facts["backend"] = torch.distributed.get_backend(group)
+            facts["compute_slow_down"] = self._slow_down and self._slow_down.both
             facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
             rank = torch.distributed.get_rank()
             self._trace = TraceWriter(Path(str(self._trace_dir)), rank, facts)

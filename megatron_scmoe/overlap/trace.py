@@ -35,7 +35,7 @@ TRACED_OPTIONS = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks")
+TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks", "compute_slow_down")
 MOST_CHUNKS = 1000
 LANES = ("dense compute", "experts", "dispatch", "combine")
 EXCHANGES = ("dispatch", "combine")

@@ -70,6 +70,7 @@ FACTS: dict[str, Any] = {
     "params_dtype": "float32",
     "backend": "gloo",
     "expert_parallel_ranks": [0, 1],
+    "compute_slow_down": 1.0625,
 }
 
 
@@ -352,6 +353,12 @@ def test_page_is_whole_and_alone(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = " ".join(structure.texts)
     for number in ("1 forward, 1 backward", "8-9", "17.0 ms", "36.0 ms", "+20.0%", "2.00 MB/s"):
         assert number in text, number
+    assert "<dd>1.062 x\n" in page
+
+
+def test_a_slow_down_that_was_not_measured(tmp_path: Path) -> None:
+    run, figures = figures_of(tmp_path, facts={"compute_slow_down": None})
+    assert "Compute beside exchanges" not in render(run, figures)
 
 
 def test_timeline_is_to_scale(tmp_path: Path) -> None:
