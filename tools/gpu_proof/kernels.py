@@ -4,7 +4,6 @@ Intervals are (begin, end) in seconds.
 """
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,20 +35,22 @@ class Hole(NamedTuple):
     """The kernel behind it."""
 
 
-def profile(function: Callable[[], Any], path: Path | None = None) -> list[Kernel]:
-    """Call it under torch.profiler.
+def profile(function: Callable[[], Any], path: Path) -> list[Kernel]:
+    """Call it twice under torch.profiler, which starts with the first call, and keep the second.
 
     Args:
-        path: where the trace is kept, for Perfetto.
+        path: of the trace, for Perfetto.
     """
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = path or Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return read_kernels(json.loads(path.read_text()))
+    with torch.profiler.profile(
+        activities=list(torch.profiler.supported_activities()),
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        for _ in range(2):
+            function()
+            torch.cuda.synchronize()
+            profiler.step()
+    return read_kernels(json.loads(path.read_text()))
 
 
 def read_kernels(trace: dict[str, Any]) -> list[Kernel]:

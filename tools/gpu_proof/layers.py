@@ -7,6 +7,7 @@ from megatron_scmoe import host
 
 host.apply_replacements()
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.distributed import Work
 
 from megatron_scmoe.model import ShortcutBlock
 from megatron_scmoe.overlap import streams
-from megatron_scmoe.overlap.collectives import PerTensor
+from megatron_scmoe.overlap.collectives import AllToAll
 from tools.benchmarks.paper_shapes import Inputs
 
 BFLOAT16: dict[str, Any] = {
@@ -61,6 +62,7 @@ def describe_layers(device: torch.device) -> str:
 @contextmanager
 def one_rank(device: torch.device) -> Iterator[None]:
     """Megatron's process groups, with this process alone."""
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group(
             "gloo" if device.type == "cpu" else "nccl",
@@ -90,7 +92,7 @@ def exchanges_to_itself(repetitions: int) -> Iterator[None]:
     """
 
     def launch(
-        self: PerTensor, sent: list[Tensor], ready: streams.Event | None
+        self: AllToAll, sent: list[Tensor], ready: streams.Event | None
     ) -> tuple[streams.Flight, list[Tensor]]:
         buffers = [self.buffer(tensor) for tensor in sent]
 
@@ -103,12 +105,12 @@ def exchanges_to_itself(repetitions: int) -> Iterator[None]:
 
         return streams.launch(issue, [*sent, *buffers], ready), buffers
 
-    ours = PerTensor.launch
-    PerTensor.launch = launch  # type: ignore[assignment, method-assign]
+    ours = AllToAll.launch
+    AllToAll.launch = launch  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        PerTensor.launch = ours  # type: ignore[method-assign]
+        AllToAll.launch = ours  # type: ignore[method-assign]
 
 
 # Weights. -----------------------------------------------------------------------------------------
