@@ -1,19 +1,24 @@
 """What the proof on a GPU computes: times, overlaps of kernels, errors, verdicts."""
 
 import math
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from torch import distributed
 
+from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.overlap.collectives import AllToAll, Transfer
 from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.recorder import Activity, Direction, Span, UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Slots
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
-from tools.gpu_proof import transformer_engine
+from tools.gpu_proof import hidden, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
@@ -153,6 +158,12 @@ def test_contenders_take_turns() -> None:
     assert [len(timing.seconds) for timing in times.values()] == [2, 2]
 
 
+def test_times_of_a_device_are_seconds() -> None:
+    """Events count milliseconds; here they are the CPU backend's."""
+    times = in_turns({"sleep": lambda: time.sleep(0.02)}, CUDA, turns=2, steps=2)
+    assert 0.02 <= times["sleep"].median_s < 2
+
+
 def test_floor() -> None:
     rates = Rates(flops_per_s=100.0, bytes_per_s=10.0)
     assert (rates.floor_s(50, 1), rates.floor_s(50, 20)) == (0.5, 2.0)
@@ -170,7 +181,7 @@ def test_steps_end_with_the_time(results: Results) -> None:
         Step("too long", lambda: done.append("long"), 60),
         Step("short", lambda: done.append("short"), 1),
     ]
-    do_steps(results, steps, seconds=30)
+    do_steps(results, steps, deadline=time.monotonic() + 30)
     assert done == ["short"]
     assert outcomes(results) == {
         "without a GPU": "skipped",
@@ -238,6 +249,20 @@ def test_steps_of_a_record() -> None:
     assert first_begun(record, names) == (names, names[::-1])
 
 
+@pytest.mark.parametrize(("does", "note"), [("exit 3", "exit code 3"), ("exec sleep 60", "longer")])
+def test_a_process_that_fails(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, note: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    hidden.run(results, CPU, seconds=0.5 if "sleep" in does else 60)
+    findings = read_findings(results.folder)
+    assert [finding.outcome for finding in findings] == ["failed", "failed"]
+    assert all(note in finding.note for finding in findings)
+
+
 # Errors. ------------------------------------------------------------------------------------------
 
 
@@ -255,6 +280,7 @@ def test_errors() -> None:
 
 SHAPE = Shape(16, 32, 2, 1, 4, False, True)
 UNIT = Contender("pos2", "pos2", 1, True, 1)
+LOCAL_OPTIONS = {*transformer_engine.GROUPED, "moe_router_dtype"}
 
 
 def test_weights_of_another_implementation(single_rank: None) -> None:
@@ -295,6 +321,37 @@ def test_other_values_are_noticed(
     monkeypatch.setattr(blocks, "_build", build_other)
     blocks.check(transformer_engine.LOCAL_CASE)
     assert last(results).outcome == "failed"
+
+
+def test_checks_of_transformer_engine(
+    single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With local layers in place of those that need a GPU: no check misses what it compares."""
+
+    class Local(LocalSpecProvider):
+        def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+            sequential = super().grouped_mlp_modules(False)
+            return partial(GroupedExperts, **sequential.keywords) if moe_use_grouped_gemm else None
+
+    monkeypatch.setattr(transformer_engine, "TESpecProvider", Local)
+    monkeypatch.setattr(transformer_engine, "GROUPED_TE", transformer_engine.GROUPED)
+    blocks = transformer_engine.Blocks(results, CPU)
+    built = blocks._build
+
+    def build_local(case: transformer_engine.Case, **scmoe: Any) -> Any:
+        host = {name: value for name, value in case.host.items() if name in LOCAL_OPTIONS}
+        return built(replace(case, host=host), **scmoe)
+
+    monkeypatch.setattr(blocks, "_build", build_local)
+    for case in transformer_engine.CASES:
+        blocks.check(case)
+    blocks.check_fp8()
+    blocks.check_delayed_scaling()
+    transformer_engine.check_empty_experts(results, CPU)
+    assert set(outcomes(results).values()) == {"passed"}
+    assert len(outcomes(results)) == len(transformer_engine.CASES) + 2 + 1 + 5
+    (delayed,) = (f for f in read_findings(results.folder) if "delayed" in f.name)
+    assert set(delayed.values.values()) == {0.0}, "slots change no bit"
 
 
 def test_exchanges_of_a_lone_rank(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:

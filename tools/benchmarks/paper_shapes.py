@@ -196,10 +196,14 @@ def build(
 
 @dataclass
 class Inputs:
-    """What a block reads: random hidden states, [s, b, h], and what its attention needs."""
+    """What a block reads, forward and backward."""
 
     hidden_states: Tensor
+    """Random, [s, b, h]."""
+    grad: Tensor
+    """Of the block's output, random, [s, b, h]."""
     attention: dict[str, Tensor]
+    """What attention needs."""
 
     @classmethod
     def draw(
@@ -219,7 +223,7 @@ class Inputs:
         )
         mask = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)[None, None].cuda()
         attention = {"attention_mask": mask, "rotary_pos_emb": rotary(seq_length).cuda()}
-        return cls(hidden_states, attention)
+        return cls(hidden_states, torch.randn_like(hidden_states), attention)
 
 
 # Measuring. ---------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], 
         return block(hidden_states=inputs.hidden_states, **inputs.attention)
 
     def forward_backward() -> None:
-        forward().sum().backward()
+        forward().backward(inputs.grad)
         block.zero_grad(set_to_none=True)
 
     training = [seconds(forward_backward) for _ in range(1 + steps)][1:]
@@ -295,9 +299,9 @@ class Operators:
         unit.record_steps(False)
 
     def _forward_backward(self) -> None:
-        self._block(
-            hidden_states=self._inputs.hidden_states, **self._inputs.attention
-        ).sum().backward()
+        inputs = self._inputs
+        output = self._block(hidden_states=inputs.hidden_states, **inputs.attention)
+        output.backward(inputs.grad)
         self._block.zero_grad(set_to_none=True)
 
     def seconds(self) -> dict[str, dict[str, float]]:

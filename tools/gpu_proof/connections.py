@@ -1,8 +1,9 @@
 """What is hidden at one setting of CUDA_DEVICE_MAX_CONNECTIONS; hidden.py starts it.
 
-    CUDA_DEVICE_MAX_CONNECTIONS=32 python -m tools.gpu_proof.connections FOLDER cuda SECONDS
+    CUDA_DEVICE_MAX_CONNECTIONS=32 python -m tools.gpu_proof.connections FOLDER cuda UNTIL
 
-A pair of layers of GPT3-MoE-XL, as on one rank of four. Its exchanges are of two kinds:
+UNTIL is in seconds since 1970. A pair of layers of GPT3-MoE-XL, as on one rank of four. Its
+exchanges are of two kinds:
 
     emulated    they last as long as their bytes would take, and take nothing from compute
                 (tools/benchmarks/emulated_link.py); the link's rate makes communication 15, 30 or
@@ -26,9 +27,10 @@ host.apply_replacements()
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal
@@ -40,7 +42,7 @@ from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, Result, unit_of
-from tools.benchmarks.paper_shapes import SHAPES, Contender, Inputs, Shape, contenders
+from tools.benchmarks.paper_shapes import SHAPES, Contender, Inputs, contenders
 from tools.gpu_proof import timing
 from tools.gpu_proof.kernels import (
     Kernel,
@@ -52,19 +54,20 @@ from tools.gpu_proof.kernels import (
     total_s,
 )
 from tools.gpu_proof.layers import (
+    RANKS,
+    TINY,
     describe_layers,
     exchanges_to_itself,
     fastest,
     one_rank,
     seed,
+    train,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import do_steps, in_turns, judge
 
 PART = "hidden"
 SHARES = (0.15, 0.3, 0.6)
-RANKS = 4
-TINY = Shape(32, 64, 2, 2, 8, False, False)
 MOST_EXPOSED = 0.02
 BESIDE_COMPUTE = 0.9
 """Of the transfers' time in a trace, in which the host is slower than in a run."""
@@ -74,8 +77,8 @@ TRANSFER, PRODUCT = ("nccl", "DtoD", "spin_kernel"), ("gemm", "nvjet", "cutlass"
 """Parts of the names of kernels that move rows, and that multiply matrices."""
 
 
-def run(results: Results, device: torch.device, seconds: float) -> None:
-    """All of it, the valuable first."""
+def run(results: Results, device: torch.device, deadline: float) -> None:
+    """All of it, the valuable first, until `deadline` of time.monotonic."""
     connections = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     at = f"{connections} connections"
     # At the setting that is not for overlap one position says it.
@@ -93,7 +96,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
             timing.Step(f"hole behind the route, {at}", proof.hole, 3),
             timing.Step(f"experts inside attention, {at}", proof.inside_attention, 3),
         ]
-        do_steps(results, steps, seconds)
+        do_steps(results, steps, deadline)
 
 
 class Proof:
@@ -110,7 +113,6 @@ class Proof:
         inputs = Inputs.draw(shape, *size, dtype=torch.bfloat16)
         options = fastest(device)
         self._bench = Bench(shape, inputs, RANKS, steps=1 if tiny else 3, **options)
-        self._grad = torch.randn_like(inputs.hidden_states)
         self._contenders = {one.name: one for one in contenders(shape)}
         self._links = self._bench.links(list(SHARES))
 
@@ -192,7 +194,7 @@ class Proof:
 
     def slow_down(self) -> None:
         """Dense operators with exchanges in flight, against the same without overlap."""
-        for kind, travel in self._kinds().items():
+        for kind, travel in self._kinds.items():
             seconds = {}
             for overlap in (False, True):
                 records = self._records(self._unit("pos2", overlap=overlap), travel)
@@ -210,14 +212,15 @@ class Proof:
     def trace(self) -> None:
         """Of forward and backward. The second trace stays in the folder, for Perfetto."""
         path = self._results.folder / f"trace, {self._at}.json".replace(", ", "-").replace(" ", "-")
-        for kind, travel in self._kinds().items():
+        for kind, travel in self._kinds.items():
             block = self._unit("pos2")
             with travel():
                 for _ in range(3):
-                    self._pass(block)
-                kernels = profile(partial(self._pass, block), path)
+                    train(block, self._bench.inputs)
+                kernels = profile(partial(train, block, self._bench.inputs), path)
             report_trace(self._results, f"trace, {kind}, {self._at}", kernels)
 
+    @cached_property
     def _kinds(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """Both kinds of exchanges, as long as on the link with 30 %."""
         link = self._links[0.3]
@@ -261,7 +264,7 @@ class Proof:
             seed()
             block = self._unit("pos1", slot)
             seed()
-            outputs[slot] = self._pass(block)
+            outputs[slot] = train(block, self._bench.inputs)
         same = torch.equal(*outputs.values())
         records = self._records(block, partial(emulated_link, self._links[0.3]))
         wanted = [Step.CORE_ATTENTION.value, Step.EXPERTS.value, Step.PROJECTION.value]
@@ -284,14 +287,6 @@ class Proof:
             unit_of(block).set_slots(slots)
         return block
 
-    def _pass(self, block: Any) -> torch.Tensor:
-        """Forward and backward."""
-        inputs = self._bench.inputs
-        output = block(hidden_states=inputs.hidden_states, **inputs.attention)
-        output.backward(self._grad)
-        block.zero_grad(set_to_none=True)
-        return output.detach()
-
     def _records(
         self, block: Any, travel: Callable[[], AbstractContextManager[None]]
     ) -> list[UnitRecord]:
@@ -301,7 +296,7 @@ class Proof:
         with travel():
             records = []
             for _ in range(2 + PASSES):
-                self._pass(block)
+                train(block, self._bench.inputs)
                 records.append(unit.recorder.take())
         unit.record_steps(False)
         return records[2:]
@@ -383,8 +378,9 @@ def _is(kernel: Kernel, parts: tuple[str, ...]) -> bool:
 
 
 def main() -> None:
-    folder, device, seconds = sys.argv[1:]
-    run(Results(PART, Path(folder)), torch.device(device), float(seconds))
+    folder, device, until = sys.argv[1:]
+    deadline = time.monotonic() + float(until) - time.time()
+    run(Results(PART, Path(folder)), torch.device(device), deadline)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from megatron_scmoe import host
 
 host.apply_replacements()
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -46,10 +47,13 @@ from tools.benchmarks.paper_shapes import (
 )
 from tools.gpu_proof.layers import (
     BFLOAT16,
+    RANKS,
+    TINY,
     describe_layers,
     fastest,
     missing_transformer_engine,
     one_rank,
+    train,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import (
@@ -66,9 +70,6 @@ LIMIT_S: float = 120
 CORRECTNESS = False
 
 MODELS = ("gpt2-moe-medium", "gpt3-moe-xl", "llama2-moe")
-TINY = Shape(32, 64, 2, 2, 8, False, False)
-RANKS = 4
-"""Expert parallel ranks that the one here stands among: it has a quarter of the experts."""
 SHARE = 0.3
 """Of communication in the stock top-2 MoE layer's time, on the emulated link."""
 VOCABULARY = 8192
@@ -79,6 +80,7 @@ BACKWARD_AND_FORWARD = 3
 
 def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the module."""
+    deadline = time.monotonic() + seconds
     with one_rank(device):
         rates = Rates.measure(device)
         results.measured(
@@ -99,7 +101,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
                 missing_transformer_engine(device),
             ),
         ]
-        do_steps(results, steps, seconds)
+        do_steps(results, steps, deadline)
 
 
 class Proof:
@@ -121,11 +123,10 @@ class Proof:
         inputs = self._inputs(shape)
         bench = Bench(shape, inputs, RANKS, steps=self._steps, **fastest(self._device))
         blocks = {contender: bench.build(contender) for contender in contenders(shape)}
-        grad = torch.randn_like(inputs.hidden_states)
-        calls = {one.name: partial(_pass, block, inputs, grad) for one, block in blocks.items()}
+        calls = {one.name: partial(train, block, inputs) for one, block in blocks.items()}
         flops = {one.name: self._flops(bench, one) for one in blocks}
         floors = {
-            one.name: self._rates.floor_s(flops[one.name], _least_bytes(block, grad))
+            one.name: self._rates.floor_s(flops[one.name], _least_bytes(block, inputs.grad))
             for one, block in blocks.items()
         }
         link = bench.links([SHARE])[SHARE]
@@ -170,7 +171,7 @@ class Proof:
         self,
         link: Link,
         blocks: dict[Contender, Any],
-        calls: Mapping[str, Callable[[], None]],
+        calls: Mapping[str, Callable[[], object]],
         bench: Bench,
     ) -> dict[str, Timing]:
         for contender, block in blocks.items():
@@ -191,7 +192,7 @@ class Proof:
         tokens = self._seq_length * self._micro_batch_size
         return BACKWARD_AND_FORWARD * tokens * (size.model_flops - outside)
 
-    def _in_turns(self, calls: Mapping[str, Callable[[], None]]) -> dict[str, Timing]:
+    def _in_turns(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         return in_turns(calls, self._device, self._turns, self._steps)
 
     def _shape(self, name: str) -> Shape:
@@ -314,12 +315,6 @@ class Proof:
                 reported_mib=expected / MEBIBYTE,
                 over_report_ratio=found / expected,
             )
-
-
-def _pass(block: Any, inputs: Inputs, grad: Tensor) -> None:
-    """Forward + backward; `grad` of the output, [s, b, h]."""
-    block(hidden_states=inputs.hidden_states, **inputs.attention).backward(grad)
-    block.zero_grad(set_to_none=True)
 
 
 def _least_bytes(module: Any, hidden_states: Tensor) -> int:

@@ -25,9 +25,10 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the module."""
     deadline = time.monotonic() + seconds
     for place, setting in enumerate(SETTINGS):
-        left = (deadline - time.monotonic()) / (len(SETTINGS) - place)
-        arguments = [str(results.folder), device.type, str(left)]
+        left = deadline - time.monotonic()
+        until = time.time() + left / (len(SETTINGS) - place)
         name = f"process with {setting} connections"
+        arguments = [str(results.folder), device.type, str(until)]
         try:
             process = subprocess.run(
                 [sys.executable, "-m", "tools.gpu_proof.connections", *arguments],

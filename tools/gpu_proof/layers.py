@@ -11,7 +11,6 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,19 +19,24 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_te_version
 from torch import Tensor
 from torch.distributed import Work
 
 from megatron_scmoe.model import ShortcutBlock
 from megatron_scmoe.overlap import streams
 from megatron_scmoe.overlap.collectives import AllToAll
-from tools.benchmarks.paper_shapes import Inputs
+from tools.benchmarks.paper_shapes import Inputs, Shape
 
 BFLOAT16: dict[str, Any] = {
     "bf16": True,
     "params_dtype": torch.bfloat16,
     "pipeline_dtype": torch.bfloat16,
 }
+RANKS = 4
+"""Expert parallel ranks that a lone one stands among: it has a quarter of the experts."""
+TINY = Shape(32, 64, 2, 2, 8, False, False)
+"""What a CPU rehearses with."""
 # Name on disk, and where the tensor lies in that of all experts.
 Place = tuple[str, tuple[int, ...]]
 
@@ -56,7 +60,7 @@ def describe_layers(device: torch.device) -> str:
     """What `fastest` is here."""
     if missing_transformer_engine(device):
         return "bf16, local spec, grouped experts"
-    return f"bf16, Transformer Engine {metadata.version('transformer_engine_torch')}"
+    return f"bf16, Transformer Engine {get_te_version()}"
 
 
 @contextmanager
@@ -162,18 +166,25 @@ def gradients(module: Any) -> dict[str, Tensor]:
     }
 
 
-def outcome(block: Any, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
+def train(block: Any, inputs: Inputs) -> Tensor:
+    """Forward and backward once; the output, [s, b, h]."""
+    output = block(hidden_states=inputs.hidden_states, **inputs.attention)
+    output.backward(inputs.grad)
+    block.zero_grad(set_to_none=True)
+    return output.detach()
+
+
+def outcome(block: Any, inputs: Inputs) -> dict[str, Tensor]:
     """Output, gradient of the input and of every parameter, of one pass with the same routing.
 
     Args:
         block: of bf16 or float32; its weights are gone behind it.
-        grad: of the output, [s, b, h].
     """
     seed()
     dtype = next(block.parameters()).dtype
     hidden_states = inputs.hidden_states.detach().to(dtype).requires_grad_()
     output = block(hidden_states=hidden_states, **inputs.attention)
-    output.backward(grad.to(dtype))
+    output.backward(inputs.grad.to(dtype))
     assert hidden_states.grad is not None
     return {
         "output": output.detach(),

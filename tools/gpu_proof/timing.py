@@ -1,5 +1,6 @@
 """How the proof measures: contenders in turns, medians with their spread, the chip's own rates."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -111,9 +112,12 @@ class Step:
     """What it needs and this machine has not."""
 
 
-def do_steps(results: Results, steps: Sequence[Step], seconds: float) -> None:
-    """One after the other, the valuable ones first, until the time is up."""
-    deadline = time.monotonic() + seconds
+def do_steps(results: Results, steps: Sequence[Step], deadline: float) -> None:
+    """One after the other, the valuable ones first, until the time is up.
+
+    Args:
+        deadline: of time.monotonic.
+    """
     for step in steps:
         if step.missing is not None:
             results.skipped(step.name, f"needs {step.missing}")
@@ -122,6 +126,8 @@ def do_steps(results: Results, steps: Sequence[Step], seconds: float) -> None:
         else:
             with results.guarded(step.name):
                 step.run()
+            # Layers and their hooks hold each other.
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
