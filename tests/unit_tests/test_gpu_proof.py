@@ -22,6 +22,7 @@ from tools.gpu_proof import hidden, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
+    forward_s,
     hidden_outcome,
     report_trace,
     unavoidable_share,
@@ -245,6 +246,7 @@ def test_steps_of_a_record() -> None:
         ]
     )
     assert dense_s(record) == 1.0 + 0.5 + 0.25 + 0.25 + 0.75
+    assert forward_s(record) == 5.5
     names = ["qkv", "experts", "projection"]
     assert first_begun(record, names) == (names, names[::-1])
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -234,11 +235,9 @@ def expert_kinds() -> dict[str, Callable[..., Any]]:
         "SequentialMLP": sequential,
         "grouped_mm": partial(GroupedExperts, **sequential.keywords),
     }
-    if not no_cuda_device():
-        try:
-            kinds["Transformer Engine"] = TESpecProvider().grouped_mlp_modules(True)
-        except (ImportError, TypeError):
-            print("Transformer Engine is not installed: its experts are left out", flush=True)
+    # Without it the host's provider falls back to sequential experts.
+    if HAVE_TE and not no_cuda_device():
+        kinds["Transformer Engine"] = TESpecProvider().grouped_mlp_modules(True)
     return kinds
 
 
