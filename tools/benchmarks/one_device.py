@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,6 +39,7 @@ from torch import Tensor
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.overlap.adaptive import FirstIterations, choose_slots
+from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, window
 from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tools.benchmarks.emulated_link import Link, emulated_link
@@ -82,18 +84,27 @@ class Result:
 
 
 class Bench:
-    """One shape on one device."""
+    """One shape on one device.
 
-    def __init__(self, shape: Shape, inputs: Inputs, ranks: int, steps: int) -> None:
+    Args:
+        ranks: expert parallel ranks that this one stands among.
+        steps: counted steps of a turn.
+        host_options: fields of Megatron's config, for every contender.
+    """
+
+    def __init__(
+        self, shape: Shape, inputs: Inputs, ranks: int, steps: int, **host_options: Any
+    ) -> None:
         # One rank holds its share of the experts.
         self.shape = replace(shape, num_experts=shape.num_experts // ranks)
         self.inputs = inputs
         self.ranks = ranks
         self.steps = steps
         self.num_layers = 1 if shape.moe_every_layer else 2
+        self.host_options = host_options
 
-    def build(self, contender: Contender, overlap: bool = True) -> Any:
-        return build(self.shape, contender, self.num_layers, overlap)
+    def build(self, contender: Contender, **scmoe_options: Any) -> Any:
+        return build(self.shape, contender, self.num_layers, scmoe_options, **self.host_options)
 
     def links(self, shares: list[float]) -> dict[float, Link]:
         """Links by share, first the one without a limit."""
@@ -103,7 +114,7 @@ class Bench:
         link = Link(None, self.ranks)
         with emulated_link(link):
             times = [
-                seconds(lambda: moe(hidden_states)[0].sum().backward())
+                seconds(lambda: moe(hidden_states)[0].backward(self.inputs.grad))
                 for _ in range(1 + self.steps)
             ]
         other = statistics.median(times[1:])
@@ -125,7 +136,7 @@ class Bench:
         by_name = {contender.name: block for contender, block in blocks.items()}
         for repetition in range(repetitions):
             for result in results:
-                self._measure(result, by_name[result.contender], links[result.share], repetition)
+                self.measure(result, by_name[result.contender], links[result.share], repetition)
             print(f"repetition {repetition + 1}/{repetitions} done", flush=True)
         return results
 
@@ -138,11 +149,13 @@ class Bench:
             return
         for slot in range(len(window(contender.position)) + 1):
             yield Slots(slot, slot), False
-        yield self._choose(block, link, contender), True
+        yield self.choose(block, link, contender)[0], True
 
-    def _choose(self, block: Any, link: Link, contender: Contender) -> Slots:
-        """As a run does in its first iterations."""
-        unit = _unit(block)
+    def choose(
+        self, block: Any, link: Link, contender: Contender
+    ) -> tuple[Slots, tuple[UnitTimes, UnitTimes]]:
+        """As a run does in its first iterations: the slots, and the times behind the choice."""
+        unit = unit_of(block)
         assert contender.slot is not None
         unit.slots = Slots(contender.slot, contender.slot)
         first = FirstIterations(contender.position)
@@ -154,10 +167,11 @@ class Bench:
                 self._step(block)
                 times = first.observe([unit.recorder.take()])
         unit.recorder.records_steps = False
-        return choose_slots(*times)
+        return choose_slots(*times), times
 
-    def _measure(self, result: Result, block: Any, link: Link, repetition: int) -> None:
-        unit = _unit(block)
+    def measure(self, result: Result, block: Any, link: Link, repetition: int) -> None:
+        """Add a turn to the result; `repetition` counts from 0."""
+        unit = unit_of(block)
         if result.slots is not None:
             unit.slots = result.slots
             unit.recorder.take()
@@ -183,7 +197,7 @@ class Bench:
 
     def _step(self, block: Any) -> Tensor:
         output = block(hidden_states=self.inputs.hidden_states, **self.inputs.attention)
-        output.sum().backward()
+        output.backward(self.inputs.grad)
         return output
 
     def bitwise(self, link: Link) -> dict[str, bool]:
@@ -196,7 +210,7 @@ class Bench:
             for overlap in (False, True):
                 tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
                 torch.manual_seed(1234)
-                block = self.build(contender, overlap)
+                block = self.build(contender, scmoe_overlap=overlap)
                 self.inputs.hidden_states.grad = None
                 with emulated_link(link):
                     output = self._step(block)
@@ -207,7 +221,8 @@ class Bench:
         return found
 
 
-def _unit(block: Any) -> Any:
+def unit_of(block: Any) -> Any:
+    """The shortcut unit of a pair; None in stock layers."""
     return next((layer for layer in block.layers if isinstance(layer, ShortcutLayer)), None)
 
 
@@ -221,11 +236,9 @@ def expert_kinds() -> dict[str, Callable[..., Any]]:
         "SequentialMLP": sequential,
         "grouped_mm": partial(GroupedExperts, **sequential.keywords),
     }
-    if not no_cuda_device():
-        try:
-            kinds["Transformer Engine"] = TESpecProvider().grouped_mlp_modules(True)
-        except (ImportError, TypeError):
-            print("Transformer Engine is not installed: its experts are left out", flush=True)
+    # Without it the host's provider falls back to sequential experts.
+    if HAVE_TE and not no_cuda_device():
+        kinds["Transformer Engine"] = TESpecProvider().grouped_mlp_modules(True)
     return kinds
 
 

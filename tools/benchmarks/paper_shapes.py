@@ -20,9 +20,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,12 +37,14 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
-from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
+from megatron_scmoe.layer_specs import block_config, scmoe_block_spec, with_local_replacements
 from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import default_slot, window
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.report import markdown_table, write_pair
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -97,76 +100,122 @@ def contenders(shape: Shape) -> list[Contender]:
     ]
 
 
-def host_config(shape: Shape, contender: Contender, num_layers: int) -> TransformerConfig:
-    """Megatron's config of these layers."""
+def host_config(
+    shape: Shape, contender: Contender, num_layers: int, **options: Any
+) -> TransformerConfig:
+    """Megatron's config of these layers.
+
+    Args:
+        options: fields of the config, in place of what stands here.
+    """
     is_moe = [1] * num_layers if num_layers == 1 else [0, 1]
-    return TransformerConfig(
-        num_layers=num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        num_moe_experts=shape.num_experts,
-        moe_ffn_hidden_size=shape.ffn_hidden_size,
-        moe_shared_expert_intermediate_size=(
+    fields: dict[str, Any] = {
+        "num_layers": num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": (
             shape.ffn_hidden_size if contender.shared_expert else None
         ),
-        moe_shared_expert_gate=contender.shared_expert,
-        moe_router_topk=contender.topk,
-        moe_router_pre_softmax=True,
-        moe_router_load_balancing_type="none",
+        "moe_shared_expert_gate": contender.shared_expert,
+        "moe_router_topk": contender.topk,
+        "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "none",
         # An untrained router is not balanced, and each block would have its own.
-        moe_router_force_load_balancing=True,
-        moe_token_dispatcher_type="alltoall",
-        moe_layer_freq=is_moe,
-        expert_model_parallel_size=torch.distributed.get_world_size(),
-        normalization="RMSNorm" if shape.llama else "LayerNorm",
-        gated_linear_unit=shape.llama,
-        activation_func=torch.nn.functional.silu if shape.llama else torch.nn.functional.gelu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        transformer_impl="local",
-    )
+        "moe_router_force_load_balancing": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_layer_freq": is_moe,
+        "expert_model_parallel_size": torch.distributed.get_world_size(),
+        "normalization": "RMSNorm" if shape.llama else "LayerNorm",
+        "gated_linear_unit": shape.llama,
+        "activation_func": torch.nn.functional.silu if shape.llama else torch.nn.functional.gelu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**{**fields, **options})
 
 
-def build(shape: Shape, contender: Contender, num_layers: int, overlap: bool = True) -> Any:
-    """The host's block with these layers, on this rank's device."""
-    config = host_config(shape, contender, num_layers)
+def configs(
+    shape: Shape,
+    contender: Contender,
+    num_layers: int,
+    scmoe_options: Mapping[str, Any] = NO_OPTIONS,
+    **host_options: Any,
+) -> tuple[TransformerConfig, ScMoEConfig]:
+    """Megatron's config of these layers and ours; `num_layers` counts attention layers."""
+    config = host_config(shape, contender, num_layers, **host_options)
+    options: dict[str, Any] = {"scmoe_shortcut_position": contender.position}
+    if contender.position != "none":
+        options["scmoe_expert_slot"] = str(contender.slot)
+    elif not contender.shared_expert:
+        options["scmoe_combine"] = "add"
+    scmoe = ScMoEConfig(**{**options, **scmoe_options})
+    scmoe.check(config)
+    return config, scmoe
+
+
+def build(
+    shape: Shape,
+    contender: Contender,
+    num_layers: int,
+    scmoe_options: Mapping[str, Any] = NO_OPTIONS,
+    **host_options: Any,
+) -> Any:
+    """The host's block with these layers, on this rank's device.
+
+    Args:
+        scmoe_options: fields of ScMoEConfig.
+        host_options: fields of the host's config.
+    """
+    config, scmoe = configs(shape, contender, num_layers, scmoe_options, **host_options)
     spec: Any
-    if contender.position == "none":
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization
-        )
-    else:
-        options: dict[str, Any] = {
-            "scmoe_shortcut_position": contender.position,
-            "scmoe_expert_slot": str(contender.slot),
-            "scmoe_overlap": overlap,
-        }
-        scmoe = ScMoEConfig(**options)
-        scmoe.check(config)
+    if scmoe.enabled:
         spec = scmoe_block_spec(config, scmoe)
         config = block_config(config, scmoe)
+    else:
+        stock = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=config.transformer_impl == "transformer_engine",
+            normalization=config.normalization,
+        )
+        spec = with_local_replacements(stock, config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return TransformerBlock(config=config, spec=spec, pg_collection=groups).cuda()
+    block = TransformerBlock(config=config, spec=spec, pg_collection=groups).cuda()
+    # Norms are built in fp32; a run converts them too.
+    return block.to(config.params_dtype)
 
 
 @dataclass
 class Inputs:
-    """What a block reads: random hidden states, [s, b, h], and what its attention needs."""
+    """What a block reads, forward and backward."""
 
     hidden_states: Tensor
+    """Random, [s, b, h]."""
+    grad: Tensor
+    """Of the block's output, random, [s, b, h]."""
     attention: dict[str, Tensor]
+    """What attention needs."""
 
     @classmethod
-    def draw(cls, shape: Shape, seq_length: int, micro_batch_size: int) -> "Inputs":
+    def draw(
+        cls,
+        shape: Shape,
+        seq_length: int,
+        micro_batch_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Inputs":
         size = (seq_length, micro_batch_size, shape.hidden_size)
-        hidden_states = torch.randn(size, device=torch.cuda.current_device(), requires_grad=True)
+        device = torch.cuda.current_device()
+        hidden_states = torch.randn(size, dtype=dtype, device=device, requires_grad=True)
         rotary = RotaryEmbedding(
             kv_channels=shape.hidden_size // shape.num_attention_heads,
             rotary_percent=1.0,
@@ -174,7 +223,7 @@ class Inputs:
         )
         mask = torch.ones(seq_length, seq_length, dtype=torch.bool).triu(1)[None, None].cuda()
         attention = {"attention_mask": mask, "rotary_pos_emb": rotary(seq_length).cuda()}
-        return cls(hidden_states, attention)
+        return cls(hidden_states, torch.randn_like(hidden_states), attention)
 
 
 # Measuring. ---------------------------------------------------------------------------------------
@@ -199,7 +248,7 @@ def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], 
         return block(hidden_states=inputs.hidden_states, **inputs.attention)
 
     def forward_backward() -> None:
-        forward().sum().backward()
+        forward().backward(inputs.grad)
         block.zero_grad(set_to_none=True)
 
     training = [seconds(forward_backward) for _ in range(1 + steps)][1:]
@@ -231,7 +280,7 @@ class Operators:
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         # The widest window holds all dense operators.
         everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
-        self._block = build(shape, everything, num_layers=2, overlap=False)
+        self._block = build(shape, everything, num_layers=2, scmoe_options={"scmoe_overlap": False})
         self._inputs = inputs
         self._samples: dict[Direction, list[dict[str, float]]] = {
             direction: [] for direction in DIRECTIONS
@@ -250,9 +299,9 @@ class Operators:
         unit.recorder.records_steps = False
 
     def _forward_backward(self) -> None:
-        self._block(
-            hidden_states=self._inputs.hidden_states, **self._inputs.attention
-        ).sum().backward()
+        inputs = self._inputs
+        output = self._block(hidden_states=inputs.hidden_states, **inputs.attention)
+        output.backward(inputs.grad)
         self._block.zero_grad(set_to_none=True)
 
     def seconds(self) -> dict[str, dict[str, float]]:

@@ -46,6 +46,7 @@ class Results:
 
     def __init__(self, part: str, folder: Path) -> None:
         self.part = part
+        self.folder = folder
         self._file = folder / f"{part}.jsonl"
         self._began = time.perf_counter()
 

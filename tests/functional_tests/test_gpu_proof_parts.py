@@ -1,0 +1,128 @@
+"""The proof's parts on Transformer Engine, hidden communication and speed, rehearsed on the CPU.
+
+Sizes are tiny, goals of speed say nothing here, and what needs CUDA is skipped. Everything that a
+part promises is there.
+"""
+
+import importlib
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+from tests import distributed_utils  # what the server of the forks has imported
+from tools.gpu_proof.results import Finding, Results, read_findings
+
+assert distributed_utils  # imported for its effect
+
+LIMIT_S = 400  # on a machine that does other things too
+POSITIONS = ("pos1", "pos2", "pos3")
+NEEDS_CUDA = "needs CUDA"
+
+
+def _run(part: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    module = importlib.import_module(f"tools.gpu_proof.{part}")
+    module.run(Results(part, folder), torch.device("cpu"), LIMIT_S)
+
+
+def rehearse(part: str, folder: Path) -> dict[str, Finding]:
+    """Run a part in a process of its own, as the proof does."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(part, folder))
+    process.start()
+    try:
+        process.join(LIMIT_S)
+    finally:
+        process.kill()
+    assert process.exitcode == 0
+    findings = read_findings(folder)
+    names = [finding.name for finding in findings]
+    assert len(names) == len(set(names)), "two findings have one name"
+    assert {finding.part for finding in findings} == {part}
+    return {finding.name: finding for finding in findings}
+
+
+def check_outcomes(
+    findings: dict[str, Finding], promised: dict[str, str], skipped: dict[str, str]
+) -> None:
+    """All promised outcomes and no others; what was skipped says why."""
+    assert {name: finding.outcome for name, finding in findings.items()} == {
+        **promised,
+        **dict.fromkeys(skipped, "skipped"),
+    }
+    assert {name: findings[name].note for name in skipped} == skipped
+
+
+def test_transformer_engine(tmp_path: Path) -> None:
+    findings = rehearse("transformer_engine", tmp_path)
+    promised = dict.fromkeys(
+        (
+            "grouped_mm has a kernel here",
+            "grouped_mm and the loop",
+            "grouped experts of the local spec",
+        ),
+        "passed",
+    )
+    names = (
+        *(f"local and Transformer Engine, {position}" for position in POSITIONS),
+        *(f"shared norm, not fused, {position}" for position in POSITIONS),
+        "grouped GEMM of Transformer Engine",
+        "fused permutation",
+        "FP8",
+        "FP8, delayed scaling",
+        "experts without tokens",
+    )
+    check_outcomes(findings, promised, dict.fromkeys(names, NEEDS_CUDA))
+
+
+def test_hidden(tmp_path: Path) -> None:
+    """Both processes, with their setting of the environment."""
+    findings = rehearse("hidden", tmp_path)
+    promised: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for connections, positions in ((32, POSITIONS), (1, ("pos2",))):
+        at = f"{connections} connections"
+        promised |= {f"process with {at}": "passed", f"experts inside attention, {at}": "passed"}
+        measured = [
+            f"{position}, {share}%, {at}: {what}"
+            for position in positions
+            for share in (15, 30, 60)
+            for what in ("training", "prefill")
+        ]
+        measured += [
+            f"slow-down of dense operators, {kind}, {at}" for kind in ("emulated", "to itself")
+        ]
+        measured += [f"hole behind the route, {position}, {at}" for position in POSITIONS]
+        promised |= dict.fromkeys(measured, "measured")
+        skipped[f"trace, {at}"] = NEEDS_CUDA
+    check_outcomes(findings, promised, skipped)
+    training = findings["pos2, 60%, 32 connections: training"].values
+    assert 0 <= training["exposed_share"] < 1 and training["in_flight_s"] > 0
+    assert findings["pos2, 60%, 32 connections: prefill"].values["in_flight_s"] > 0
+
+
+def test_fast(tmp_path: Path) -> None:
+    findings = rehearse("fast", tmp_path)
+    measured = ["rates of the chip"]
+    skipped = {
+        "memory, local": "the step ran; a CPU's allocator is not measured",
+        "memory, Transformer Engine": NEEDS_CUDA,
+    }
+    for shape in ("gpt2-moe-medium", "gpt3-moe-xl", "llama2-moe"):
+        positions = ("pos1",) if shape == "llama2-moe" else POSITIONS
+        for contender in ("top2", "shared", *positions):
+            measured += [
+                f"{shape}: {contender}, {what}"
+                for what in ("without communication", "on a link with 30%", "MFU")
+            ]
+        for load in ("even", "one busy expert"):
+            name = f"{shape}: experts, {load}"
+            measured += [f"{name}, {kind}" for kind in ("SequentialMLP", "grouped_mm")]
+            measured.append(f"{name}: grouped_mm over SequentialMLP")
+            skipped[f"{name}: grouped_mm over Transformer Engine"] = NEEDS_CUDA
+    check_outcomes(findings, dict.fromkeys(measured, "measured"), skipped)
+    flops = {
+        findings[f"gpt2-moe-medium: {name}, MFU"].values["model_flops"]
+        for name in ("top2", "shared", *POSITIONS)
+    }
+    assert len(flops) == 1, "contenders have equal FLOPs"
