@@ -12,13 +12,15 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from torch import distributed
 
+from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model_size import model_size
 from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.overlap.collectives import AllToAll, Transfer
 from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.recorder import Activity, Direction, Span, UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Slots
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
-from tools.gpu_proof import hidden, transformer_engine
+from tools.gpu_proof import fast, hidden, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
@@ -121,9 +123,9 @@ def test_a_kernel_inside_another_makes_no_hole() -> None:
 
 
 def beside(*transfers: tuple[float, float]) -> list[Kernel]:
-    """Compute from 0 to 3 with a hole from 1 to 2, and these transfers."""
+    """Compute from 0 to 3 with a hole from 1 to 2 and a copy of its own, and these transfers."""
     compute = [
-        Kernel("gelu", 7, 0.0, 0.5),
+        Kernel("Memcpy DtoD", 7, 0.0, 0.5),
         Kernel("gemm", 7, 0.5, 1.0),
         Kernel("gemm", 7, 2.0, 3.0),
     ]
@@ -134,6 +136,7 @@ def test_a_trace_is_judged(results: Results) -> None:
     report_trace(results, "hidden", beside((0.25, 1.0), (2.0, 2.5)))
     assert last(results).outcome == "passed"
     assert last(results).values["beside_compute_share"] == 1.0
+    assert last(results).values["transfers_s"] == 1.25
     assert last(results).values["beside_products_share"] == pytest.approx(0.8)
     assert "1000000 us, gemm to gemm" in last(results).note
     report_trace(results, "half of it", beside((0.5, 1.5)))
@@ -263,6 +266,32 @@ def test_a_process_that_fails(
     findings = read_findings(results.folder)
     assert [finding.outcome for finding in findings] == ["failed", "failed"]
     assert all(note in finding.note for finding in findings)
+
+
+# Memory. ------------------------------------------------------------------------------------------
+
+
+def test_memory_beside_the_report(
+    single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes are those of a GPU, where they are only counted; the training is not done."""
+
+    def train(
+        model: ScMoEModelConfig, seq_length: int, micro_batch_size: int, device: torch.device
+    ) -> tuple[float, float, float]:
+        # bf16 weights, fp32 gradients, main parameters and two states of Adam.
+        state = 18 * model_size(model, seq_length, micro_batch_size).parameters
+        return 1.04 * state, 0.0, 0.9 * state
+
+    monkeypatch.setattr(fast, "_train", train)
+    proof = fast.Proof(results, CUDA, Rates(1.0, 1.0))
+    proof.memory("local")
+    state, kept, peak = read_findings(results.folder)
+    assert (state.outcome, kept.outcome, peak.outcome) == ("passed", "failed", "failed")
+    assert state.values["over_report_ratio"] == pytest.approx(1.04)
+    assert state.values["reported_mib"] + kept.values["reported_mib"] == pytest.approx(
+        peak.values["reported_mib"]
+    )
 
 
 # Errors. ------------------------------------------------------------------------------------------
