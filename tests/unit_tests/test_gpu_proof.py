@@ -33,7 +33,7 @@ from tools.gpu_proof.kernels import (
     Hole,
     Kernel,
     beside_s,
-    compute_stream,
+    busiest_stream,
     holes,
     intervals,
     read_kernels,
@@ -100,7 +100,7 @@ def test_kernels_of_a_trace() -> None:
         "silu",
     ]
     assert len(kernels) == 7
-    assert compute_stream(kernels) == 7
+    assert busiest_stream(kernels) == 7
     compute = [kernel for kernel in kernels if kernel.stream == 7]
     transfers = [kernel for kernel in kernels if "nccl" in kernel.name]
     assert total_s(intervals(compute)) == pytest.approx(60e-6)
@@ -123,10 +123,12 @@ def test_a_kernel_inside_another_makes_no_hole() -> None:
 
 
 def beside(*transfers: tuple[float, float]) -> list[Kernel]:
-    """Compute from 0 to 3 with a hole from 1 to 2 and a copy of its own, and these transfers."""
+    """Compute from 0 to 3 on two streams, with a hole from 1.5 to 2 and a copy of its own, and
+    these transfers."""
     compute = [
         Kernel("Memcpy DtoD", 7, 0.0, 0.5),
         Kernel("gemm", 7, 0.5, 1.0),
+        Kernel("grouped gemm", 21, 1.0, 1.5),
         Kernel("gemm", 7, 2.0, 3.0),
     ]
     return [*compute, *(Kernel("ncclDevKernel", 20, *transfer) for transfer in transfers)]
@@ -138,8 +140,8 @@ def test_a_trace_is_judged(results: Results) -> None:
     assert last(results).values["beside_compute_share"] == 1.0
     assert last(results).values["transfers_s"] == 1.25
     assert last(results).values["beside_products_share"] == pytest.approx(0.8)
-    assert "1000000 us, gemm to gemm" in last(results).note
-    report_trace(results, "half of it", beside((0.5, 1.5)))
+    assert "500000 us, grouped gemm to gemm" in last(results).note
+    report_trace(results, "half of it", beside((1.0, 2.0)))
     assert last(results).outcome == "failed"
     report_trace(results, "none", beside())
     assert last(results).outcome == "failed" and "no transfer" in last(results).note
