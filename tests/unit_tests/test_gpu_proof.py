@@ -20,7 +20,7 @@ from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.recorder import Activity, Direction, Span, UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Slots
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
-from tools.gpu_proof import fast, hidden, transformer_engine
+from tools.gpu_proof import fast, hidden, layers, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
@@ -385,6 +385,35 @@ def test_checks_of_transformer_engine(
     assert len(outcomes(results)) == len(transformer_engine.CASES) + 2 + 1 + 5
     (delayed,) = (f for f in read_findings(results.folder) if "delayed" in f.name)
     assert set(delayed.values.values()) == {0.0}, "slots change no bit"
+
+
+@pytest.mark.parametrize(
+    ("installed", "fails", "missing"),
+    [
+        (False, True, "Transformer Engine"),
+        (True, True, "a Transformer Engine that runs here, not RuntimeError: no kernel image"),
+        (True, False, None),
+    ],
+)
+def test_a_transformer_engine_that_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, fails: bool, missing: str | None
+) -> None:
+    """It is imported where its build has no machine code for the GPU."""
+
+    def linear_error(device: torch.device) -> float:
+        if fails:
+            raise RuntimeError("no kernel image\nis available")
+        return 1e-3
+
+    monkeypatch.setattr(layers, "HAVE_TE", installed)
+    monkeypatch.setattr(layers, "linear_error", linear_error)
+    monkeypatch.setattr(
+        layers, "missing_transformer_engine", layers.missing_transformer_engine.__wrapped__
+    )
+    assert layers.missing_transformer_engine(CUDA) == missing
+    assert layers.missing_transformer_engine(CPU) == "CUDA"
+    local = "transformer_impl" not in layers.fastest(CUDA)
+    assert local == (missing is not None)
 
 
 def test_exchanges_of_a_lone_rank(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
