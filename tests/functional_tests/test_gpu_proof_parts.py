@@ -64,6 +64,7 @@ def test_transformer_engine(tmp_path: Path) -> None:
         "passed",
     )
     names = (
+        "a linear layer of Transformer Engine",
         *(f"local and Transformer Engine, {position}" for position in POSITIONS),
         *(f"shared norm, not fused, {position}" for position in POSITIONS),
         "grouped GEMM of Transformer Engine",

@@ -12,13 +12,15 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from torch import distributed
 
+from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model_size import model_size
 from megatron_scmoe.moe.experts import GroupedExperts
 from megatron_scmoe.overlap.collectives import AllToAll, Transfer
 from megatron_scmoe.overlap.cost import UnitTimes
 from megatron_scmoe.overlap.recorder import Activity, Direction, Span, UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Slots
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
-from tools.gpu_proof import hidden, transformer_engine
+from tools.gpu_proof import fast, hidden, layers, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
@@ -31,7 +33,7 @@ from tools.gpu_proof.kernels import (
     Hole,
     Kernel,
     beside_s,
-    compute_stream,
+    busiest_stream,
     holes,
     intervals,
     read_kernels,
@@ -98,7 +100,7 @@ def test_kernels_of_a_trace() -> None:
         "silu",
     ]
     assert len(kernels) == 7
-    assert compute_stream(kernels) == 7
+    assert busiest_stream(kernels) == 7
     compute = [kernel for kernel in kernels if kernel.stream == 7]
     transfers = [kernel for kernel in kernels if "nccl" in kernel.name]
     assert total_s(intervals(compute)) == pytest.approx(60e-6)
@@ -121,10 +123,12 @@ def test_a_kernel_inside_another_makes_no_hole() -> None:
 
 
 def beside(*transfers: tuple[float, float]) -> list[Kernel]:
-    """Compute from 0 to 3 with a hole from 1 to 2, and these transfers."""
+    """Compute from 0 to 3 on two streams, with a hole from 1.5 to 2 and a copy of its own, and
+    these transfers."""
     compute = [
-        Kernel("gelu", 7, 0.0, 0.5),
+        Kernel("Memcpy DtoD", 7, 0.0, 0.5),
         Kernel("gemm", 7, 0.5, 1.0),
+        Kernel("grouped gemm", 21, 1.0, 1.5),
         Kernel("gemm", 7, 2.0, 3.0),
     ]
     return [*compute, *(Kernel("ncclDevKernel", 20, *transfer) for transfer in transfers)]
@@ -134,9 +138,10 @@ def test_a_trace_is_judged(results: Results) -> None:
     report_trace(results, "hidden", beside((0.25, 1.0), (2.0, 2.5)))
     assert last(results).outcome == "passed"
     assert last(results).values["beside_compute_share"] == 1.0
+    assert last(results).values["transfers_s"] == 1.25
     assert last(results).values["beside_products_share"] == pytest.approx(0.8)
-    assert "1000000 us, gemm to gemm" in last(results).note
-    report_trace(results, "half of it", beside((0.5, 1.5)))
+    assert "500000 us, grouped gemm to gemm" in last(results).note
+    report_trace(results, "half of it", beside((1.0, 2.0)))
     assert last(results).outcome == "failed"
     report_trace(results, "none", beside())
     assert last(results).outcome == "failed" and "no transfer" in last(results).note
@@ -265,6 +270,32 @@ def test_a_process_that_fails(
     assert all(note in finding.note for finding in findings)
 
 
+# Memory. ------------------------------------------------------------------------------------------
+
+
+def test_memory_beside_the_report(
+    single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes are those of a GPU, where they are only counted; the training is not done."""
+
+    def train(
+        model: ScMoEModelConfig, seq_length: int, micro_batch_size: int, device: torch.device
+    ) -> tuple[float, float, float]:
+        # bf16 weights, fp32 gradients, main parameters and two states of Adam.
+        state = 18 * model_size(model, seq_length, micro_batch_size).parameters
+        return 1.04 * state, 0.0, 0.9 * state
+
+    monkeypatch.setattr(fast, "_train", train)
+    proof = fast.Proof(results, CUDA, Rates(1.0, 1.0))
+    proof.memory("local")
+    state, kept, peak = read_findings(results.folder)
+    assert (state.outcome, kept.outcome, peak.outcome) == ("passed", "failed", "failed")
+    assert state.values["over_report_ratio"] == pytest.approx(1.04)
+    assert state.values["reported_mib"] + kept.values["reported_mib"] == pytest.approx(
+        peak.values["reported_mib"]
+    )
+
+
 # Errors. ------------------------------------------------------------------------------------------
 
 
@@ -356,6 +387,35 @@ def test_checks_of_transformer_engine(
     assert set(delayed.values.values()) == {0.0}, "slots change no bit"
 
 
+@pytest.mark.parametrize(
+    ("installed", "fails", "missing"),
+    [
+        (False, True, "Transformer Engine"),
+        (True, True, "a Transformer Engine that runs here, not RuntimeError: no kernel image"),
+        (True, False, None),
+    ],
+)
+def test_a_transformer_engine_that_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, fails: bool, missing: str | None
+) -> None:
+    """It is imported where its build has no machine code for the GPU."""
+
+    def linear_error(device: torch.device) -> float:
+        if fails:
+            raise RuntimeError("no kernel image\nis available")
+        return 1e-3
+
+    monkeypatch.setattr(layers, "HAVE_TE", installed)
+    monkeypatch.setattr(layers, "linear_error", linear_error)
+    monkeypatch.setattr(
+        layers, "missing_transformer_engine", layers.missing_transformer_engine.__wrapped__
+    )
+    assert layers.missing_transformer_engine(CUDA) == missing
+    assert layers.missing_transformer_engine(CPU) == "CUDA"
+    local = "transformer_impl" not in layers.fastest(CUDA)
+    assert local == (missing is not None)
+
+
 def test_exchanges_of_a_lone_rank(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = torch.arange(6.0).view(3, 2)
     launches: list[int] = []
@@ -374,4 +434,4 @@ def test_exchanges_of_a_lone_rank(single_rank: None, monkeypatch: pytest.MonkeyP
         received = travel()
     assert torch.equal(received, sent) and received.data_ptr() != sent.data_ptr()
     assert len(launches) == 3 and len(recorder.take().exchanges) == 1
-    assert travel() is sent
+    assert travel().data_ptr() == sent.data_ptr() and len(launches) == 3

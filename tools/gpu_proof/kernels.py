@@ -26,7 +26,7 @@ class Kernel(NamedTuple):
 
 
 class Hole(NamedTuple):
-    """Time in which a stream did nothing."""
+    """Time in which nothing ran."""
 
     seconds: float
     before: str
@@ -69,7 +69,7 @@ def read_kernels(trace: dict[str, Any]) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.begin)
 
 
-def compute_stream(kernels: Iterable[Kernel]) -> int:
+def busiest_stream(kernels: Iterable[Kernel]) -> int:
     """The stream with the most kernels."""
     return Counter(kernel.stream for kernel in kernels).most_common(1)[0][0]
 
@@ -101,10 +101,10 @@ def beside_s(these: Iterable[Interval], those: Iterable[Interval]) -> float:
 
 
 def holes(kernels: Iterable[Kernel]) -> list[Hole]:
-    """Where a stream stood still between two kernels of its own, longest first.
+    """Between kernels, longest first.
 
     Args:
-        kernels: of one stream, in order.
+        kernels: in order.
     """
     found: list[Hole] = []
     last: Kernel | None = None

@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -41,11 +42,31 @@ TINY = Shape(32, 64, 2, 2, 8, False, False)
 Place = tuple[str, tuple[int, ...]]
 
 
+@cache
 def missing_transformer_engine(device: torch.device) -> str | None:
-    """What Transformer Engine's layers need and this machine has not."""
+    """What Transformer Engine's layers need and this machine has not.
+
+    A build without this GPU's machine code can be imported: a layer must run.
+    """
     if device.type == "cpu":
         return "CUDA"
-    return None if HAVE_TE else "Transformer Engine"
+    if not HAVE_TE:
+        return "Transformer Engine"
+    try:
+        linear_error(device)
+    except Exception as reason:
+        said = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+        return f"a Transformer Engine that runs here, not {said}"
+    return None
+
+
+def linear_error(device: torch.device) -> float:
+    """Of a linear layer of Transformer Engine, in bf16."""
+    from transformer_engine.pytorch import Linear
+
+    linear = Linear(64, 64, params_dtype=torch.bfloat16, device=device)
+    rows = torch.randn(64, 64, dtype=torch.bfloat16, device=device)
+    return error(linear(rows), torch.nn.functional.linear(rows, linear.weight, linear.bias))
 
 
 def fastest(device: torch.device) -> dict[str, Any]:

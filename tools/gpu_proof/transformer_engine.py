@@ -25,6 +25,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -46,6 +47,7 @@ from tools.gpu_proof.layers import (
     errors,
     gradients,
     largest,
+    linear_error,
     missing_transformer_engine,
     one_rank,
     outcome,
@@ -82,6 +84,7 @@ class Case:
     topk: int = 1
 
 
+LINEAR = "a linear layer of Transformer Engine"
 LOCAL_CASE = Case("grouped experts of the local spec", "pos2", GROUPED)
 CASES = (
     *(Case(f"local and Transformer Engine, {at}", at, WITH_TE) for at in POSITIONS),
@@ -95,11 +98,13 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the module."""
     deadline = time.monotonic() + seconds
     missing = missing_transformer_engine(device)
+    installed = HAVE_TE and device.type == "cuda"
     with one_rank(device):
         blocks = Blocks(results, device)
         steps = [
             Step("grouped_mm", partial(check_grouped_mm, results, device), 3),
             Step(LOCAL_CASE.name, partial(blocks.check, LOCAL_CASE), 5),
+            Step(LINEAR, partial(check_linear, results, device), 5, None if installed else missing),
             *(Step(case.name, partial(blocks.check, case), 5, missing) for case in CASES),
             Step("FP8", blocks.check_fp8, 8, missing),
             Step("FP8, delayed scaling", blocks.check_delayed_scaling, 10, missing),
@@ -271,6 +276,12 @@ def check_grouped_mm(results: Results, device: torch.device) -> None:
         grouped_mm_error=largest(found["grouped_mm"]),
         loop_error=largest(found["the loop"]),
     )
+
+
+def check_linear(results: Results, device: torch.device) -> None:
+    """The least of Transformer Engine: whether its build has machine code for this GPU."""
+    found = linear_error(device)
+    results.check(LINEAR, found <= BFLOAT16_ERROR, output_error=found)
 
 
 def check_empty_experts(results: Results, device: torch.device) -> None:
