@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -42,6 +43,7 @@ class ScMoEModelBuilder(GPTModelBuilder):
         model_config = copy.copy(self._model_config)
         config, scmoe = model_config.transformer, model_config.scmoe
         if scmoe.enabled:
+            agree_on_slots(scmoe)
             spec = scmoe_block_spec(config, scmoe, vp_stage, get_pg_rank(pg_collection.pp))
             model_config.transformer = block_config(config, scmoe)
         else:
@@ -56,6 +58,21 @@ class ScMoEModelBuilder(GPTModelBuilder):
             model.decoder.__class__ = ShortcutBlock
             watch_units(model, scmoe)
         return model
+
+
+def agree_on_slots(scmoe: ScMoEConfig) -> None:
+    """Measure the expert slots on every rank if one of them has to.
+
+    Each rank has compared its own machine with its checkpoint's (checkpoint/resume.py), before
+    ranks could speak; ranks that measure alone would wait for the others forever.
+    """
+    if scmoe.scmoe_expert_slot != "auto" or not torch.distributed.is_initialized():
+        return
+    device = torch.cuda.current_device()
+    known = torch.tensor(float(scmoe.scmoe_measured_slots is not None), device=device)
+    torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
+    if not known:
+        scmoe.scmoe_measured_slots = None
 
 
 class ShortcutBlock(TransformerBlock):

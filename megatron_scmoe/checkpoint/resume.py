@@ -22,7 +22,7 @@ from megatron_scmoe.checkpoint.options import (
     WORTH_A_NOTE,
     differences,
 )
-from megatron_scmoe.checkpoint.record import read_record, tokenizer_digest
+from megatron_scmoe.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
 NEW_TENSORS = SCMOE[1:]
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -117,7 +117,7 @@ def prepare_load(args: Namespace) -> list[str]:
         if not args.no_load_optim:
             _check_optimizer(where, saved, saved_args, args)
             notes += _lengthen_schedule(where, saved.get("opt_param_scheduler"), args)
-        notes += _keep_slots(where, saved_args, args)
+        notes += _keep_slots(where, read_record(folder, iteration), saved_args, args)
         changed = differences(saved_args, args, (*SCMOE[:1], *WORTH_A_NOTE))
         if changed:
             notes.append(f"{where}, differs: {'; '.join(changed)}")
@@ -260,13 +260,16 @@ def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]
     return [f"{where} sets --padded-vocab-size {size}"]
 
 
-def _keep_slots(where: str, saved: Namespace, args: Namespace) -> list[str]:
+def _keep_slots(
+    where: str, record: dict[str, Any] | None, saved: Namespace, args: Namespace
+) -> list[str]:
     """The expert slots that the saved run measured, unless this one takes other times."""
     slots = getattr(saved, "scmoe_measured_slots", None)
     if slots is None or args.scmoe_expert_slot != "auto" or args.scmoe_remeasure_slot:
         return []
-    if differences(saved, args, (*LAYOUT, *TIMES)):
-        return []
+    changed = differences(saved, args, (*LAYOUT, *TIMES)) + machine_differences(record, args)
+    if changed:
+        return [f"{where}: expert slots are measured again, it differs: {'; '.join(changed)}"]
     args.scmoe_measured_slots = slots
     return [
         f"{where} sets the expert slots it has measured, {slots[0]} forward and {slots[1]} "
