@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -33,6 +33,13 @@ class ScMoEModelConfig(GPTModelConfig):
 class ScMoEModelBuilder(GPTModelBuilder):
     """Builds the host's GPTModel from shortcut units; without a shortcut, the stock model."""
 
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[GPTModel]:
+        scmoe = self._model_config.scmoe
+        if scmoe.enabled:
+            # Not while the chunks are built: stages with embeddings wait for each other there.
+            agree_on_slots(scmoe)
+        return super().build_distributed_models(*args, **kwargs)
+
     def build_model(
         self,
         pg_collection: ProcessGroupCollection,
@@ -43,7 +50,6 @@ class ScMoEModelBuilder(GPTModelBuilder):
         model_config = copy.copy(self._model_config)
         config, scmoe = model_config.transformer, model_config.scmoe
         if scmoe.enabled:
-            agree_on_slots(scmoe)
             spec = scmoe_block_spec(config, scmoe, vp_stage, get_pg_rank(pg_collection.pp))
             model_config.transformer = block_config(config, scmoe)
         else:
@@ -56,6 +62,9 @@ class ScMoEModelBuilder(GPTModelBuilder):
             # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
             # and overrides one method.
             model.decoder.__class__ = ShortcutBlock
+            # Whoever asks the model counts attention layers, such as the inference contexts, which
+            # hold keys and values for each of them; only the block counts its own layers.
+            model.config = config
             watch_units(model, scmoe)
         return model
 
@@ -66,7 +75,7 @@ def agree_on_slots(scmoe: ScMoEConfig) -> None:
     Each rank has compared its own machine with its checkpoint's (checkpoint/resume.py), before
     ranks could speak; ranks that measure alone would wait for the others forever.
     """
-    if scmoe.scmoe_expert_slot != "auto" or not torch.distributed.is_initialized():
+    if scmoe.scmoe_expert_slot != "auto":
         return
     device = torch.cuda.current_device()
     known = torch.tensor(float(scmoe.scmoe_measured_slots is not None), device=device)
