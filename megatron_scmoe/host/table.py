@@ -254,7 +254,7 @@ TABLE: tuple[Replacement, ...] = (
     Replacement(
         "megatron.training.checkpointing.cleanup_old_non_persistent_checkpoint",
         "always",
-        "training/checkpointing.py:623",
+        "training/checkpointing.py:624",
         "keeps the newest folder, whole or not: the last whole one goes while that is half written",
         _wrapped_by("checkpoint.errors.cleaning"),
     ),
