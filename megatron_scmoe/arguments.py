@@ -17,7 +17,12 @@ from megatron.training.utils import (
 
 from megatron_scmoe import host
 from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.checkpoint.resume import keep_batch_size, prepare_load
+from megatron_scmoe.checkpoint.resume import (
+    check_cleaned_folder,
+    keep_batch_size,
+    prepare_load,
+    settle_folders,
+)
 from megatron_scmoe.config import (
     NO_OPTIONS,
     ScMoEConfig,
@@ -38,23 +43,28 @@ def parse_and_validate_args() -> Namespace:
     Raises:
         ValueError, AssertionError: what the host or we refuse; see host.user_errors.
     """
-    return validate(parse_args(add_scmoe_args))
+    return validate(parse_args(add_scmoe_args), trains=True)
 
 
-def validate(args: Namespace) -> Namespace:
+def validate(args: Namespace, trains: bool = False) -> Namespace:
     """What follows the parsing; options are changed in place.
+
+    Args:
+        trains: this is the run that saves to --save, and finishes what others left there.
 
     Raises:
         ValueError, AssertionError: what the host or we refuse; see host.user_errors.
     """
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
+    check_cleaned_folder(args)
+    notes = settle_folders(args) if trains else []
     if args.use_checkpoint_args:
         restore_args(args)
     host.apply_cpu_defaults(args)
     check_transformer_impl(args.transformer_impl)
     check_complete(args)
-    notes = complete_async_save(args) + keep_batch_size(args)
+    notes += complete_async_save(args) + keep_batch_size(args)
     check_ranks(args)
     validate_args(args)
     check_shares(args)

@@ -2,8 +2,9 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -32,6 +33,13 @@ class ScMoEModelConfig(GPTModelConfig):
 class ScMoEModelBuilder(GPTModelBuilder):
     """Builds the host's GPTModel from shortcut units; without a shortcut, the stock model."""
 
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[GPTModel]:
+        scmoe = self._model_config.scmoe
+        if scmoe.enabled:
+            # Not while the chunks are built: stages with embeddings wait for each other there.
+            agree_on_slots(scmoe)
+        return super().build_distributed_models(*args, **kwargs)
+
     def build_model(
         self,
         pg_collection: ProcessGroupCollection,
@@ -54,8 +62,26 @@ class ScMoEModelBuilder(GPTModelBuilder):
             # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
             # and overrides one method.
             model.decoder.__class__ = ShortcutBlock
+            # Whoever asks the model counts attention layers, such as the inference contexts, which
+            # hold keys and values for each of them; only the block counts its own layers.
+            model.config = config
             watch_units(model, scmoe)
         return model
+
+
+def agree_on_slots(scmoe: ScMoEConfig) -> None:
+    """Measure the expert slots on every rank if one of them has to.
+
+    Each rank has compared its own machine with its checkpoint's (checkpoint/resume.py), before
+    ranks could speak; ranks that measure alone would wait for the others forever.
+    """
+    if scmoe.scmoe_expert_slot != "auto":
+        return
+    device = torch.cuda.current_device()
+    known = torch.tensor(float(scmoe.scmoe_measured_slots is not None), device=device)
+    torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
+    if not known:
+        scmoe.scmoe_measured_slots = None
 
 
 class ShortcutBlock(TransformerBlock):

@@ -3,6 +3,7 @@
 options.py   which options make a model, and which are worth a note when they change
 record.py    the readable file beside every checkpoint, and how two of them differ
 contents.py  which iterations are on disk, and whether they are whole
+aside.py     an iteration that is saved again: the old one stays until the new one is whole
 resume.py    before a run starts: is --load this model, and what the host has to be told
 transfer.py  while it loads: tensors that the checkpoint does not have
 writer.py    while it saves with --async-save: the processes that write

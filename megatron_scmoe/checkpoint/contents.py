@@ -6,14 +6,32 @@ Reads files, never loads tensors.
 import io
 import os
 import pickle
-import shutil
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
+from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
 from torch.distributed.checkpoint import FileSystemReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DISTRIBUTED = "metadata.json"  # the host writes it last, into every distributed checkpoint
+
+
+def own_folders(args: Namespace) -> list[Path]:
+    """The folders that a run saves to, and nobody else."""
+    folders = (Path(args.save) if args.save else None, non_persistent_folder(args))
+    return [folder.resolve() for folder in folders if folder is not None]
+
+
+def non_persistent_folder(args: Namespace) -> Path | None:
+    """Where --non-persistent-ckpt-type global saves to, None without it.
+
+    The host's manager of local ones looks after folders of its own.
+    """
+    if args.non_persistent_ckpt_type != "global" or not args.save:
+        return None
+    chosen = args.non_persistent_global_ckpt_dir
+    return Path(chosen or Path(args.save, _NON_PERSISTENT_CKPT_SUBDIR))
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
@@ -103,30 +121,24 @@ def tracked_iteration(folder: Path) -> int | str | None:
     return int(text)
 
 
-def retract(folder: Path, iteration: int) -> None:
-    """Remove an iteration that is about to be saved again, after a restart or a step back.
+def readable_tracker(folder: Path) -> int | str | None:
+    """The same, and None for a file that names nothing."""
+    try:
+        return tracked_iteration(folder)
+    except ValueError:
+        return None
 
-    The host would write into its files, with the tracker or `metadata.json` calling it whole
-    meanwhile (training/checkpointing.py:767, "TODO").
+
+def whole(folder: Path, iteration: int) -> bool:
+    """Whether an iteration can be loaded.
+
+    The host's other formats have no metadata to compare with: there the tracker, which is written
+    last, has to name it.
     """
     checkpoint = iteration_folder(folder, iteration)
-    if not checkpoint.is_dir():
-        return
-    if _tracks(folder, iteration):
-        earlier = newest_complete(folder, before=iteration)
-        if earlier is None:
-            (folder / TRACKER).unlink()
-        else:
-            write_tracker(folder, earlier)
-    (checkpoint / DISTRIBUTED).unlink(missing_ok=True)  # incomplete first, should this be killed
-    shutil.rmtree(checkpoint)
-
-
-def _tracks(folder: Path, iteration: int) -> bool:
-    try:
-        return tracked_iteration(folder) == iteration
-    except ValueError:
-        return False
+    if (checkpoint / DISTRIBUTED).exists():
+        return not defects(checkpoint)
+    return checkpoint.is_dir() and readable_tracker(folder) == iteration
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

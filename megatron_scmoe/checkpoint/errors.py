@@ -1,10 +1,11 @@
 """While a checkpoint is written or read: what went wrong with the files, as one line.
 
-`saving` and `loading` wrap the host's save_checkpoint and load_checkpoint (host/table.py).
+`saving`, `finalizing`, `cleaning` and `loading` wrap the host's functions (host/table.py).
 """
 
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,24 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.training import get_args
+from megatron.training import get_args, print_rank_0
 from megatron.training.async_utils import is_empty_async_queue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_scmoe.checkpoint import contents
+from megatron_scmoe.checkpoint import aside, contents
 from megatron_scmoe.checkpoint.record import drop_records_without_checkpoint, write_record
 from megatron_scmoe.checkpoint.writer import check_writer
 from megatron_scmoe.watch import lost_peer
 
 SECONDS_BETWEEN_LOOKS = 0.1
 FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError)
+
+Saved = tuple[Path, int]  # folder, iteration
+
+_begun: list[Saved] = []
+"""On the first rank: what the host has been told to write and has not finished."""
+_current: Saved | None = None
+"""Where the run's present state lies, if it has made no step since it loaded or saved it."""
 
 
 class CheckpointError(ValueError):
@@ -33,18 +41,48 @@ def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
     """`save_checkpoint` that writes the record first, and never into an earlier checkpoint."""
 
     def replacement(iteration: int, *args: Any, **kwargs: Any) -> None:
+        global _current
         options = get_args()
-        folder = Path(options.save)
+        persistent = not kwargs.get("non_persistent_ckpt")
+        folder = Path(options.save) if persistent else contents.non_persistent_folder(options)
+        if folder is None:
+            with _leaves_nothing_half_written(Path(options.save)):
+                check_writer()
+                return save_checkpoint(iteration, *args, **kwargs)
+        folder = folder.resolve()
         with _leaves_nothing_half_written(folder):
             check_writer()
-            persistent = not kwargs.get("non_persistent_ckpt")  # the others lie elsewhere
-            if persistent and torch.distributed.get_rank() == 0:
-                contents.retract(folder, iteration)
-                write_record(folder, iteration, options)
-            torch.distributed.barrier()  # nobody writes into what the first rank removes
+            if _is_there(folder, iteration):
+                return print_rank_0(f"iteration {iteration} is in {folder} already: not saved")
+            if torch.distributed.get_rank() == 0:
+                aside.put_aside(folder, iteration)
+                _begun.append((folder, iteration))
+                if persistent:
+                    write_record(folder, iteration, options)
+            torch.distributed.barrier()  # nobody writes into what the first rank puts aside
             save_checkpoint(iteration, *args, **kwargs)
+            if not options.async_save:
+                _settle_begun()
+        _current = (folder, iteration)
 
     return replacement
+
+
+def _is_there(folder: Path, iteration: int) -> bool:
+    """Whether the run's present state is saved already, or about to be; the same on every rank."""
+    if _current != (folder, iteration):
+        return False
+    saved = (folder, iteration) in _begun or contents.whole(folder, iteration)
+    answer = [saved]
+    torch.distributed.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _settle_begun() -> None:
+    """The host has finished all saves: what was put aside for them is not needed any more."""
+    for folder, iteration in _begun:
+        aside.settle(folder, iteration)
+    _begun.clear()
 
 
 def finalizing(maybe_finalize_async_save: Callable[..., None]) -> Callable[..., None]:
@@ -61,6 +99,23 @@ def finalizing(maybe_finalize_async_save: Callable[..., None]) -> Callable[..., 
                 check_writer()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             maybe_finalize_async_save(blocking, terminate)
+            if is_empty_async_queue():
+                _settle_begun()
+
+    return replacement
+
+
+def cleaning(cleanup_old_checkpoints: Callable[..., None]) -> Callable[..., None]:
+    """`cleanup_old_non_persistent_checkpoint` that does nothing unless the newest folder, which it
+    keeps, is whole: it may be half written, by a run that was killed or with --async-save."""
+
+    def replacement(save_dir: str, *args: Any, **kwargs: Any) -> None:
+        folder = Path(save_dir)
+        newest = max(contents.saved_iterations(folder), default=None)
+        if newest is None or newest != contents.readable_tracker(folder):
+            return
+        if contents.whole(folder, newest):
+            cleanup_old_checkpoints(save_dir, *args, **kwargs)
 
     return replacement
 
@@ -69,9 +124,14 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """`load_checkpoint` that says what is wrong with the files."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
+        global _current
         options = get_args()
+        _settle_earlier_attempt(options)
         try:
-            return load_checkpoint(*args, **kwargs)
+            result = load_checkpoint(*args, **kwargs)
+            known = options.load is not None and options.non_persistent_ckpt_type is None
+            _current = (Path(options.load).resolve(), result[0]) if known else None
+            return result
         except CheckpointError:
             raise
         except FAILURES as error:
@@ -85,6 +145,16 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+def _settle_earlier_attempt(options: Namespace) -> None:
+    """With --inprocess-restart a run loads again after a save that has failed."""
+    _begun.clear()
+    if torch.distributed.get_rank() == 0:
+        for folder in contents.own_folders(options):
+            for line in aside.settle_all(folder):
+                print(line, flush=True)
+    torch.distributed.barrier()
+
+
 @contextmanager
 def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
     try:
@@ -93,24 +163,35 @@ def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if torch.distributed.get_rank() == 0:
-            _remove_incomplete(folder)
+            _remove_unfinished(folder)
         if lost_peer(error):
             raise
-        tracked = contents.tracked_iteration(folder)
-        intact = "" if tracked is None else f"; iteration {tracked} there is intact"
         raise CheckpointError(
-            f"cannot save to {folder} ({free / 2**20:.1f} MiB free): {_cause(error)}{intact}."
+            f"cannot save to {folder} ({free / 2**20:.1f} MiB free): "
+            f"{'; '.join([_cause(error), *_intact(folder)])}."
         ) from error
 
 
-def _remove_incomplete(folder: Path) -> None:
-    """Remove what a failed save has written: folders that no tracker ever named, and records."""
-    tracked = contents.tracked_iteration(folder)
-    for iteration in contents.saved_iterations(folder):
-        checkpoint = contents.iteration_folder(folder, iteration)
-        if iteration != tracked and not (checkpoint / contents.DISTRIBUTED).exists():
-            shutil.rmtree(checkpoint, ignore_errors=True)
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a failed save has written, and no more.
+
+    What was put aside comes back with the next run: other ranks may still write, by name.
+    """
+    for place, iteration in _begun:
+        if not contents.whole(place, iteration):
+            shutil.rmtree(contents.iteration_folder(place, iteration), ignore_errors=True)
+    _begun.clear()
     drop_records_without_checkpoint(folder)
+
+
+def _intact(folder: Path) -> list[str]:
+    """What can be gone on from."""
+    tracked = contents.readable_tracker(folder)
+    intact = [] if tracked is None else [f"iteration {tracked} there is intact"]
+    return intact + [
+        f"iteration {iteration}, which was being saved again, comes back with the next run"
+        for iteration in aside.unsettled(folder)
+    ]
 
 
 def _corrupt_files(folder: Path, iteration: int | str | None) -> list[Path]:

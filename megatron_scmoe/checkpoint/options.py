@@ -111,21 +111,62 @@ LAYOUT = (
     "expert_tensor_parallel_size",
 )
 
-# What decides how long a unit's operators and exchanges take, beside the layout.
+# What decides how long a unit's operators and exchanges take, beside the layout and the machine
+# (record.machine_facts). One micro-batch is timed, so the global batch does not matter.
 TIMES = (
     "scmoe_shortcut_position",
     "scmoe_num_chunks",
-    "moe_token_dispatcher_type",
-    "transformer_impl",
     "seq_length",
     "micro_batch_size",
-    "world_size",
+    "context_parallel_size",
+    "cp_comm_type",
+    "sequence_parallel",
+    "transformer_impl",
+    "attention_backend",
+    "bf16",
+    "fp16",
+    "fp8",
+    "fp8_recipe",
+    "fp4",
+    # Experts and their exchanges.
+    "distributed_backend",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_token_dispatcher_type",
+    "moe_flex_dispatcher_backend",
+    "moe_flex_dispatcher_num_sms",
+    "moe_deepep_num_sms",
+    "moe_hybridep_num_sms",
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_force_load_balancing",
+    # The backward pass recomputes.
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    # Other communication at the same time.
+    "tp_comm_overlap",
+    "tp_comm_overlap_cfg",
+    "tp_comm_overlap_ag",
+    "tp_comm_overlap_rs",
+    "tp_comm_overlap_rs_dgrad",
+    "tp_comm_bulk_dgrad",
+    "tp_comm_bulk_wgrad",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
 )
 
 _FLAGS = {
     "add_bias_linear": "--disable-bias-linear (off is True)",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "tp_comm_overlap_ag": "--no-tp-comm-overlap-ag (off is True)",
+    "tp_comm_overlap_rs": "--no-tp-comm-overlap-rs (off is True)",
+    "tp_comm_bulk_dgrad": "--no-tp-comm-bulk-dgrad (off is True)",
+    "tp_comm_bulk_wgrad": "--no-tp-comm-bulk-wgrad (off is True)",
 }
 
 

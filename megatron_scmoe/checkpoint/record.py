@@ -1,7 +1,8 @@
 """The readable file beside every checkpoint: `iter_0000100.json` next to `iter_0000100/`.
 
-It holds all options as the run resolved them, the padded vocabulary, a digest of the tokenizer and
-the versions, so that people and tools can read what a checkpoint is without loading it.
+It holds all options as the run resolved them, the padded vocabulary, a digest of the tokenizer,
+the machine and the versions, so that people and tools can read what a checkpoint is without loading
+it.
 """
 
 import hashlib
@@ -13,9 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.host.cpu import no_cuda_device
 
 SCHEMA = 1
+UNKNOWN = "unknown"
 PACKAGES = ("megatron-scmoe", "megatron-core", "torch", "transformer-engine", "apex")
 
 
@@ -32,6 +37,7 @@ def build_record(args: Namespace, iteration: int) -> dict[str, Any]:
         "schema": SCHEMA,
         "iteration": iteration,
         "versions": {"python": platform.python_version()} | _versions(),
+        "machine": machine_facts(args),
         "padded_vocab_size": options.pop("padded_vocab_size", None),
         "tokenizer": tokenizer_digest(args),
         "model": model,
@@ -93,6 +99,37 @@ def tokenizer_digest(args: Namespace) -> dict[str, Any]:
         "vocab_size": args.vocab_size,
         "sha256": digest.hexdigest(),
     }
+
+
+def machine_facts(args: Namespace) -> dict[str, Any]:
+    """What decides the times of a run and is no option of it, by the name that users read."""
+    cuda = not no_cuda_device()
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Expert tensor parallel ranks are neighbours, expert parallel ones come next.
+    experts = min(args.expert_model_parallel_size, max(1, node // args.expert_tensor_parallel_size))
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "ranks": args.world_size,
+        "expert parallel ranks a node": experts,
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "not set"),
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "none",
+    }
+
+
+def machine_differences(record: dict[str, Any] | None, args: Namespace) -> list[str]:
+    """`name value there, value here` for every fact and version of a machine that differs."""
+    here = machine_facts(args) | _timed(_versions())
+    there = {} if record is None else record.get("machine", {}) | _timed(record["versions"])
+    return [
+        f"{name} {there.get(name, UNKNOWN)} there, {value} here"
+        for name, value in here.items()
+        if there.get(name, UNKNOWN) != value
+    ]
+
+
+def _timed(versions: dict[str, str]) -> dict[str, str]:
+    """Those whose kernels a unit runs."""
+    return {name: versions.get(name, "none") for name in ("torch", "transformer-engine")}
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ without a word (another vocabulary padding, a longer schedule) is set here, with
 """
 
 import os
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_scmoe.checkpoint import contents
+from megatron_scmoe.checkpoint import aside, contents
 from megatron_scmoe.checkpoint.options import (
     ARCHITECTURE,
     LAYOUT,
@@ -21,9 +22,61 @@ from megatron_scmoe.checkpoint.options import (
     WORTH_A_NOTE,
     differences,
 )
-from megatron_scmoe.checkpoint.record import read_record, tokenizer_digest
+from megatron_scmoe.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
 NEW_TENSORS = SCMOE[1:]
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+def settle_folders(args: Namespace) -> list[str]:
+    """Finish what runs before this one have left half done in its folders.
+
+    Before anything is read there. The first rank does it; no process group exists yet, so the
+    others look until it is done.
+
+    Returns:
+        Notes for the user, a line each, on the first rank.
+
+    Raises:
+        ValueError: what is half done is in the way, and may be another run's.
+    """
+    own = contents.own_folders(args)
+    notes = []
+    deadline = time.monotonic() + 60 * args.distributed_timeout_minutes
+    for folder in own:
+        if args.rank == 0:
+            notes += aside.settle_all(folder)
+        while left := aside.unsettled(folder):
+            if time.monotonic() > deadline:
+                raise ValueError(f"--save {folder}: the first rank has not settled {left}.")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    if args.load is None or (load := Path(args.load).resolve()) in own:
+        return notes
+    left = aside.unsettled(load)
+    if left and not args.ckpt_step and contents.readable_tracker(load) is None:
+        raise ValueError(
+            f"--load {load}: iteration {left[-1]} is being saved again, or the run that did so was "
+            "killed: wait for it, or start it again with --save there."
+        )
+    return notes
+
+
+def check_cleaned_folder(args: Namespace) -> None:
+    """Refuse checkpoints below --non-persistent-global-ckpt-dir, where the host keeps one.
+
+    Raises:
+        ValueError: --save or --load is there.
+    """
+    cleaned = args.non_persistent_global_ckpt_dir
+    if cleaned is None:
+        return
+    for option in ("save", "load"):
+        folder = getattr(args, option)
+        if folder and Path(folder).resolve().is_relative_to(Path(cleaned).resolve()):
+            raise ValueError(
+                f"--non-persistent-global-ckpt-dir {cleaned} holds --{option} {folder}, and "
+                "Megatron keeps only the newest checkpoint in it: give it a folder of its own."
+            )
 
 
 def prepare_load(args: Namespace) -> list[str]:
@@ -64,7 +117,7 @@ def prepare_load(args: Namespace) -> list[str]:
         if not args.no_load_optim:
             _check_optimizer(where, saved, saved_args, args)
             notes += _lengthen_schedule(where, saved.get("opt_param_scheduler"), args)
-        notes += _keep_slots(where, saved_args, args)
+        notes += _keep_slots(where, read_record(folder, iteration), saved_args, args)
         changed = differences(saved_args, args, (*SCMOE[:1], *WORTH_A_NOTE))
         if changed:
             notes.append(f"{where}, differs: {'; '.join(changed)}")
@@ -207,13 +260,16 @@ def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]
     return [f"{where} sets --padded-vocab-size {size}"]
 
 
-def _keep_slots(where: str, saved: Namespace, args: Namespace) -> list[str]:
+def _keep_slots(
+    where: str, record: dict[str, Any] | None, saved: Namespace, args: Namespace
+) -> list[str]:
     """The expert slots that the saved run measured, unless this one takes other times."""
     slots = getattr(saved, "scmoe_measured_slots", None)
     if slots is None or args.scmoe_expert_slot != "auto" or args.scmoe_remeasure_slot:
         return []
-    if differences(saved, args, (*LAYOUT, *TIMES)):
-        return []
+    changed = differences(saved, args, (*LAYOUT, *TIMES)) + machine_differences(record, args)
+    if changed:
+        return [f"{where}: expert slots are measured again, it differs: {'; '.join(changed)}"]
     args.scmoe_measured_slots = slots
     return [
         f"{where} sets the expert slots it has measured, {slots[0]} forward and {slots[1]} "

@@ -252,6 +252,13 @@ TABLE: tuple[Replacement, ...] = (
         _wrapped_by("checkpoint.errors.finalizing"),
     ),
     Replacement(
+        "megatron.training.checkpointing.cleanup_old_non_persistent_checkpoint",
+        "always",
+        "training/checkpointing.py:624",
+        "keeps the newest folder, whole or not: the last whole one goes while that is half written",
+        _wrapped_by("checkpoint.errors.cleaning"),
+    ),
+    Replacement(
         "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop",
         "always",
         "core/dist_checkpointing/strategies/async_utils.py:380",

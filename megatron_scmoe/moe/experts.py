@@ -90,7 +90,14 @@ def _grouped_mm(left: Tensor, right: Tensor, splits: list[int]) -> Tensor:
     """[R, k], [e, k, n] -> [R, n], or [m, R], [R, n] -> [e, m, n]; `splits` of R over experts."""
     ends = torch.tensor(list(accumulate(splits)), dtype=torch.int32, pin_memory=left.is_cuda)
     ends = ends.to(left.device, non_blocking=True)
-    return torch.nn.functional.grouped_mm(left, right, offs=ends)
+    output = torch.nn.functional.grouped_mm(left, right, offs=ends)
+    if right.dim() == 2:
+        # Of experts without rows Blackwell's kernel leaves what it finds (pytorch/pytorch#172439):
+        # weight gradients of no token at all.
+        for expert, rows in enumerate(splits):
+            if rows == 0:
+                output[expert].zero_()
+    return output
 
 
 def _loop(left: Tensor, right: Tensor, splits: list[int]) -> Tensor:

@@ -60,10 +60,12 @@ def launch(options: list[str], nproc: int = 1, script: str = SCRIPT) -> Run:
     return _run([*launcher, f"--nproc-per-node={nproc}", script, *options])
 
 
-def launch_rank(options: list[str], rank: int = 0, world_size: int = 1) -> Run:
+def launch_rank(
+    options: list[str], rank: int = 0, world_size: int = 1, script: str = SCRIPT
+) -> Run:
     """Run one rank without a launcher, for runs that end before ranks meet."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-    return _run([sys.executable, SCRIPT, *options], {k: str(v) for k, v in ranks.items()})
+    return _run([sys.executable, script, *options], {k: str(v) for k, v in ranks.items()})
 
 
 def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
@@ -95,9 +97,16 @@ class Launcher:
         deaf: let it ignore SIGTERM; its ranks do until they set a handler.
     """
 
-    def __init__(self, launcher: list[str], options: list[str], log: Path, deaf: bool = False):
+    def __init__(
+        self,
+        launcher: list[str],
+        options: list[str],
+        log: Path,
+        deaf: bool = False,
+        script: str = SCRIPT,
+    ):
         self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", *launcher, SCRIPT, *options]
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, script, *options]
         if deaf:
             command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,83 @@ def test_full_disk(
     ]
     load = ["--load", str(checkpoints), "--train-iters", "8"]
     succeeded(train(data_prefix, tmp_path / "again", *load))
+
+
+def kill_before_it_is_whole() -> None:
+    """A hook: rank 0 dies when all of iteration 6 is written but the file that says so."""
+    from megatron.core.dist_checkpointing import serialization
+
+    save_config = serialization.save_config
+
+    def kill_then_save(config: object, checkpoint_dir: str) -> None:
+        if checkpoint_dir.endswith("iter_0000006"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_config(config, checkpoint_dir)
+
+    serialization.save_config = kill_then_save
+
+
+@pytest.mark.parametrize("how", [(), ("--async-save",)], ids=["sync", "async"])
+def test_killed_while_saving_an_iteration_that_is_there(
+    saved: Path, checkpoints: Path, data_prefix: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    """A run that went back to iteration 3; the next one goes on from the old iteration 6."""
+    save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "3", *how]
+    back = [*save, "--ckpt-step", "3"]
+    run = train(data_prefix, tmp_path / "killed", *back, hook=kill_before_it_is_whole)
+    assert run.returncode == -signal.SIGKILL, run.stdout[-3000:]
+    assert (checkpoints / "iter_0000006" / ".metadata").exists()
+    assert not (checkpoints / "latest_checkpointed_iteration.txt").exists()
+    longer = ["--train-iters", "8"]
+    run = succeeded(train(data_prefix, tmp_path / "again", *save, *longer))
+    assert run.stdout.count("iteration 6 again did not end; the old one is back") == 1
+    whole = ["--load", str(saved / "checkpoints"), *longer]
+    succeeded(train(data_prefix, tmp_path / "whole", *whole))
+    for tag in CURVES:
+        curve = read_scalars(tmp_path / "again", tag)
+        assert sorted(curve) == [7, 8]
+        assert curve == read_scalars(tmp_path / "whole", tag)
+
+
+def test_full_disk_while_saving_an_iteration_that_is_there(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "3"]
+    back = [*save, "--ckpt-step", "3"]
+    line = error_line(train(data_prefix, tmp_path, *back, largest=100_000))
+    assert line.endswith("iteration 6, which was being saved again, comes back with the next run.")
+    assert not (checkpoints / "iter_0000006").exists()
+    run = succeeded(train(data_prefix, tmp_path / "again", *save, "--train-iters", "8"))
+    assert "the old one is back" in run.stdout
+    assert sorted(read_scalars(tmp_path / "again", "lm loss")) == [7, 8]
+
+
+def test_saving_again_lets_the_host_remove_nothing(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """--save-retain-interval removes what the tracker named before."""
+    save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "3"]
+    back = [*save, "--ckpt-step", "3", "--save-retain-interval", "6"]
+    succeeded(train(data_prefix, tmp_path, *back))
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "iter_0000003",
+        "iter_0000003.json",
+        "iter_0000006",
+        "iter_0000006.json",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_run_that_has_ended_is_not_saved_again(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """The host saves at the end whatever --save-interval has not."""
+    record = checkpoints / "iter_0000006.json"
+    before = record.stat().st_mtime_ns
+    save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "4"]
+    run = succeeded(train(data_prefix, tmp_path, *save))
+    assert run.stdout.count(f"iteration 6 is in {checkpoints} already: not saved") == 1
+    assert record.stat().st_mtime_ns == before
 
 
 def test_vocabulary_padding_follows_the_checkpoint(data_prefix: Path, tmp_path: Path) -> None:

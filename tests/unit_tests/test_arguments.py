@@ -23,6 +23,7 @@ from megatron_scmoe.arguments import (
 from megatron_scmoe.checkpoint.options import (
     ARCHITECTURE,
     SCMOE,
+    TIMES,
     WORTH_A_NOTE,
     differences,
     flag,
@@ -311,7 +312,7 @@ def test_options_that_checkpoints_are_compared_by_exist_and_are_named(
     here = arguments(
         MODEL, MOE, "--group-query-attention --position-embedding-type learned_absolute"
     )
-    for dest in (*ARCHITECTURE, *SCMOE, *WORTH_A_NOTE):
+    for dest in (*ARCHITECTURE, *SCMOE, *WORTH_A_NOTE, *TIMES):
         assert flag(dest).split()[0] in flags[dest]
         saved = Namespace(**vars(here))
         assert differences(saved, here, (dest,)) == []

@@ -43,30 +43,6 @@ def test_corrupt_files_reads_every_byte(tmp_path: Path) -> None:
     assert contents.corrupt_files(checkpoint) == [shard]
 
 
-@pytest.mark.parametrize(
-    ("retracted", "tracked", "left"),
-    [(4, 2, [2, 6]), (6, 4, [2, 4]), (2, 4, [4, 6]), (5, 4, [2, 4, 6])],
-)
-def test_retract_leaves_the_tracker_on_a_whole_checkpoint(
-    tmp_path: Path, retracted: int, tracked: int, left: list[int]
-) -> None:
-    """Iteration 6 was half written when the run stopped."""
-    for iteration in (2, 4, 6):
-        write_checkpoint(tmp_path, iteration)
-    (contents.iteration_folder(tmp_path, 6) / contents.DISTRIBUTED).unlink()
-    contents.write_tracker(tmp_path, 4)
-    contents.retract(tmp_path, retracted)
-    assert contents.tracked_iteration(tmp_path) == tracked
-    assert contents.saved_iterations(tmp_path) == left
-
-
-def test_retract_of_the_only_checkpoint(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 2)
-    contents.write_tracker(tmp_path, 2)
-    contents.retract(tmp_path, 2)
-    assert contents.tracked_iteration(tmp_path) is None
-
-
 def test_tracker(tmp_path: Path) -> None:
     assert contents.tracked_iteration(tmp_path) is None
     contents.write_tracker(tmp_path, 12)
@@ -76,6 +52,7 @@ def test_tracker(tmp_path: Path) -> None:
     (tmp_path / contents.TRACKER).write_text("")
     with pytest.raises(ValueError, match="holds '' and no iteration"):
         contents.tracked_iteration(tmp_path)
+    assert contents.readable_tracker(tmp_path) is None
 
 
 def test_frequency_and_pattern_of_the_same_model_do_not_differ() -> None:

@@ -192,6 +192,34 @@ def test_gradient_of_the_matmul() -> None:
 # Which experts are built. -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", ["empty-experts", "all-to-one"])
+def test_experts_without_tokens_have_no_gradient_on_blackwell(
+    monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    """The kernel there writes nothing for an empty group of rows: what lay there before stays."""
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def leaves_empty_groups(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+        output = grouped_mm(left, right, offs=offs)
+        if right.dim() == 2:
+            output[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return output
+
+    def gradient() -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randn(sum(TOKENS[tokens]), 16, generator=generator)
+        weight = torch.randn(NUM_EXPERTS, 8, 16, generator=generator).requires_grad_()
+        GroupedMatmul.apply(rows, weight, TOKENS[tokens], True).square().sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    sound = gradient()
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_empty_groups)
+    assert torch.equal(gradient(), sound)
+    empty = [expert for expert, rows in enumerate(TOKENS[tokens]) if rows == 0]
+    assert not sound[empty].any() and sound.any()
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("grouped", [True, False])
 def test_selected_by_megatrons_option(position: str, grouped: bool) -> None:
