@@ -131,7 +131,13 @@ class GroupedLinear(torch.nn.Module):
             setattr(stacked, name, value)
         stacked.partition_dim = weight.partition_dim + 1  # behind the dimension of experts
         self.weight = stacked
-        self.use_grouped_mm = why_no_grouped_mm(weight.dtype, weight.shape, weight.device) is None
+
+    @property
+    def use_grouped_mm(self) -> bool:
+        """Asked of the weight as it is now: the host moves and converts a module after it was
+        built."""
+        weight = self.weight
+        return why_no_grouped_mm(weight.dtype, weight.shape[1:], weight.device) is None
 
     def forward(self, rows: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """[R, in] -> [R, out], and no bias."""

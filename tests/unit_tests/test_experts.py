@@ -162,6 +162,15 @@ def test_other_gpus_and_older_torch_have_none(monkeypatch: pytest.MonkeyPatch) -
     run(module, [3, 0, 7, 2])
 
 
+def test_a_module_that_is_converted_after_it_was_built(single_rank: None) -> None:
+    """grouped_mm does not multiply float64."""
+    module = build(GroupedExperts, params_dtype=torch.float32)
+    assert module.linear_fc1.use_grouped_mm
+    module.double().config.params_dtype = torch.float64
+    assert not module.linear_fc1.use_grouped_mm
+    run(module, [3, 0, 7, 2])
+
+
 def test_six_products_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, forward and both gradients, whatever the number of experts."""
     calls = []
