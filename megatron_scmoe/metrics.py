@@ -9,8 +9,8 @@
     a2a-host-wait-seconds  time for which the host waited for numbers of rows before it could launch
                            or receive an exchange, same sum; on a GPU no time of compute, unless
                            compute waits for the host
-    a2a-compute-slowdown   time of the dense operators of the window beside exchanges / alone, from
-                           the first iterations (overlap/adaptive.py)
+    a2a-compute-slowdown   time of the dense operators of the window beside exchanges / alone, in
+                           the backward pass, from the first iterations (overlap/adaptive.py)
     expert-slot-forward, expert-slot-backward
                            where the routed experts run
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
@@ -18,6 +18,7 @@
 Measured where the exchanges run (overlap/streams.py); evaluation is not counted.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,13 +80,17 @@ class UnitTracker(MoEMetricsTracker):
         records = [unit.recorder.take() for unit in self.units]
         totals = self._totals(records)
         self._write_trace(iteration, records)  # with the slots that the iteration ran with
+        # Those without overlap are no part of what the run shows.
+        alone = (
+            self._first is not None and self._first.phase is ALONE and not self._traced(iteration)
+        )
         if totals.in_flight > 0:  # else one expert parallel rank: nothing travels
             self._measure(iteration, records)
         self._prepare(iteration + 1)
 
         scalars = {"expert-load-imbalance": totals.imbalance}
         console = f" expert load imbalance: {totals.imbalance:.2f} |"
-        if totals.in_flight > 0:
+        if totals.in_flight > 0 and not alone:
             in_flight, exposed = totals.in_flight, totals.exposed
             share = 1 - exposed / in_flight
             scalars |= {
@@ -100,8 +105,8 @@ class UnitTracker(MoEMetricsTracker):
                 f"a2a hidden: {share:.1%} | a2a host wait (ms): {totals.host_wait * 1e3:.1f} |"
             )
         if self._slow_down is not None:
-            scalars["a2a-compute-slowdown"] = self._slow_down.both
-            console += f" compute slow-down: {self._slow_down.both:.3f} |"
+            scalars["a2a-compute-slowdown"] = self._slow_down.backward
+            console += f" compute slow-down: {self._slow_down.backward:.3f} |"
         if self.units:
             slots = self.units[0].slots
             scalars |= {
@@ -128,8 +133,8 @@ class UnitTracker(MoEMetricsTracker):
         else:
             self._slow_down = found = slow_down(self._beside, times)
             _print_once(
-                f"dense compute beside exchanges takes {found.both:.3f} of its time alone "
-                f"(forward {found.forward:.3f}, backward {found.backward:.3f})"
+                f"dense compute beside exchanges takes {found.backward:.3f} of its time alone "
+                f"backward, {found.forward:.3f} forward"
             )
 
     def _choose(self, times: tuple[UnitTimes, UnitTimes]) -> None:
@@ -165,7 +170,7 @@ class UnitTracker(MoEMetricsTracker):
             facts = {name: getattr(args, name) for name in TRACED_OPTIONS}
             facts["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
             facts["backend"] = torch.distributed.get_backend(group)
-            facts["compute_slow_down"] = self._slow_down and self._slow_down.both
+            facts["compute_slow_down"] = self._slow_down and self._slow_down.backward
             facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
             rank = torch.distributed.get_rank()
             self._trace = TraceWriter(Path(str(self._trace_dir)), rank, facts)
@@ -192,7 +197,7 @@ class UnitTracker(MoEMetricsTracker):
         torch.distributed.all_reduce(sums)
         *seconds, ratio, layers = sums.tolist()
         in_flight, exposed, host_wait = (x / torch.distributed.get_world_size() for x in seconds)
-        return _Totals(in_flight, exposed, host_wait, ratio / layers)
+        return _Totals(in_flight, exposed, host_wait, ratio / layers if layers else math.nan)
 
     def _load_ratios(self, records: list[UnitRecord]) -> list[float]:
         """Busiest expert / mean over the expert parallel ranks, of every layer of this rank."""

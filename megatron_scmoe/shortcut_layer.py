@@ -240,6 +240,10 @@ class ShortcutLayer(NumberedLayer):
             self.recorder.begin_pass(hidden_states)
         try:
             self._advance(run)
+        except BaseException:
+            if run.work is not None:
+                run.work.branch.abandon()
+            raise
         finally:
             self._pass = None
             self._switch(None)

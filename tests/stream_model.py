@@ -153,6 +153,8 @@ class StreamModel(TorchDispatchMode):
             mock.patch.object(
                 torch.Tensor, "record_stream", lambda *args: self._record_stream(*args)
             ),
+            # On the CPU these look at the values without an operator.
+            *(self._watched(name) for name in ("cpu", "tolist", "numpy")),
         ]
         self._cuda = Cuda(self)
 
@@ -186,6 +188,21 @@ class StreamModel(TorchDispatchMode):
         copy = tensor.clone()
         self._block(copy).on_host = True
         return copy
+
+    def _watched(self, name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self._block(tensor).on_host:
+                self.events.append(f"host waits in {name}")
+            return original(tensor, *args, **kwargs)
+
+        return mock.patch.object(torch.Tensor, name, watched)
+
+    def is_on_host(self, *tensors: Tensor) -> None:
+        """These are the host's, although nothing has copied them there."""
+        for tensor in tensors:
+            self._block(tensor).on_host = True
 
     def _record_stream(self, tensor: Tensor, stream: Stream) -> None:
         if self.keeps("record_stream"):

@@ -389,12 +389,11 @@ class FlexDispatcher:
     ) -> "list[FlexTrip]":
         """Find the ranks of each token."""
         trips = [FlexTrip(self, chunk) for chunk in chunks]
-        if self.host.config.moe_flex_dispatcher_backend == "hybridep":
-            # It waits for the numbers of rows wherever it needs them, unless it is told them.
+        if all(trip.asks_for_counts() for trip in trips):
             maps = [chunk.routing_map for chunk in chunks]
             counts = RowCounts(maps, self.host._comm_manager.group, host_waited)
             for index, trip in enumerate(trips):
-                trip.will_know(counts, index)
+                trip.counts = counts, index
         return trips
 
 
@@ -414,14 +413,15 @@ class FlexTrip:
         manager.setup_metadata(by_rank, probs_by_rank)
         visits = by_rank.any(dim=2)
         self._rows_leaving = visits.sum() - visits[:, manager.group.rank()].sum()
-        self._counts: tuple[RowCounts, int] | None = None
+        self.counts: tuple[RowCounts, int] | None = None
         self._cargo: tuple[Tensor, ...] = (chunk.hidden_states, manager.token_probs)
         manager.token_probs = None
 
-    def will_know(self, counts: RowCounts, index: int) -> None:
-        """Take the numbers of rows from here, unless a capacity decides them."""
-        if self._manager.num_permuted_tokens is None:
-            self._counts = counts, index
+    def asks_for_counts(self) -> bool:
+        """Whether the manager waits for numbers of rows wherever it needs them, unless it is told:
+        HybridEP's, where no capacity decides them."""
+        hybrid = self._dispatcher.host.config.moe_flex_dispatcher_backend == "hybridep"
+        return hybrid and self._manager.num_permuted_tokens is None
 
     def cargo(self) -> tuple[Tensor, ...]:
         """Hidden states, [T, h], and router weights, [T, K] or [T, E]."""
@@ -431,8 +431,8 @@ class FlexTrip:
     def collective(self) -> Collective:
         """The manager's dispatch. DeepEP's blocks the host until the numbers of rows are known."""
         manager, config = self._manager, self._dispatcher.host.config
-        if self._counts is not None:
-            counts, index = self._counts
+        if self.counts is not None:
+            counts, index = self.counts
             rows = counts.on_host()[:, index, self._dispatcher.local_experts].sum(dim=0)
             if config.fp8 or config.fp4:
                 rows += -rows % get_align_size_for_quantization(config)

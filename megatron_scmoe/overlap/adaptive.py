@@ -11,6 +11,7 @@ together say how much slower dense compute is beside exchanges than alone. No it
 another in any bit of its results (tests/unit_tests/test_layer.py).
 """
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -113,14 +114,16 @@ class FirstIterations:
 
     def _mean_over_units(self, records: Sequence[UnitRecord]) -> list[float]:
         units = [
-            [
-                seconds
-                for direction in DIRECTIONS
-                for seconds in _as_list(unit_times(record, direction, self._position))
-            ]
+            [seconds for direction in DIRECTIONS for seconds in self._seconds(record, direction)]
             for record in records
         ]
         return [sum(column) / len(units) for column in zip(*units, strict=True)]
+
+    def _seconds(self, record: UnitRecord, direction: Direction) -> list[float]:
+        try:
+            return _as_list(unit_times(record, direction, self._position))
+        except ValueError:  # nothing of the unit is trained
+            return [0.0] * (len(window(self._position)) + 3)
 
     def _mean_over_ranks(self) -> tuple[UnitTimes, UnitTimes]:
         size = len(DIRECTIONS) * (len(window(self._position)) + 3)
@@ -141,18 +144,22 @@ def choose_slots(forward: UnitTimes, backward: UnitTimes) -> Slots:
 
 
 class SlowDown(NamedTuple):
-    """Time of the dense operators beside exchanges, as a multiple of their time alone."""
+    """Time of the dense operators beside exchanges, as a multiple of their time alone.
+
+    On a GPU the forward pass without overlap is slowed down by the host, which waits for numbers of
+    rows with nothing enqueued; the backward pass never waits for the host.
+    """
 
     forward: float
     backward: float
-    both: float
+    """NaN if no dense operator of any unit has a backward pass."""
 
 
 def slow_down(beside: tuple[UnitTimes, UnitTimes], alone: tuple[UnitTimes, UnitTimes]) -> SlowDown:
     """From the forward and backward times of both phases."""
-    with_exchanges, without = ([times.window for times in pair] for pair in (beside, alone))
-    forward, backward = (x / y for x, y in zip(with_exchanges, without, strict=True))
-    return SlowDown(forward, backward, sum(with_exchanges) / sum(without))
+    return SlowDown(
+        *(x.window / y.window if y.window else math.nan for x, y in zip(beside, alone, strict=True))
+    )
 
 
 def describe_choice(

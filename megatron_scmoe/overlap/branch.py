@@ -142,6 +142,10 @@ class RoutedBranch:
         token, self._token = self._token, None
         return _Arrive.apply(self, token)
 
+    def abandon(self) -> None:
+        """The pass ends here, by an error: the token would hold the graph in a cycle."""
+        self._token = None
+
     # Backward. --------------------------------------------------------------------------------
 
     def _take_gradients(self, grads: Sequence[Tensor]) -> None:
@@ -173,14 +177,15 @@ class RoutedBranch:
             self._switch(Step.WAIT_COMBINE, chunk)
             if own.transfer is None:
                 self._send_gradient(chunk)
-            grad = own.complete()
+            grads = own.complete()
             self._switch(Step.EXPERTS, chunk)
             assert own.graph is not None
-            grads = own.graph.backward(grad)
+            grads = own.graph.backward(grads)
             self._switch(Step.START_DISPATCH, chunk)
             assert own.dispatch is not None
             log = self._log("dispatch", "backward", chunk)
             own.transfer = Transfer(own.dispatch.mirrored(), grads, log)
+            del grads
             if not self._overlap:
                 own.cargo = own.complete()
         if self._recorder is not None:

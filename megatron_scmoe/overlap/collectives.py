@@ -223,15 +223,15 @@ class Fused(Collective):
         self._graph.leave(received)
         return [tensor.detach() for tensor in received], []
 
-    def take_back(self, grads: Sequence[Tensor]) -> list[Tensor]:
+    def take_back(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients of what was sent from those of what was received; call once."""
         assert self._graph is not None
         graph, self._graph = self._graph, None
-        return graph.backward(grads)
+        return graph.backward(list(grads))
 
     def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
         """Of the rows; their weights are not counted."""
-        return self._rows_leaving * sent[0][0].nbytes
+        return self._rows_leaving * (sent[0].shape[1:].numel() * sent[0].element_size())
 
 
 class FusedBackward(Collective):

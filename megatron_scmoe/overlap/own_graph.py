@@ -19,19 +19,27 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class _Kind(NamedTuple):
-    """What is left of an input."""
+    """What is left of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Kind":
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
 
 @dataclass
 class _Gradients:
-    """Where the gradients of the inputs are put. The nodes of the graph hold this and not the graph
-    itself, which holds them: a cycle through C++ would never be collected."""
+    """Gradients on their way in and out. The nodes of the graph hold this and not the graph itself,
+    which holds them: a cycle through C++ would never be collected."""
 
     of_inputs: tuple[Tensor, ...] | None = None
+    of_outputs: tuple[Tensor, ...] = ()
 
 
 class OwnGraph:
@@ -40,33 +48,41 @@ class OwnGraph:
     def __init__(self) -> None:
         self._gradients = _Gradients()
         self._inputs: list[_Kind] = []
-        self._outputs: list[GradientEdge] | None = None
+        self._outputs: list[tuple[GradientEdge, _Kind]] = []
 
     def enter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same values, at the beginning of this graph; integers have no gradient."""
         floating = [x for x in tensors if x.is_floating_point()]
-        self._inputs = [_Kind(x.shape, x.dtype, x.device) for x in floating]
+        self._inputs = [_Kind.of(x) for x in floating]
         anchor = floating[0].new_empty(0).requires_grad_()
         entered = iter(_Enter.apply(self._gradients, anchor, *floating))
         return [next(entered) if x.is_floating_point() else x for x in tensors]
 
     def leave(self, tensors: Sequence[Tensor]) -> None:
         """Backward will begin at these."""
-        self._outputs = [get_gradient_edge(tensor) for tensor in tensors]
+        left = _Leave.apply(self._gradients, *tensors)
+        self._outputs = [(get_gradient_edge(tensor), _Kind.of(tensor)) for tensor in left]
 
-    def backward(self, grads: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients of the floating-point tensors that entered, from those of what left.
+
+        Args:
+            grads: taken out of the list: each lives as long as an operation needs it.
 
         Raises:
             RuntimeError: it has run before and the graph is gone.
         """
-        if self._outputs is None:
+        if not self._outputs:
             raise RuntimeError("the routed branch cannot run backward a second time")
-        outputs, self._outputs = self._outputs, None
-        torch.autograd.backward(outputs, tuple(grads))
+        outputs, self._outputs = self._outputs, []
+        self._gradients.of_outputs = tuple(grads)
+        grads.clear()
+        # Whoever calls autograd holds what it is given until the end: it is given nothing much.
+        placeholders = [kind.zeros(()).expand(kind.shape) for _, kind in outputs]
+        torch.autograd.backward([edge for edge, _ in outputs], placeholders)
         of_inputs, self._gradients.of_inputs = self._gradients.of_inputs, None
         if of_inputs is None:  # no operation leads from any input to an output
-            return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in self._inputs]
+            return [kind.zeros(kind.shape) for kind in self._inputs]
         return list(of_inputs)
 
 
@@ -81,3 +97,16 @@ class _Enter(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[None, ...]:
         ctx.gradients.of_inputs = grads
         return None, None, *(None for _ in grads)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients: _Gradients, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *_placeholders: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.gradients.of_outputs = ctx.gradients.of_outputs, ()
+        return None, *grads

@@ -36,7 +36,8 @@ from torch.distributed import Work
 Exchange = Callable[[list[Tensor], bool], tuple[list[Tensor], Sequence[Work | None]]]
 Event = torch.cuda.Event
 Moment = float | torch.cuda.Event
-# Exchanges of one lane run one after the other. Numbers of rows do not queue behind rows.
+# Exchanges of one lane run one after the other. Numbers of rows do not queue behind rows, unless
+# both have one communicator, as in an all-gather.
 Lane = Literal["rows", "counts"]
 
 

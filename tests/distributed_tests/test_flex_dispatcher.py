@@ -6,9 +6,11 @@ The kernels themselves are replaced (tests/deep_ep.py); they need GPUs.
 from typing import Any
 
 import pytest
+import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_scmoe.overlap import branch
+from megatron_scmoe.overlap.collectives import Fused
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import Slots
 from tests import deep_ep
@@ -163,6 +165,11 @@ def bytes_on_record() -> tuple[list[int], int]:
     train(block, (0,), in_flight=False)
     (rows,) = deep_ep.rows_leaving
     return [exchange.bytes for exchange in recorder.take().exchanges], rows
+
+
+def test_bytes_of_a_rank_without_rows() -> None:
+    fused = Fused(lambda rows: (rows,), rows_leaving=3)
+    assert fused.bytes_sent([torch.empty(0, 4)]) == 3 * 4 * 4
 
 
 def test_bytes_on_record() -> None:

@@ -94,7 +94,9 @@ def test_no_bit_is_lost(chosen: tuple[Run, Path], data_prefix: Path, tmp_path: P
     (said,) = (line for line in run.stdout.splitlines() if line.startswith(SLOW_DOWN))
     slow_down = read_scalars(tmp_path, "a2a-compute-slowdown")
     assert list(slow_down) == [8] and slow_down[8] > 0
-    assert said.startswith(f"{SLOW_DOWN} takes {slow_down[8]:.3f} of its time alone")
+    assert said.startswith(f"{SLOW_DOWN} takes {slow_down[8]:.3f} of its time alone backward")
+    # They are no part of what the run shows.
+    assert list(read_scalars(tmp_path, "a2a-hidden-share")) == [1, 2, 3, 4, 5]
     assert [slots[8] for slots in slots_of(tmp_path)] == [5, 0]
     for tag in CURVES:
         assert read_scalars(tmp_path, tag) == read_scalars(chosen[1], tag)

@@ -1,6 +1,7 @@
 """Times of a unit from its record, and the slots that follow from them."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,7 +90,20 @@ def test_directions_choose_for_themselves() -> None:
 def test_slow_down_is_of_dense_operators_only() -> None:
     alone = (UnitTimes((1.0, 3.0), 1.0, 1.0, 1.0), UnitTimes((2.0, 2.0), 1.0, 1.0, 1.0))
     beside = (UnitTimes((1.5, 3.5), 9.0, 9.0, 9.0), UnitTimes((2.0, 4.0), 9.0, 9.0, 9.0))
-    assert slow_down(beside, alone) == SlowDown(forward=1.25, backward=1.5, both=11 / 8)
+    assert slow_down(beside, alone) == SlowDown(forward=1.25, backward=1.5)
+    nothing = UnitTimes((0.0, 0.0), 1.0, 1.0, 1.0)
+    assert math.isnan(slow_down((beside[0], nothing), (alone[0], nothing)).backward)
+
+
+def test_units_of_which_nothing_is_trained(single_rank: None) -> None:
+    """They have no backward pass, and the run goes on."""
+    forward_only = record_of()
+    forward_only.steps = [s for s in forward_only.steps if s.activity.direction == "forward"]
+    first = FirstIterations("pos2")
+    found = [first.observe([forward_only]) for _ in range(8)]
+    for times in (found[4], found[7]):
+        assert times is not None
+        assert times[0].window > 0 and times[1] == UnitTimes((0.0,) * 5, 0.0, 0.0, 0.0)
 
 
 def watch(rank_scale: dict[int, float]) -> list[tuple[Phase | None, object]]:
@@ -128,7 +142,7 @@ def test_all_ranks_conclude_from_the_same_times() -> None:
         assert forward.dense == pytest.approx(dense)
         assert backward.experts == pytest.approx(factor * 4 * PARTS["experts"])
         assert forward.dispatch == pytest.approx(factor * 14.0)
-    assert slow_down(*found) == pytest.approx((2.0, 2.0, 2.0))
+    assert slow_down(*found) == pytest.approx((2.0, 2.0))
 
 
 # What a real unit records. ----------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Between forward and backward a unit holds what autograd has saved, and nothing else."""
 
+import gc
+import weakref
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -8,7 +11,9 @@ import torch
 
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import PerTensor
+from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.schedule import POSITIONS
+from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.distributed_utils import run_distributed
 from tests.kept_bytes import Alive, KeptBytes
 from tests.models import BATCH, Case, build_block, run_block
@@ -58,6 +63,49 @@ def test_what_a_branch_holds_is_seen() -> None:
 
     with mock.patch.object(RoutedBranch, "send_back", keeping):
         assert held(case_of("pos2")) == [2 * LENGTH * BATCH * 16 * 8]
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_gradients_of_rows_do_not_outlive_their_use() -> None:
+    """What came back is gone when the experts, which have used it, are still at work."""
+    returned: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+    graph = OwnGraph()
+    (entered,) = graph.enter([torch.randn(4, 3)])
+    entered.register_hook(lambda _: alive.append(returned[0]() is not None))
+    graph.leave([entered * 2])
+    gradient = torch.randn(4, 3)
+    expected = 2 * gradient
+    returned.append(weakref.ref(gradient.untyped_storage()))
+    grads = [gradient]
+    del gradient
+    (found,) = graph.backward(grads)
+    assert torch.equal(found, expected)
+    assert alive == [False]
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_pass_that_fails_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = build_block(case_of("pos2"))
+    branches: list[weakref.ref[RoutedBranch]] = []
+    depart = RoutedBranch.depart
+
+    def noting(self: RoutedBranch, cargo: Any) -> None:
+        branches.append(weakref.ref(self))
+        depart(self, cargo)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(RoutedBranch, "depart", noting)
+    # Behind the gate, and in front of the shared expert, which keeps its gate's score until the
+    # next pass.
+    monkeypatch.setattr(ShortcutLayer, "qkv", fail)
+    x = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64, requires_grad=True)
+    with suppress(MemoryError):  # pytest.raises would keep the frames
+        run_block(block, x)
+    gc.collect()
+    assert [branch() for branch in branches] == [None]
 
 
 def held_by_fused_exchanges() -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import group
 
+from megatron_scmoe.moe.token_dispatcher import AllToAllDispatcher, AllToAllTrip
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllGather, AllToAll, PerTensor
@@ -270,6 +271,9 @@ def host_waits(block: nn.Module, model: StreamModel) -> list[str]:
         return hook
 
     for unit in units_of(block):
+        if isinstance(unit.mlp.token_dispatcher, AllToAllDispatcher):
+            orders = unit.mlp.token_dispatcher.by_expert, unit.mlp.token_dispatcher.by_rank
+            model.is_on_host(*orders)
         position = unit._scmoe.scmoe_shortcut_position
         first = {
             "pos1": unit.self_attention.linear_qkv,
@@ -290,12 +294,22 @@ def test_the_host_waits_once_a_unit_and_not_before_dense_work(position: str, var
     found = host_waits(block, StreamModel())
     expected = ["dense", "host waits", "end"]
     if variant == "padded to capacity":
-        # It is known beforehand: a tensor of the host's, which the model takes for the device's.
-        found = [
-            event for event in found if event != "host waits in aten._local_scalar_dense.default"
-        ]
+        # It is known beforehand: tensors of the host's, which the model takes for the device's.
+        found = [event for event in found if not event.startswith("host waits in ")]
         expected = ["dense", "end"]
     assert found == expected * len(units_of(block))
+
+
+def test_a_wait_that_was_put_in_is_seen() -> None:
+    expert_input = AllToAllTrip.expert_input
+
+    def waiting(self: AllToAllTrip, received: list[Tensor]) -> Any:
+        received[0].cpu()
+        return expert_input(self, received)
+
+    with mock.patch.object(AllToAllTrip, "expert_input", waiting):
+        found = host_waits(make("pos2").eval(), StreamModel())
+    assert found == ["dense", "host waits", "host waits in cpu", "end"] * 2
 
 
 def test_one_rank_alone_waits_once_too() -> None:
