@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
     """Take it when the run begins: load and date are of that moment."""
     return {
         "command": shlex.join([*_launcher(), "-m", _module(), *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
@@ -107,7 +107,7 @@ def _module() -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__main__")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, and whether the files differ from it."""
     commit, changes = (
         subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True).stdout

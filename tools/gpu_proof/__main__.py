@@ -55,7 +55,7 @@ class Proof:
         """By part."""
 
     def run(self, name: str, part: Part | None) -> None:
-        results = Results(name, self._folder)
+        results = Results(name, self._folder, echo=False)
         left = self._deadline - time.time()
         if part is None:
             results.skipped("the part", "is not written yet")
@@ -115,7 +115,8 @@ def main(
     if (args.output / FINDINGS).exists():
         return _refused(f"{args.output} holds an earlier proof: choose another --output")
     try:
-        parts = {name: read_part(name, package) for name in args.only or names}
+        wanted = [name for name in names if name in (args.only or names)]
+        parts = {name: read_part(name, package) for name in wanted}
     except ValueError as error:
         return _refused(str(error))
     args.output.mkdir(parents=True, exist_ok=True)

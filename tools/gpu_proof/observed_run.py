@@ -41,7 +41,7 @@ import pretrain_gpt_scmoe
 from megatron_scmoe.overlap.collectives import PerTensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TORCH = str(Path(torch.__file__).parent)
+REPORTERS = (__file__, warnings.__file__, str(Path(torch.__file__).parent), "<")
 REPORTED = "synchronizing CUDA operation"  # in torch's message
 
 Wait = tuple[str, str]
@@ -136,12 +136,12 @@ def watched(counts: Counter[Wait]) -> Iterator[None]:
 
 
 def site() -> str:
-    """The innermost frame outside torch and this file: 'megatron_scmoe/x.py:12 name'.
+    """The innermost frame outside of what reports: 'megatron_scmoe/x.py:12 name'.
 
     What autograd's own threads wait for is seen from the call of backward.
     """
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename != __file__ and not frame.filename.startswith((TORCH, "<")):
+        if not frame.filename.startswith(REPORTERS):
             path = frame.filename.rpartition("site-packages/")[2]
             path = path.removeprefix(f"{REPOSITORY}/")
             return f"{path}:{frame.lineno} {frame.name}"

@@ -47,10 +47,12 @@ class Results:
     Args:
         part: its name.
         folder: of the whole proof; exists.
+        echo: whether to print each finding.
     """
 
-    def __init__(self, part: str, folder: Path) -> None:
+    def __init__(self, part: str, folder: Path, echo: bool = True) -> None:
         self.part = part
+        self._echo = echo
         self._file = folder / FINDINGS
         self._began = time.perf_counter()
 
@@ -81,7 +83,8 @@ class Results:
         finding = Finding(self.part, name, outcome, note, values, at)
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(finding)) + "\n")
-        print(finding.line(), flush=True)
+        if self._echo:
+            print(finding.line(), flush=True)
 
 
 def read_findings(folder: Path) -> list[Finding]:

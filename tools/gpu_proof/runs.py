@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -29,6 +30,7 @@ ENVIRONMENT = {
 }
 STOP_S = 5.0
 """From the first failure of a rank until the others are killed."""
+ERROR = re.compile(r"(\[rank\d+\]: *)?[\w.]+(: error: |(Error|Exception): )")
 ERROR_CHARACTERS = 300
 TAIL_CHARACTERS = 6000
 
@@ -70,9 +72,9 @@ class Run:
         """The line that says what was wrong."""
         if self.code is None:
             return "killed: its time was over"
-        lines = [line for line in self.output.splitlines() if line.strip()]
-        said = [line for line in lines if "error" in line.lower() and "elastic" not in line.lower()]
-        return f"exit code {self.code}: {(said or lines or [''])[-1].strip()[:ERROR_CHARACTERS]}"
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        said = [line for line in lines if ERROR.match(line)] or lines[-1:]
+        return f"exit code {self.code}: {''.join(said[:1])[:ERROR_CHARACTERS]}"
 
     def ended(self, results: Results) -> bool:
         """Check that it came to its end with finite losses; the log gets the last of its output."""
