@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_scmoe.overlap.collectives import PerTensor
 from tools.gpu_proof.bundle import PACKAGES, TRANSFORMER_ENGINE
 from tools.gpu_proof.environment import make
 from tools.gpu_proof.parts import PARTS, read_part
@@ -82,10 +83,11 @@ def test_main_job(python: Path, tmp_path: Path) -> None:
     passed = {finding.name for finding in findings if finding.outcome == "passed"}
     assert {
         "local: losses fall",
-        "local: slots are measured",
         "async save changes nothing",
         "resume is bitwise",
         "resume from an async save is bitwise",
     } <= passed
+    if hasattr(PerTensor, "moves"):
+        assert {"exchanges that travel change nothing", "slots are measured"} <= passed
     waits = [finding.note for finding in findings if finding.name == "host wait"]
     assert any("megatron/core/timers.py" in site for site in waits), waits

@@ -26,16 +26,16 @@ from tools.gpu_proof.summary import write_summary
 REPOSITORY = Path(__file__).parents[2]
 HEAD = '"""Shows {0}."""\nLIMIT_S: float = {1}\nCORRECTNESS = True\n'
 RUN = "def run(results, device, seconds):\n"
-HANG_S = 20  # longer than torch takes to import on a busy machine
+HANG_S = 20  # longer than torch takes to import on a busy machine; on a GPU a quarter of it
 TOYS = {
     "good": HEAD.format("much", 60)
     + RUN
     + "    results.check('device', device.type == 'cpu')\n"
-    + "    results.check('time', 0 < seconds < 60)\n"
+    + "    results.check('time', 60 < seconds < 240)\n"
     + "    results.measured('size', bytes=12)\n",
     # What it starts lives in a session of its own, and has lost its parent.
     "hangs": "import os, subprocess, sys, time\n"
-    + HEAD.format("nothing", HANG_S)
+    + HEAD.format("nothing", HANG_S / 4)
     + RUN
     + "    results.check('before', True)\n"
     + "    subprocess.run(['sh', '-c', 'setsid sleep 1000 & echo $! > ' + os.environ['SLEEPER']])\n"
@@ -94,7 +94,7 @@ def running(process: int) -> bool:
 
 
 def test_a_part_that_fails_in_any_way_takes_no_other_with_it(toys: Path) -> None:
-    done, output = prove(toys, "hangs,crashes,raises,missing,good", "--minutes", "5")
+    done, output = prove(toys, "hangs,crashes,raises,missing,good")
     assert done.returncode == 1, done.stderr
     assert outcomes(output) == [
         ("hangs", "before", "passed"),

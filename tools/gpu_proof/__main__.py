@@ -33,6 +33,8 @@ from tools.gpu_proof.summary import write_summary
 
 MINIMUM_S = 20.0
 """With less a part cannot do more than start."""
+REHEARSAL = 4.0
+"""Times the limit that a part has on the GPU: two cores, and others may use them."""
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 LOG = "log.txt"
 KEPT_CHARACTERS = 300
@@ -62,7 +64,8 @@ class Proof:
         elif left < MINIMUM_S:
             results.skipped("the part", f"{max(left, 0):.0f} s are left, it needs {MINIMUM_S:.0f}")
         else:
-            self._run(part, min(part.limit_s, left), results)
+            limit_s = part.limit_s * (REHEARSAL if self._device == "cpu" else 1)
+            self._run(part, min(limit_s, left), results)
         self._show()
 
     def _run(self, part: Part, limit_s: float, results: Results) -> None:

@@ -10,13 +10,21 @@ Rank 0 writes FILE at the end of the run:
 --one-by-one: DDP reduces its buckets one by one.
 --waits-of: list the host's waits from the start of the Nth step of this run to that of the next.
 
+A run that does not ask for Transformer Engine's layers is without its optimizer and kernels too,
+which Megatron takes wherever it can import them.
+
 The waits are those that torch reports (`torch.cuda.set_sync_debug_mode`) and, since it does not
 report waits on events and for the whole device, the calls of these.
 """
 
+import sys
+
 from megatron_scmoe import host
+from megatron_scmoe.host.cpu import hide_gpu_libraries
 
 with host.user_errors():
+    if "transformer_engine" not in sys.argv:  # the value of --transformer-impl
+        hide_gpu_libraries()
     host.apply_replacements()
 
 import argparse
@@ -24,7 +32,6 @@ import functools
 import inspect
 import json
 import os
-import sys
 import traceback
 import warnings
 from collections import Counter
