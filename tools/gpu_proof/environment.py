@@ -53,7 +53,7 @@ def link(names: Iterable[str], folder: Path) -> None:
         package = metadata.distribution(name)
         for file in package.files or ():
             source = Path(str(package.locate_file(file)))
-            if ".." in file.parts or file.suffix == ".pyc" or not source.exists():
+            if ".." in file.parts or not source.exists():
                 continue
             target = folder / file
             target.parent.mkdir(parents=True, exist_ok=True)
