@@ -74,8 +74,9 @@ def _gpu() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     card, driver, memory = ["unknown"] * 3
     if shutil.which(query[0]):
-        answer = subprocess.run(query, capture_output=True, text=True, check=True)
-        card, driver, memory = answer.stdout.splitlines()[0].split(", ")
+        answer = subprocess.run(query, capture_output=True, text=True)
+        if answer.returncode == 0:
+            card, driver, memory = answer.stdout.splitlines()[0].split(", ")
     try:
         transformer_engine = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
