@@ -1,11 +1,12 @@
 # make setup     .venv with the pinned packages
 # make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, 10 minutes at most
-# make test      lint, types, unit tests, tests on 2 and 4 gloo ranks
+# make test      lint, types, unit tests, tests on 2 and 4 gloo ranks; on the CPU on every machine
+# make test-gpu  what only a GPU can show, on a machine with one: docs/gpu.md
 
 PYTHON_BIN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: setup pretrain test
+.PHONY: setup pretrain test test-gpu
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -23,4 +24,7 @@ test: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest
+
+test-gpu: $(INSTALLED)
+	SCMOE_GPU_TESTS=1 $(PYTHON_BIN) -m pytest tests/gpu_tests

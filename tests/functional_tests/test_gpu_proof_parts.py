@@ -1,4 +1,5 @@
-"""The proof's parts on Transformer Engine, hidden communication and speed, rehearsed on the CPU.
+"""The proof's parts on right results, Transformer Engine, hidden communication and speed, rehearsed
+on the CPU.
 
 Sizes are tiny, goals of speed say nothing here, and what needs CUDA is skipped. Everything that a
 part promises is there.
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tests import distributed_utils  # what the server of the forks has imported
+from tools.gpu_proof import right
 from tools.gpu_proof.results import Finding, Results, read_findings
 
 assert distributed_utils  # imported for its effect
@@ -51,6 +53,40 @@ def check_outcomes(
         **dict.fromkeys(skipped, "skipped"),
     }
     assert {name: findings[name].note for name in skipped} == skipped
+
+
+def test_right(tmp_path: Path) -> None:
+    findings = rehearse("right", tmp_path)
+    units = [variant for variant in right.UNITS if variant.any_precision]
+    passed = ["backward through a branch", "3 steps under memory pressure"]
+    passed += ["the gradients that depart are awaited behind the dense backward"]
+    passed += [f"float32: {variant.name}" for variant in right.UNITS]
+    passed += [f"bfloat16: {variant.name}" for variant in units]
+    for when in ("late exchanges", "late compute"):
+        passed.append(f"{when}, 3 chunks: overlap off")
+        passed += [
+            f"{when}, {position}: {what}"
+            for position in POSITIONS
+            for what in (
+                "every slot",
+                "operators ahead",
+                "overlap off",
+                "two micro-batches in flight",
+                "evaluation",
+                "full recomputation",
+                "selective recomputation",
+            )
+        ]
+    check_outcomes(
+        findings,
+        {**dict.fromkeys(passed, "passed"), "what an exchange costs the host": "measured"},
+        {
+            "receive buffers": "needs CUDA's streams",
+            "an exchange beside compute": "needs CUDA's streams",
+            "sanitizer": NEEDS_CUDA,
+        },
+    )
+    assert 0 < findings["float32: pos2 cg1 own"].values["relative_error"] < 1e-5
 
 
 def test_transformer_engine(tmp_path: Path) -> None:

@@ -1,27 +1,32 @@
-"""What a result must say about itself: command, commit, machine, versions, date."""
+"""What a result must say about itself: command, commit, machine, GPU, versions, date."""
 
 import datetime
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.benchmarks.text import REPOSITORY
 
 MAX_LOAD_PER_CORE = 0.25
 """With more than this beside it a timing says nothing."""
 PACKAGES = ("torch", "megatron-core", "megatron-scmoe", "numpy")
+COMMIT = "GPU_PROOF_COMMIT"
+"""The variable that names it where the repository's .git did not travel."""
 
 
 def describe() -> dict[str, Any]:
     """Take it when the run begins: load and date are of that moment."""
     return {
         "command": shlex.join([*_launcher(), "-m", _module(), *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
@@ -36,6 +41,7 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
         },
+        "gpu": _gpu() if torch.cuda.is_available() else None,
     }
 
 
@@ -53,9 +59,37 @@ def as_markdown(environment: dict[str, Any]) -> str:
             f"{environment['date']}, commit {environment['commit']}. {machine['processor']}, "
             f"{machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}; "
             f"load average {machine['load_average']} when it began. {versions}.",
+            *_gpu_line(environment.get("gpu")),
             *(["", "**The machine was busy: these times are no result.**"] if busy else []),
         )
     )
+
+
+def _gpu_line(gpu: dict[str, Any] | None) -> list[str]:
+    return ["", ", ".join(f"{name} {value}" for name, value in gpu.items()) + "."] if gpu else []
+
+
+def _gpu() -> dict[str, Any]:
+    """Without a context on the device, which would take some of its memory for good."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    card, driver, memory = ["unknown"] * 3
+    if shutil.which(query[0]):
+        answer = subprocess.run(query, capture_output=True, text=True)
+        if answer.returncode == 0:
+            card, driver, memory = answer.stdout.splitlines()[0].split(", ")
+    try:
+        transformer_engine = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        transformer_engine = "not installed"
+    return {
+        "card": card,
+        "memory": memory,
+        "driver": driver,
+        "CUDA": torch.version.cuda,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+        "Transformer Engine": transformer_engine,
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "not set"),
+    }
 
 
 def _launcher() -> list[str]:
@@ -69,17 +103,19 @@ def _launcher() -> list[str]:
 def _module() -> str:
     path = Path(sys.argv[0]).resolve()
     inside = path.is_relative_to(REPOSITORY)
-    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts) if inside else path.name
+    if not inside:
+        return path.name
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__main__")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, and whether the files differ from it."""
     commit, changes = (
         subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True).stdout
         for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
     )
     if not commit:
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
     return commit.strip() + (" with uncommitted changes" if changes.strip() else "")
 
 

@@ -1,6 +1,6 @@
 """What the proof finds, on disk and on the screen as soon as it is known.
 
-DIR/<part>.jsonl    a finding a line
+DIR/findings.jsonl    a finding a line, of all parts
 """
 
 import json
@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Outcome = Literal["passed", "failed", "measured", "skipped"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+FINDINGS = "findings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,13 @@ class Finding:
     at_s: float = 0.0
     """Since the part began."""
 
+    @property
+    def values_text(self) -> str:
+        return ", ".join(f"{name} {_short(value)}" for name, value in self.values.items())
+
     def line(self) -> str:
-        values = ", ".join(f"{name} {_short(value)}" for name, value in self.values.items())
         return f"{self.outcome:<8} {self.part}: " + "; ".join(
-            text for text in (self.name, values, self.note) if text
+            text for text in (self.name, self.values_text, self.note) if text
         )
 
 
@@ -42,12 +47,14 @@ class Results:
     Args:
         part: its name.
         folder: of the whole proof; exists.
+        echo: whether to print each finding.
     """
 
-    def __init__(self, part: str, folder: Path) -> None:
+    def __init__(self, part: str, folder: Path, echo: bool = True) -> None:
         self.part = part
         self.folder = folder
-        self._file = folder / f"{part}.jsonl"
+        self._echo = echo
+        self._file = folder / FINDINGS
         self._began = time.perf_counter()
 
     def check(self, name: str, passed: bool, note: str = "", **values: Any) -> bool:
@@ -77,18 +84,19 @@ class Results:
         finding = Finding(self.part, name, outcome, note, values, at)
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(finding)) + "\n")
-        print(finding.line(), flush=True)
+        if self._echo:
+            print(finding.line(), flush=True)
 
 
 def read_findings(folder: Path) -> list[Finding]:
-    """All findings in a folder; a line that was cut off by a kill is left out."""
+    """All findings in a folder, in order; a line that was cut off by a kill is left out."""
+    path = folder / FINDINGS
     findings = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                findings.append(Finding(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError):
-                continue
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            findings.append(Finding(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            continue
     return findings
 
 

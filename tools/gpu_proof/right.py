@@ -8,11 +8,14 @@ Every exchange travels, in a group of one rank: from its memory to its memory, b
     units        output and every gradient against the CPU's in float64, in fp32 and bf16: every
                  position, combine, norm, with the post-norm, chunks, all-gather, dropping
     bit for bit  every pair of slots, overlap off, recomputation, micro-batches in flight,
-                 evaluation
+                 evaluation; with exchanges that are late, and with compute that is late
     pressure     200 steps with hardly any free memory, overlap on and off: the same losses
-    sanitizer    torch's CUDA sanitizer, which knows the order of streams and finds what it misses
+    sanitizer    torch's CUDA sanitizer: accesses of the same memory without an order; of memory
+                 that was freed and handed out again it knows nothing
 
-Routing is planned, and uneven: one expert gets nothing.
+An order that is missing changes nothing where both sides are quick. So exchanges and compute are
+made late, and what an exchange fills is NaN before. Routing is planned, and uneven: one expert gets
+nothing.
 
 Shapes: s sequence, b batch, h hidden, T = s*b, E experts
 """
@@ -29,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.distributed import group
 
+from megatron_scmoe.moe.moe_layer import ScMoELayer
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
@@ -53,8 +58,11 @@ CORRECTNESS = True
 # ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 PRESSURE_STEPS = 200
-PRESSURE_FREE_BYTES = 256 * 2**20
-"""What is left of the device's memory, beside what the model holds."""
+PRESSURE = (1.1, 1.5, 2.5)
+"""What is left of the device's memory, as a multiple of what a step had at its peak; the first that
+suffices."""
+LATE_S = 2e-3
+"""Longer than all other work of a unit of this size."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,14 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         with one_rank(device), _everything_travels():
             with results.guarded("branch"):
                 check_branch(results, device)
-            with results.guarded("bit for bit"):
-                check_bits(results, device)
+            with results.guarded("bit for bit"), _late_exchanges():
+                check_bits(results, device, "late exchanges")
+            with results.guarded("bit for bit"), _late_compute():
+                check_bits(results, device, "late compute")
             with results.guarded("units"):
-                _wait_for(child)
+                lines = _errors_of(child, seconds - (time.perf_counter() - began))
+                if child.returncode != 0:
+                    raise RuntimeError(f"the CPU's reference: {lines[-1]}")
                 expected = torch.load(reference, weights_only=True)
                 for dtype in TOLERANCE:
                     check_units(results, device, expected, dtype)
@@ -156,7 +168,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         results.skipped("sanitizer", "needs CUDA")
     elif enough_time("sanitizer", 30):
         with results.guarded("sanitizer"):
-            check_sanitizer(results)
+            check_sanitizer(results, seconds - (time.perf_counter() - began))
 
 
 # The branch alone. --------------------------------------------------------------------------------
@@ -373,17 +385,23 @@ def plan_routing(unit: ShortcutLayer) -> None:
 
     def planned(hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         logits = torch.tanh(gating(hidden_states, *arguments, **options))
-        num_experts = logits.shape[-1]
-        order = torch.rand(
-            logits.shape[:-1].numel(), num_experts - 1, generator=torch.Generator().manual_seed(5)
-        )
-        plan = torch.full((len(order), num_experts), -1.0)
-        # Squared: the first experts are chosen more often.
-        bias = torch.linspace(1.0, 0.3, num_experts - 1)
-        plan[:, :-1] = (order * bias).argsort(dim=-1).argsort(dim=-1).float()
-        return plan.view_as(logits).to(logits) + 0.2 * logits
+        return _plan(logits.shape, logits.dtype, logits.device) + 0.2 * logits
 
     router.gating = planned
+
+
+@lru_cache
+def _plan(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ranks of the experts for every token, as logits, [..., E]. Copied to the device once: each
+    copy waits for it."""
+    *tokens, num_experts = shape
+    generator = torch.Generator().manual_seed(5)
+    # The last ones are chosen more often.
+    order = torch.rand(*tokens, num_experts - 1, generator=generator)
+    order *= torch.linspace(0.3, 1.0, num_experts - 1)
+    plan = torch.full(shape, -1.0)
+    plan[..., :-1] = order.argsort(dim=-1).argsort(dim=-1).float()
+    return plan.to(device, dtype)
 
 
 def inputs(size: Size, dtype: torch.dtype, number: int = 0) -> Inputs:
@@ -436,7 +454,7 @@ def unit_of(block: Any) -> ShortcutLayer:
 # Bit for bit. -------------------------------------------------------------------------------------
 
 
-def check_bits(results: Results, device: torch.device) -> None:
+def check_bits(results: Results, device: torch.device, when: str) -> None:
     """What must change no bit of any output and gradient."""
     size = SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -452,39 +470,86 @@ def check_bits(results: Results, device: torch.device) -> None:
                 unit.slots = Slots(forward, backward)
                 if not _same(step(block, size, dtype, micro_batches=2), expected):
                     different.append(str(unit.slots))
-        results.check(f"{position}: every slot", not different, " ".join(different))
+        name = f"{when}, {position}"
+        results.check(f"{name}: every slot", not different, " ".join(different))
         different = []
-        unit.slots = Slots(default_slot(position), default_slot(position))
+        unit.slots = Slots(places[-1], default_slot(position))
         for operators in (0, 2, 3):
             unit.operators_ahead = operators
             if not _same(step(block, size, dtype, micro_batches=2), expected):
                 different.append(f"{operators} ahead")
-        results.check(f"{position}: operators ahead", not different, " ".join(different))
+        results.check(f"{name}: operators ahead", not different, " ".join(different))
         unit.operators_ahead = 1
+        unit.slots = Slots(default_slot(position), default_slot(position))
         unit.overlap = False
         same = _same(step(block, size, dtype, micro_batches=2), expected)
-        results.check(f"{position}: overlap off", same)
+        results.check(f"{name}: overlap off", same)
         unit.overlap = True
         same = _same(step(block, size, dtype, micro_batches=2, in_flight=True), expected)
-        results.check(f"{position}: two micro-batches in flight", same)
+        results.check(f"{name}: two micro-batches in flight", same)
         block.eval()
         with torch.no_grad():
             batch = inputs(size, dtype)
             output = block(hidden_states=batch.hidden_states, **batch.attention)
-        results.check(f"{position}: evaluation", torch.equal(output, expected["output 0"]))
-        for name, options in (("full", FULL), ("selective", SELECTIVE)):
+        results.check(f"{name}: evaluation", torch.equal(output, expected["output 0"]))
+        for kind, options in (("full", FULL), ("selective", SELECTIVE)):
             recomputed = Variant(position, position, host=options).build(size, dtype)
             same = _same(step(recomputed, size, dtype, micro_batches=2), expected)
-            results.check(f"{position}: {name} recomputation", same)
+            results.check(f"{name}: {kind} recomputation", same)
     found = []
     for overlap in (True, False):
         block = CHUNKS.build(size, dtype, scmoe_overlap=overlap)
         found.append(step(block, size, dtype, micro_batches=2, in_flight=overlap))
-    results.check("3 chunks: overlap off", _same(*found))
+    results.check(f"{when}, 3 chunks: overlap off", _same(*found))
 
 
 def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@contextmanager
+def _late_exchanges() -> Iterator[None]:
+    """They begin late and end late, and fill memory that is NaN until then."""
+
+    def exchange(self: PerTensor, sent: list[Tensor], async_op: bool) -> Any:
+        _sleep(sent[0])
+        buffers = [self.buffer(tensor) for tensor in sent]
+        for buffer in buffers:
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)
+        pairs = zip(buffers, sent, strict=True)
+        works = [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
+        _sleep(sent[0])
+        return buffers, works
+
+    with mock.patch.object(PerTensor, "exchange", exchange):
+        yield
+
+
+@contextmanager
+def _late_compute() -> Iterator[None]:
+    """It is late in front of what leaves, forward and backward."""
+    prepare, turn_back = ScMoELayer.prepare_dispatch, RoutedBranch._turn_back
+
+    def late_prepare(self: ScMoELayer, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        _sleep(hidden_states)
+        return prepare(self, hidden_states, *args, **options)
+
+    def late_turn(self: RoutedBranch) -> None:
+        if torch.cuda.is_available():
+            sleep_on_stream(LATE_S)
+        turn_back(self)
+
+    with (
+        mock.patch.object(ScMoELayer, "prepare_dispatch", late_prepare),
+        mock.patch.object(RoutedBranch, "_turn_back", late_turn),
+    ):
+        yield
+
+
+def _sleep(like: Tensor) -> None:
+    if like.is_cuda:
+        sleep_on_stream(LATE_S)
 
 
 # Pressure. ----------------------------------------------------------------------------------------
@@ -495,17 +560,19 @@ def check_pressure(results: Results, device: torch.device) -> None:
     size = SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     steps = PRESSURE_STEPS if device.type == "cuda" else 3
-    losses = []
+    losses, free = [], []
     for overlap in (True, False):
         block = Variant("pos2").build(size, dtype, scmoe_overlap=overlap)
-        with _little_memory(device):
-            losses.append(_train(block, size, dtype, steps))
+        found, left = _train_in_little_memory(block, size, dtype, steps)
+        losses.append(found)
+        free.append(left)
     finite = bool(torch.isfinite(losses[0]).all())
     first = next((i for i, same in enumerate((losses[0] == losses[1]).tolist()) if not same), None)
     results.check(
         f"{steps} steps under memory pressure",
         finite and first is None,
         "" if first is None else f"losses differ from step {first} on",
+        free_bytes=free[0],
         first_loss=losses[0][0].item(),
         last_loss=losses[0][-1].item(),
     )
@@ -528,35 +595,43 @@ def _train(block: Any, size: Size, dtype: torch.dtype, steps: int) -> Tensor:
     return torch.stack(losses).cpu()
 
 
-@contextmanager
-def _little_memory(device: torch.device) -> Iterator[None]:
-    """The rest of the device's memory is taken."""
-    if device.type == "cpu":
-        yield
-        return
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(max(0, free - PRESSURE_FREE_BYTES), dtype=torch.uint8, device=device)
-    try:
-        yield
-    finally:
-        del ballast
+def _train_in_little_memory(
+    block: Any, size: Size, dtype: torch.dtype, steps: int
+) -> tuple[Tensor, int]:
+    """Losses, and the bytes that were free beside what the model holds; 0 on the CPU."""
+    if not torch.cuda.is_available():
+        return _train(block, size, dtype, steps), 0
+    weights = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    _train(block, size, dtype, 2)
+    peak = torch.cuda.max_memory_allocated() - held
+    for multiple in PRESSURE:
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                parameter.copy_(weights[name])
         torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        left = round(peak * multiple)
+        ballast = torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")
+        try:
+            return _train(block, size, dtype, steps), left
+        except torch.cuda.OutOfMemoryError:
+            continue
+        finally:
+            del ballast
+    raise RuntimeError(f"{PRESSURE[-1]} times the peak of a step, {peak} bytes, do not suffice")
 
 
 # Children. ----------------------------------------------------------------------------------------
 
 
-def check_sanitizer(results: Results) -> None:
+def check_sanitizer(results: Results, seconds: float) -> None:
     """One step of every position and dispatcher in a process that torch watches."""
     child = _start(["sanitizer"], hide_device=False)
-    _, errors = child.communicate(timeout=120)
-    lines = [line for line in errors.splitlines() if line.strip()]
-    results.check(
-        "torch's CUDA sanitizer",
-        child.returncode == 0,
-        "" if child.returncode == 0 else " | ".join(lines[-6:])[:500],
-    )
+    lines = _errors_of(child, seconds)
+    note = "" if child.returncode == 0 else " | ".join(lines[-6:])[:500]
+    results.check("torch's CUDA sanitizer", child.returncode == 0, note)
 
 
 def run_sanitized() -> None:
@@ -564,9 +639,21 @@ def run_sanitized() -> None:
     from torch.cuda._sanitizer import enable_cuda_sanitizer
 
     enable_cuda_sanitizer()
+    issue = AllToAll.issue
+
+    def written(self: AllToAll, buffer: Tensor, sent: Tensor, async_op: bool) -> Any:
+        # The collective's operator does not say that it writes; a copy does, of the same bits.
+        work = issue(self, buffer, sent, async_op)
+        buffer.copy_(sent)
+        return work
+
     size = SIZES["cuda"]
     variants = [*(Variant(position, position) for position in POSITIONS), *UNITS[-4:]]
-    with one_rank(torch.device("cuda")), _everything_travels():
+    with (
+        one_rank(torch.device("cuda")),
+        _everything_travels(),
+        mock.patch.object(AllToAll, "issue", written),
+    ):
         for variant in variants:
             block = variant.build(size, torch.bfloat16)
             step(block, size, torch.bfloat16, micro_batches=2, in_flight=True)
@@ -586,7 +673,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _start(job: list[str], hide_device: bool) -> subprocess.Popen[str]:
     """Another process of this module."""
-    environment = dict(os.environ)
+    environment = dict(os.environ, PYTHONWARNINGS="ignore")
     if hide_device:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.Popen(
@@ -598,10 +685,15 @@ def _start(job: list[str], hide_device: bool) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for(child: subprocess.Popen[str]) -> None:
-    _, errors = child.communicate(timeout=120)
-    if child.returncode != 0:
-        raise RuntimeError(f"the CPU's reference: {errors.strip().splitlines()[-1]}")
+def _errors_of(child: subprocess.Popen[str], seconds: float) -> list[str]:
+    """What a child says until its end, which comes within these seconds."""
+    try:
+        _, errors = child.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        _, errors = child.communicate()
+        errors += f"\nnot done within {seconds:.0f} s"
+    return [line for line in errors.splitlines() if line.strip()]
 
 
 if __name__ == "__main__":
