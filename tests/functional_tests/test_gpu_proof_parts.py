@@ -83,6 +83,7 @@ def test_right(tmp_path: Path) -> None:
         {
             "receive buffers": "needs CUDA's streams",
             "an exchange beside compute": "needs CUDA's streams",
+            "memory reserved beyond what is allocated": "needs CUDA's allocator",
             "sanitizer": NEEDS_CUDA,
         },
     )

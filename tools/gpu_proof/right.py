@@ -9,7 +9,8 @@ Every exchange travels, in a group of one rank: from its memory to its memory, b
                  position, combine, norm, with the post-norm, chunks, all-gather, dropping
     bit for bit  every pair of slots, overlap off, recomputation, micro-batches in flight,
                  evaluation; with exchanges that are late, and with compute that is late
-    pressure     200 steps with hardly any free memory, overlap on and off: the same losses
+    pressure     200 steps with hardly any free memory, overlap on and off: the same losses; and
+                 how much memory waits for a device that is behind its host
     sanitizer    torch's CUDA sanitizer: accesses of the same memory without an order; of memory
                  that was freed and handed out again it knows nothing
 
@@ -164,6 +165,9 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
             if enough_time("pressure", 20 if device.type == "cuda" else 0):
                 with results.guarded("pressure"):
                     check_pressure(results, device)
+            if enough_time("memory reserved beyond what is allocated", 10):
+                with results.guarded("memory reserved beyond what is allocated"):
+                    measure_reserved(results, device)
     if device.type == "cpu":
         results.skipped("sanitizer", "needs CUDA")
     elif enough_time("sanitizer", 30):
@@ -621,6 +625,39 @@ def _train_in_little_memory(
         finally:
             del ballast
     raise RuntimeError(f"{PRESSURE[-1]} times the peak of a step, {peak} bytes, do not suffice")
+
+
+def measure_reserved(results: Results, device: torch.device) -> None:
+    """What the allocator holds back: rows that were received, and that the host has freed, come back
+    when the device has passed them. Eight pairs, whose backward never waits for the device."""
+    name = "memory reserved beyond what is allocated"
+    if device.type == "cpu":
+        results.skipped(name, "needs CUDA's allocator")
+        return
+    size = Size(Shape(1024, 4096, 16, 16, 8, False, True), length=2048)
+    reserved = {}
+    for travels in (False, True):
+        block = Variant("pos2").build(size, torch.bfloat16)
+        with mock.patch.object(PerTensor, "moves", lambda _, travels=travels: travels):
+            for _ in range(2):
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                batch = inputs(size, torch.bfloat16)
+                hidden_states: Tensor = batch.hidden_states
+                for _ in range(8):
+                    hidden_states = block(hidden_states=hidden_states, **batch.attention)
+                hidden_states.backward(batch.grad)
+                del hidden_states
+        peaks = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        reserved[travels] = peaks[0] - peaks[1]
+    allocated = peaks[1]
+    results.measured(
+        name,
+        "8 pairs forward and backward, with exchanges and without",
+        with_exchanges_bytes=reserved[True],
+        without_bytes=reserved[False],
+        allocated_bytes=allocated,
+    )
 
 
 # Children. ----------------------------------------------------------------------------------------
