@@ -5,14 +5,18 @@ Every exchange travels, in a group of one rank.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from torch import Tensor, nn
 from torch.distributed import group
 
+from megatron_scmoe.moe import token_dispatcher
 from megatron_scmoe.moe.token_dispatcher import AllToAllDispatcher, AllToAllTrip
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
@@ -298,6 +302,34 @@ def test_the_host_waits_once_a_unit_and_not_before_dense_work(position: str, var
         found = [event for event in found if not event.startswith("host waits in ")]
         expected = ["dense", "end"]
     assert found == expected * len(units_of(block))
+
+
+def test_padding_for_quantisation_adds_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda _: 4)
+    block = make("pos2").eval()
+    for unit in units_of(block):
+        unit.mlp.token_dispatcher.config.moe_router_padding_for_quantization = True
+    assert host_waits(block, StreamModel()) == ["dense", "host waits", "end"] * 2
+
+
+def test_deep_eps_indices_are_spread_without_a_wait() -> None:
+    """As the host spreads them, with the same gradient."""
+    indices = torch.tensor([[2, 0], [-1, 1], [-1, -1], [1, -1]])
+    host = SimpleNamespace(num_local_experts=3)
+    spread = {
+        "ours": partial(token_dispatcher._multihot, 3),
+        "the host's": partial(_DeepepManager._indices_to_multihot, host),
+    }
+    found = {}
+    for name, function in spread.items():
+        probs = torch.arange(1.0, 9.0).view(4, 2).requires_grad_()
+        with StreamModel() as model:
+            routing_map, weights = function(indices, probs)
+            (weights * torch.arange(12.0).view(4, 3)).sum().backward()
+        waits = [event for event in model.events if event.startswith("host waits")]
+        found[name] = [routing_map, weights.detach(), probs.grad], waits
+    assert found["ours"][1] == [] and found["the host's"][1] != []
+    assert all(map(torch.equal, found["ours"][0], found["the host's"][0]))
 
 
 def test_a_wait_that_was_put_in_is_seen() -> None:

@@ -628,8 +628,8 @@ def _train_in_little_memory(
 
 
 def measure_reserved(results: Results, device: torch.device) -> None:
-    """What the allocator holds back: rows that were received, and that the host has freed, come back
-    when the device has passed them. Eight pairs, whose backward never waits for the device."""
+    """What the allocator holds back: rows that were received, and that the host has freed, come
+    back when the device has passed them. Eight pairs, whose backward never waits for the device."""
     name = "memory reserved beyond what is allocated"
     if device.type == "cpu":
         results.skipped(name, "needs CUDA's allocator")
