@@ -46,7 +46,7 @@ from megatron_scmoe.overlap.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.shortcut_layer import ShortcutLayer
 
 
-def watch_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
+def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
     """Let the training loop report on the units of this model chunk."""
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, UnitTracker):

@@ -19,7 +19,7 @@ from megatron_scmoe.layer_specs import (
     scmoe_block_spec,
     with_local_replacements,
 )
-from megatron_scmoe.metrics import watch_units
+from megatron_scmoe.metrics import track_units
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,7 @@ class ScMoEModelBuilder(GPTModelBuilder):
             # Whoever asks the model counts attention layers, such as the inference contexts, which
             # hold keys and values for each of them; only the block counts its own layers.
             model.config = config
-            watch_units(model, scmoe)
+            track_units(model, scmoe)
         return model
 
 

@@ -177,10 +177,10 @@ class ShortcutLayer(NumberedLayer):
         )
         self._pass: _Pass | None = None
         if submodules.dense_layer is not None:
-            self._watch_attention(
+            self._open_attention(
                 self.dense_layer.self_attention, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION
             )
-        self._watch_attention(self.self_attention, Step.CORE_ATTENTION, Step.PROJECTION)
+        self._open_attention(self.self_attention, Step.CORE_ATTENTION, Step.PROJECTION)
         self.slots = scmoe.initial_slots
         self.overlap = scmoe.scmoe_overlap
 
@@ -270,7 +270,7 @@ class ShortcutLayer(NumberedLayer):
             None if step is None else Activity(step.value, "forward", chunk, number)
         )
 
-    def _watch_attention(self, attention: Module, core: Step, projection: Step) -> None:
+    def _open_attention(self, attention: Module, core: Step, projection: Step) -> None:
         """Let the steps between the operators of an attention run where they belong.
 
         The host's attention is one call. Its core and its output projection are modules: what the
@@ -369,10 +369,10 @@ class ShortcutLayer(NumberedLayer):
 
     # Places between dense operators. ----------------------------------------------------------
 
-    def gate(self, run: _Pass) -> None:
+    def turn(self, run: _Pass) -> None:
         """Where the backward pass runs the experts."""
         assert run.work is not None
-        self._at_this_place(run, run.work.branch.gate)
+        self._at_this_place(run, run.work.branch.turn)
 
     def mark(self, run: _Pass, operators: int) -> None:
         """Where the backward pass turns to the last of the window's first `operators`."""

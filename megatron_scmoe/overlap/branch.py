@@ -8,14 +8,14 @@ runs the routed work forward, one of them runs it backward.
                  |  dispatch in flight        |    combine in flight        |
                  `----------------------> experts -------------------------->'
 
-    backward   arrive launches combine' | dense' | the gate runs experts', launches dispatch' |
+    backward   arrive launches combine' | dense' | the turn runs experts', launches dispatch' |
                dense' | depart returns the gradients
 
-`depart`, `gate` and `arrive` are nodes of the dense graph, chained by an empty token, so that
+`depart`, `turn` and `arrive` are nodes of the dense graph, chained by an empty token, so that
 autograd keeps their order. The token lives where the cargo lives: on a GPU, autograd runs the
 backward of a node on the thread and the stream of its output's device. What happens between depart
 and arrive is the branch's own graph of each chunk, from the received tensors to what is sent back,
-and the gate's backward runs it as activation checkpointing does. Nothing lives on a module; any
+and the turn's backward runs it as activation checkpointing does. Nothing lives on a module; any
 number of branches may be in flight.
 
 Shapes: N rows sent, R rows received, of each chunk of the tokens
@@ -77,7 +77,7 @@ class RoutedBranch:
         self._chunks: list[_Chunk] = []
         self._ready: Event | None = None
         self._token: Tensor | None = None
-        self._gated = False
+        self._turned = False
 
     # Forward. ---------------------------------------------------------------------------------
 
@@ -121,16 +121,16 @@ class RoutedBranch:
         for own in self._chunks:
             (own.result,) = own.complete()
 
-    def gate(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def turn(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mark the place of the dense chain whose backward runs the routed work's backward.
 
         Args:
             tensors: all that the dense operator in front hands to the one behind.
         """
-        if not torch.is_grad_enabled() or self._gated:
+        if not torch.is_grad_enabled() or self._turned:
             return tensors
-        self._gated = True
-        self._token, *passed = _Gate.apply(self, self._token, *tensors)
+        self._turned = True
+        self._token, *passed = _Turn.apply(self, self._token, *tensors)
         return tuple(passed)
 
     def arrive(self) -> tuple[Tensor, ...]:
@@ -138,7 +138,7 @@ class RoutedBranch:
 
         The graph now holds the token: kept here as well it would hold the graph in a cycle.
         """
-        self.gate(())  # the last place, if no other was passed
+        self.turn(())  # the last place, if no other was passed
         token, self._token = self._token, None
         return _Arrive.apply(self, token)
 
@@ -246,7 +246,7 @@ class _Depart(torch.autograd.Function):
         return None, None, None, *ctx.branch._returned_gradients()
 
 
-class _Gate(torch.autograd.Function):
+class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, branch: RoutedBranch, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.branch = branch

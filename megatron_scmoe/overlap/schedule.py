@@ -11,7 +11,7 @@ With dense operators D1..Dn in the window and expert slot K (the number of them 
                  wait-combine merge
     sequential   the same with every wait moved next to its start
 
-Attention is three operators, so that experts may run in the middle of it. The gate stands where the
+Attention is three operators, so that experts may run in the middle of it. The turn stands where the
 experts run in the backward pass; its slot is counted in the same way, from the tap.
 """
 
@@ -39,13 +39,13 @@ class Step(Enum):
     START_COMBINE = "start_combine"
     WAIT_COMBINE = "wait_combine"
     MARK = "mark"
-    GATE = "gate"
+    TURN = "turn"
     MERGE = "merge"
 
 
 PER_CHUNK = (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE)
 # No work of the unit: where its backward pass is watched, or told to run the experts.
-PLACES = (Step.MARK, Step.GATE)
+PLACES = (Step.MARK, Step.TURN)
 
 
 class Task(NamedTuple):
@@ -134,7 +134,7 @@ def build_schedule(
     places: list[list[Task]] = [
         [Task(Step.MARK, slot)] if marked else [] for slot in range(len(dense) + 1)
     ]
-    places[slots.backward].append(Task(Step.GATE))
+    places[slots.backward].append(Task(Step.TURN))
     operators = [[*place, Task(step)] for place, step in zip(places, dense, strict=False)]
     early = [task for operator in operators[: slots.forward] for task in operator]
     late = [task for operator in operators[slots.forward :] for task in operator] + places[-1]

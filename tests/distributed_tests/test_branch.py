@@ -85,7 +85,7 @@ def round_trip(
     overlap: bool = True,
     recorder: UnitRecorder | None = None,
 ) -> tuple[Tensor, ...]:
-    """Every chunk there, through the work and back; the gate stands where the work runs."""
+    """Every chunk there, through the work and back; the turn stands where the work runs."""
     branch = RoutedBranch(overlap, recorder)
     branch.depart(cargo)
     for chunk, collective in enumerate(collectives):
@@ -189,7 +189,7 @@ def the_gate_decides_when_the_work_runs_backward() -> None:
         dense = torch.ones(3, dtype=torch.float64, requires_grad=True) * 1
         for operator in range(4):
             if operator == place:
-                (dense,) = branch.gate((dense,))
+                (dense,) = branch.turn((dense,))
             if operator < 3:
                 dense = note(f"dense {operator}", dense * 2)
         branch.wait()
@@ -235,7 +235,7 @@ def results_that_nobody_uses() -> None:
     branch.depart([(tokens, probs)])
     branch.send(0, collective)
     branch.send_back(0, collective.mirrored(), expert(*branch.receive(0)))
-    (dense,) = branch.gate((tokens * 2,))
+    (dense,) = branch.turn((tokens * 2,))
     branch.wait()
     branch.arrive()
     dense.sum().backward()

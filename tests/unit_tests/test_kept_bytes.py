@@ -98,7 +98,7 @@ def test_a_pass_that_fails_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MemoryError
 
     monkeypatch.setattr(RoutedBranch, "depart", noting)
-    # Behind the gate, and in front of the shared expert, which keeps its gate's score until the
+    # Behind the turn, and in front of the shared expert, which keeps its gate's score until the
     # next pass.
     monkeypatch.setattr(ShortcutLayer, "qkv", fail)
     x = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64, requires_grad=True)

@@ -91,7 +91,7 @@ def test_every_step_once_and_both_branches_in_order(
     steps = steps_of(position, slots, overlap)
     dense = BEFORE_TAP[position] + WINDOWS[position]
     assert [step for step in steps if step in dense] == dense
-    assert [step for step in steps if step not in dense and step is not Step.GATE] == ROUTED
+    assert [step for step in steps if step not in dense and step is not Step.TURN] == ROUTED
     assert len(steps) == len(dense) + len(ROUTED) + 1
     assert steps[len(BEFORE_TAP[position])] is Step.ROUTE
     assert steps[-1] is Step.MERGE
@@ -103,16 +103,16 @@ def test_slots_are_numbers_of_dense_operators_in_front(
     position: str, slots: Slots, overlap: bool
 ) -> None:
     steps = steps_of(position, slots, overlap)
-    for place, slot in ((Step.EXPERTS, slots.forward), (Step.GATE, slots.backward)):
+    for place, slot in ((Step.EXPERTS, slots.forward), (Step.TURN, slots.backward)):
         between = steps[steps.index(Step.ROUTE) : steps.index(place)]
         assert [step for step in between if step in WINDOWS[position]] == WINDOWS[position][:slot]
-    assert steps.index(Step.GATE) > steps.index(Step.PREPARE_DISPATCH)
+    assert steps.index(Step.TURN) > steps.index(Step.PREPARE_DISPATCH)
 
 
 @each_slot
 def test_overlapped_exchanges_span_the_dense_work(position: str, slots: Slots) -> None:
     """Nothing but dense work lies between a start and its wait, and all of the window does."""
-    steps = [step for step in steps_of(position, slots) if step is not Step.GATE]
+    steps = [step for step in steps_of(position, slots) if step is not Step.TURN]
     spanned = [list(steps[steps.index(a) + 1 : steps.index(b)]) for a, b in EXCHANGES]
     assert spanned == [WINDOWS[position][: slots.forward], WINDOWS[position][slots.forward :]]
 
@@ -174,5 +174,5 @@ def test_command_prints_the_overlapped_schedules() -> None:
     assert lines[6] == (
         "pos2 slot 1* dense_qkv > dense_core_attention > dense_projection > route > "
         "prepare_dispatch > start_dispatch > dense_mlp > wait_dispatch > experts > start_combine > "
-        "gate > qkv > core_attention > projection > shared_expert > wait_combine > merge"
+        "turn > qkv > core_attention > projection > shared_expert > wait_combine > merge"
     )

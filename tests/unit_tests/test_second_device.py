@@ -22,7 +22,7 @@ def lazy() -> Iterator[str]:
     yield "lazy"
 
 
-def backward(device: str, world: ProcessGroup, gated: bool) -> list[Tensor]:
+def backward(device: str, world: ProcessGroup, turned: bool) -> list[Tensor]:
     """Gradients through a branch of two chunks, with a map that has none and one tensor that
     nobody uses."""
     torch.manual_seed(0)
@@ -37,8 +37,8 @@ def backward(device: str, world: ProcessGroup, gated: bool) -> list[Tensor]:
     for chunk in range(2):
         branch.send(chunk, collective)
     other = dense * 5
-    if gated:
-        (other,) = branch.gate((other,))
+    if turned:
+        (other,) = branch.turn((other,))
     for chunk in range(2):
         routing_map, received, _ = branch.receive(chunk)
         branch.send_back(chunk, collective, received * routing_map * weights)
@@ -51,8 +51,8 @@ def backward(device: str, world: ProcessGroup, gated: bool) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("gated", [True, False], ids=["gate in the middle", "gate at the end"])
-def test_backward_runs_where_the_cargo_lives(lazy: str, gated: bool) -> None:
-    there, here = (backward(device, group.WORLD, gated) for device in (lazy, "cpu"))
+@pytest.mark.parametrize("turned", [True, False], ids=["turn in the middle", "turn at the end"])
+def test_backward_runs_where_the_cargo_lives(lazy: str, turned: bool) -> None:
+    there, here = (backward(device, group.WORLD, turned) for device in (lazy, "cpu"))
     for mine, theirs in zip(there, here, strict=True):
         assert torch.equal(mine, theirs)

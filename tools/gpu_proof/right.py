@@ -238,7 +238,7 @@ def _through(
     branch.send(0, collective)
     (received,) = branch.receive(0)
     branch.send_back(0, collective, work(received))
-    (dense,) = branch.gate((dense,))
+    (dense,) = branch.turn((dense,))
     dense = dense * 2
     branch.wait()
     (output,) = branch.arrive()
