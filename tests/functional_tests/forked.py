@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.host.errors import EXIT_CODE
 from tests import distributed_utils  # the server's preloaded modules
 from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run, free_port
 
 assert distributed_utils  # imported for its effect
 
 STOP_S = 10  # from the first failure of a rank until the others are killed
-
+# The same where rank 0 has refused the options: it has said why, and torchrun ends the others,
+# which wait for that.
+REFUSED_S = 0.5
 
 Hook = Callable[[], None]  # picklable
 
@@ -46,7 +49,9 @@ def launch_forked(
         deadline = time.monotonic() + TIMEOUT_S
         while any(rank.exitcode is None for rank in ranks):
             if any(rank.exitcode for rank in ranks):
-                deadline = min(deadline, time.monotonic() + STOP_S)
+                refused = ranks[0].exitcode == EXIT_CODE
+                stop = REFUSED_S if refused else STOP_S
+                deadline = min(deadline, time.monotonic() + stop)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
