@@ -1,4 +1,7 @@
-"""Between forward and backward a unit holds what autograd has saved, and nothing else."""
+"""Between forward and backward a unit holds what autograd has saved, and nothing else.
+
+Storages are counted, whoever holds them.
+"""
 
 from typing import Any
 from unittest import mock

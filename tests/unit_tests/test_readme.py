@@ -171,3 +171,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / file if file else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_capabilities_are_short_and_have_their_tests() -> None:
+    text = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", text.split("## Layouts")[0], re.M)
+    assert len(rows) > 40
+    for capability, proof in rows:
+        assert len(capability.split()) <= 12, capability
+        for path in re.findall(r"tests/[\w/]+(?:\.py)?", proof):
+            assert (ROOT / path).exists(), path
