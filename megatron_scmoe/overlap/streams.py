@@ -1,7 +1,7 @@
 """Where an exchange runs: on side streams on CUDA, on gloo's worker threads on CPU.
 
-This is the only module with streams and events of CUDA: the device of a tensor decides here, and
-nowhere above. Everything above has two verbs: `launch` issues communication without blocking the
+This is the only module with streams and events of CUDA; whether there are any is asked of the
+tensors here. Everything above has two verbs: `launch` issues communication without blocking the
 thread that computes, `Flight.wait` makes the result usable.
 
 On CUDA this is also the only place that allocates what an exchange fills, hands it over to compute

@@ -1,8 +1,8 @@
 """The engine as on a GPU, by a model of its streams and of its allocator (tests/stream_model.py).
 
 Every exchange travels, in a group of one rank: forward, backward, chunks, evaluation,
-recomputation, every dispatcher, micro-batches in flight. An order that is left out is seen, and so
-is what else was tried; the host waits once a unit, behind the first dense operator.
+recomputation, every dispatcher, micro-batches in flight. Orders that are left out and mistakes that
+are made are seen; the host waits once a unit, behind the first dense operator.
 """
 
 from collections.abc import Callable, Iterator
