@@ -1,7 +1,8 @@
 """Where an exchange runs: on side streams on CUDA, on gloo's worker threads on CPU.
 
-This is the only module that knows the device. Everything above it has two verbs: `launch` issues
-communication without blocking the thread that computes, `Flight.wait` makes the result usable.
+This is the only module with streams and events of CUDA; whether there are any is asked of the
+tensors here. Everything above has two verbs: `launch` issues communication without blocking the
+thread that computes, `Flight.wait` makes the result usable.
 
 On CUDA this is also the only place that allocates what an exchange fills, hands it over to compute
 and decides when memory may be used again. Three rules keep both streams out of each other's memory:

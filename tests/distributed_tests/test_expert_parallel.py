@@ -1,4 +1,8 @@
-"""Experts and tensors spread over ranks: the oracle's outputs and gradients, in every layout."""
+"""Experts and tensors spread over ranks: the oracle's outputs and gradients, in every layout.
+
+EP 1 = EP 2 = EP 4; expert TP, TP with sequence parallelism; all-to-all and all-gather; grouped
+experts.
+"""
 
 import re
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """DeepEP and HybridEP through the host's managers: the oracle's results, launched early.
 
-The kernels themselves are replaced (tests/deep_ep.py); they need GPUs.
+The kernels themselves are replaced (tests/deep_ep.py); they need GPUs. Every EP and expert TP of
+test_expert_parallel.py, to 2e-6, because their router weights are float32; on equals off bitwise,
+chunks, recomputation, capacity; order of launches and waits; bytes.
 """
 
 from typing import Any

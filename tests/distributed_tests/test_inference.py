@@ -1,4 +1,8 @@
-"""Keys and values of inference are kept for each attention layer, not for each block layer."""
+"""Keys and values of inference are kept for each attention layer, not for each block layer.
+
+The static context gives the full forward pass, for a prompt and token by token; the dynamic one has
+one place for every attention layer of a stage, at every position and split.
+"""
 
 from typing import Any
 

@@ -1,4 +1,9 @@
-"""What a rank holds, against models, optimizers and pipeline schedules built on gloo ranks."""
+"""What a rank holds, against models, optimizers and pipeline schedules built on gloo ranks.
+
+Parameters, weights, gradients and optimizer state, exact, at EP, TP, expert TP, uneven and
+interleaved PP, with and without the distributed optimizer; activations at the peak of the schedule
+within 2 %.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,4 +1,7 @@
-"""The recorded order of steps: start before the dense work, wait after it, in both directions."""
+"""The recorded order of steps: start before the dense work, wait after it, in both directions.
+
+Every pair of slots, inside attention too, with and without chunks.
+"""
 
 from collections.abc import Callable
 from typing import Any

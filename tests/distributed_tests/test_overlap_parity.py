@@ -1,4 +1,8 @@
-"""Overlap on equals overlap off, bit for bit: outputs and every gradient."""
+"""Overlap on equals overlap off, bit for bit: outputs and every gradient.
+
+2 and 4 ranks, uneven splits, full and selective recomputation, chunks, all-gather, two
+micro-batches in flight.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any

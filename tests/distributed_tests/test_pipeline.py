@@ -1,4 +1,7 @@
-"""One checkpoint, every split: pipeline stages, virtual stages and experts over ranks."""
+"""One checkpoint, every split: pipeline stages, virtual stages and experts over ranks.
+
+A cut that would run through a unit is refused.
+"""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,8 @@
-"""A run chooses its expert slots, keeps them in its checkpoint, and loses no bit by it."""
+"""A run chooses its expert slots, keeps them in its checkpoint, and loses no bit by it.
+
+The slots follow from times that all ranks share. The page of tools/overlap_report.py has the hidden
+share of the log.
+"""
 
 import json
 import shlex

@@ -1,4 +1,10 @@
-"""What a run says about the checkpoint it is given, and what a save leaves behind."""
+"""What a run says about the checkpoint it is given, and what a save leaves behind.
+
+The record of the options, another model refused, broken and missing files named, a torn tracker
+mended, a full disk, a writer that was killed, a longer run, another number of ranks, the
+vocabulary's padding, another position; a start from the baseline, saved by stock Megatron and by
+us, every tensor taken bit for bit.
+"""
 
 import json
 import math

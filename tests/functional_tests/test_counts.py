@@ -1,4 +1,7 @@
-"""What a run prints about its size: parameters, memory, FLOPs."""
+"""What a run prints about its size: parameters, memory, FLOPs.
+
+Parameters of every stage, throughput in the log.
+"""
 
 import re
 import shlex

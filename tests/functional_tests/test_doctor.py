@@ -1,4 +1,8 @@
-"""tools/doctor.py on gloo ranks, and what the entry script takes over from it."""
+"""tools/doctor.py on gloo ranks, and what the entry script takes over from it.
+
+A slow rank is named in its group, a missing and a hanging one too; exit codes; the short form at
+start-up.
+"""
 
 import os
 import re

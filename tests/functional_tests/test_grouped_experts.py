@@ -1,4 +1,8 @@
-"""--moe-grouped-gemm without Transformer Engine: the same training, the same checkpoints."""
+"""--moe-grouped-gemm without Transformer Engine: the same training, the same checkpoints.
+
+Either goes on from the other's checkpoint, optimizer included, alone, at EP 2, and at expert TP 2 x
+EP 2.
+"""
 
 import shlex
 from pathlib import Path

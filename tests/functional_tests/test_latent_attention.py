@@ -1,4 +1,7 @@
-"""Multi-latent attention, for which the host drops derived config classes, in shortcut units."""
+"""Multi-latent attention, for which the host drops derived config classes, in shortcut units.
+
+Its options and ours are restored from a checkpoint.
+"""
 
 import shlex
 from pathlib import Path

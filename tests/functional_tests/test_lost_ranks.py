@@ -1,6 +1,8 @@
 """A rank that dies or stalls: the others stop in time, and one line names it and a collective.
 
-The ranks are forked and have no launcher, so that nobody but they themselves ends them.
+The ranks are forked and have no launcher, so that nobody but they themselves ends them. Killed,
+stopped and stalled; in training, at start and while saving; in an expert group and in a pipeline;
+also the one that holds the store. An error keeps its traceback.
 """
 
 import importlib

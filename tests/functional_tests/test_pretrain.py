@@ -1,4 +1,7 @@
-"""The entry script trains, saves and resumes on the CPU backend."""
+"""The entry script trains, saves and resumes on the CPU backend.
+
+Resumed bitwise, with and without the distributed optimizer.
+"""
 
 import shlex
 from pathlib import Path

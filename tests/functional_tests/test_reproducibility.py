@@ -1,5 +1,9 @@
 """Same seed, same layout: bitwise the same run, and after a restart too, with dropout on. Across
-layouts: the same data in the same order. docs/reproducibility.md says where more cannot hold."""
+layouts: the same data in the same order. docs/reproducibility.md says where more cannot hold.
+
+Dropout, load-balancing loss and expert bias; EP 2 x DP 2 overlapped, PP 2 interleaved, TP 2 x EP 2;
+the samples and their order from the start and from another layout's checkpoint.
+"""
 
 import hashlib
 import os

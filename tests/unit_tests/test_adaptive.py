@@ -1,4 +1,7 @@
-"""Times of a unit from its record, and the slots that follow from them."""
+"""Times of a unit from its record, and the slots that follow from them.
+
+Records, metrics and traces are complete: every pass and chunk, the bytes of every exchange.
+"""
 
 import json
 import math

@@ -1,4 +1,8 @@
-"""An iteration that is saved again, stopped at every operation on the file system."""
+"""An iteration that is saved again, stopped at every operation on the file system.
+
+By a kill or an error, and once more at every operation of the next start: a whole checkpoint is
+left with its record and is gone on from, and nothing else is removed.
+"""
 
 import itertools
 import json

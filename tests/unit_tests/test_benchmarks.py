@@ -1,4 +1,7 @@
-"""Benchmarks without their network and their clock: parsing, search for rates, tables, goals."""
+"""Benchmarks without their network and their clock: parsing, search for rates, tables, goals.
+
+A run's log, jobs that stand still, ratios, reports, one-line errors.
+"""
 
 import json
 import os

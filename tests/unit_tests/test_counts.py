@@ -1,5 +1,8 @@
 """Parameters, FLOPs and kept activations against the built model: its module tree, the matrix
-products that it executes, and the tensors that autograd keeps."""
+products that it executes, and the tensors that autograd keeps.
+
+A table of models of every kind. Exact, but for kept activations: within 2 %, with the local spec.
+"""
 
 import functools
 from argparse import Namespace

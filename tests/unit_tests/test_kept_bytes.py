@@ -1,4 +1,7 @@
-"""Between forward and backward a unit holds what autograd has saved, and nothing else."""
+"""Between forward and backward a unit holds what autograd has saved, and nothing else.
+
+Storages are counted, whoever holds them.
+"""
 
 import gc
 import weakref

@@ -1,4 +1,7 @@
-"""Expert slots that a checkpoint holds are times of one machine and one layout."""
+"""Expert slots that a checkpoint holds are times of one machine and one layout.
+
+A run with the same options, machine and versions takes them, all ranks or none.
+"""
 
 from argparse import Namespace
 from collections.abc import Callable

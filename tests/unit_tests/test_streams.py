@@ -1,6 +1,8 @@
 """The engine as on a GPU, by a model of its streams and of its allocator (tests/stream_model.py).
 
-Every exchange travels, in a group of one rank.
+Every exchange travels, in a group of one rank: forward, backward, chunks, evaluation,
+recomputation, every dispatcher, micro-batches in flight. Orders that are left out and mistakes that
+are made are seen; the host waits once a unit, behind the first dense operator.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Specs of Transformer Engine layers, and what they put on disk. Nothing here runs its kernels.
 
+Fused and unfused norms are where they belong; names and shapes on disk are the local specs'.
+
 The CPU backend hides Transformer Engine from the host. To run all tests of this file without a GPU,
 import it first: `pytest -p transformer_engine.pytorch tests/unit_tests/test_te_specs.py`.
 """
