@@ -144,6 +144,7 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
         "saving, but the checkpoint loads at no other layout and no other shortcut position.",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
+    host.printable_help(parser)
     return parser
 
 

@@ -11,6 +11,7 @@ from megatron_scmoe.host.errors import (
     leave,
     one_line,
     one_line_usage_errors,
+    printable_help,
     user_errors,
 )
 from megatron_scmoe.host.table import apply_replacements, format_table, restore
@@ -23,6 +24,7 @@ __all__ = [
     "leave",
     "one_line",
     "one_line_usage_errors",
+    "printable_help",
     "restore",
     "switch_kernels",
     "user_errors",

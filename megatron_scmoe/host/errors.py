@@ -67,6 +67,17 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
+def printable_help(parser: argparse.ArgumentParser) -> None:
+    """Let --help print: argparse formats help texts, and some of the host's have a bare percent
+    sign."""
+    for action in parser._actions:
+        if action.help and action.help is not argparse.SUPPRESS:
+            try:
+                action.help % {**vars(action), "prog": parser.prog}
+            except (TypeError, ValueError):
+                action.help = action.help.replace("%", "%%")
+
+
 def one_line(error: BaseException) -> str:
     """The error's text on one line; for a bare assert of the host, its condition and the options
     that it speaks of."""

@@ -2,10 +2,12 @@
 
 import argparse
 import shlex
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -31,6 +33,7 @@ from megatron_scmoe.checkpoint.options import (
 from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
 
+REPOSITORY = Path(__file__).parents[2]
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu "
     "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
@@ -94,6 +97,16 @@ def scmoe_actions() -> dict[str, argparse.Action]:
     parser = argparse.ArgumentParser()
     add_scmoe_args(parser)
     return {action.dest: action for action in parser._actions if action.dest.startswith("scmoe")}
+
+
+@pytest.mark.parametrize("script", ["pretrain_gpt_scmoe.py", "tools/plan_overlap.py"])
+def test_help_is_printed(script: str) -> None:
+    """Of all options, the host's with a bare percent sign too."""
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "--scmoe-shortcut-position" in done.stdout and "1.10 = 10%)" in done.stdout
 
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:
