@@ -12,10 +12,10 @@ import time
 
 PROGRAM_START = time.time()
 
-from megatron_scmoe import host
+from megatron_scmoe import host, start
 
 with host.user_errors():
-    host.apply_replacements()
+    start.replace_host_symbols()
 
 from argparse import Namespace
 from collections.abc import Iterator

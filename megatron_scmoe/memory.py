@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scmoe.arguments import model_config_from_args
+from megatron_scmoe.host.replace import Replacement
 from megatron_scmoe.layer_specs import block_layers, pipeline_stages
 from megatron_scmoe.model import ScMoEModelConfig
 from megatron_scmoe.model_size import ModelSize, Weights, model_size
@@ -234,8 +236,6 @@ def reporting(host_report: Callable[..., Any]) -> Callable[..., Any]:
     def replacement(
         args: Namespace, num_microbatches: int | None = None, verbose: bool = False
     ) -> Any:
-        from megatron_scmoe.arguments import model_config_from_args
-
         if not hasattr(args, "scmoe_shortcut_position"):  # a script of stock Megatron
             return host_report(args, num_microbatches, verbose)
         try:
@@ -291,3 +291,14 @@ def activation_remarks(config: TransformerConfig) -> str:
     if config.transformer_impl == "transformer_engine":
         remarks.append("not yet measured with Transformer Engine")
     return "; ".join(remarks)
+
+
+REPLACEMENTS = (
+    Replacement(
+        "megatron.training.training.report_theoretical_memory",
+        "always",
+        "training/theoretical_memory_usage.py:456",
+        "even stages only, bf16 only, no shortcut, activations of a dense layer without SwiGLU",
+        reporting,
+    ),
+)

@@ -1,9 +1,9 @@
 """Tests of the CPU backend, the same on every machine.
 
-Where the package sees a GPU, the host's table replaces less (megatron_scmoe/host/table.py), and
-tests would mix inputs on the CPU with modules on the GPU. This is imported before torch by whatever
-is in `tests`, programs and forked ranks included, and all that they start inherits it. Tests of the
-GPU run with SCMOE_GPU_TESTS=1.
+Where the package sees a GPU, fewer symbols of the host are replaced (megatron_scmoe/host/table.py),
+and tests would mix inputs on the CPU with modules on the GPU. This is imported before torch by
+whatever is in `tests`, programs and forked ranks included, and all that they start inherits it.
+Tests of the GPU run with SCMOE_GPU_TESTS=1.
 """
 
 import os

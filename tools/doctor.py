@@ -20,10 +20,10 @@ from pathlib import Path
 # Also from a plain checkout, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_scmoe import host
+from megatron_scmoe import host, start
 
 with host.user_errors():
-    host.apply_replacements()
+    start.replace_host_symbols()
 
 import logging
 import os

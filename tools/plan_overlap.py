@@ -25,9 +25,9 @@ from pathlib import Path
 # Also from a plain checkout, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_scmoe import host
+from megatron_scmoe import host, start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size

@@ -8,4 +8,5 @@ resume.py    before a run starts: is --load this model, and what the host has to
 transfer.py  while it loads: tensors that the checkpoint does not have
 writer.py    while it saves with --async-save: the processes that write
 errors.py    while it saves or loads: a full disk or a broken file as one line
+replacements.py  where the host has no hook for all this
 """

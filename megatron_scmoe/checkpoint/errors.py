@@ -1,6 +1,6 @@
 """While a checkpoint is written or read: what went wrong with the files, as one line.
 
-`saving`, `finalizing`, `cleaning` and `loading` wrap the host's functions (host/table.py).
+`saving`, `finalizing`, `cleaning` and `loading` wrap the host's functions (replacements.py).
 """
 
 import shutil

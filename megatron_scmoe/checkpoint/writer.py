@@ -6,7 +6,7 @@ processes of a rank, not to the rank alone; those die of it, and the checkpoint 
 on its way out (--exit-signal-handler) waits for them forever. A rank that is killed leaves them
 behind: the restarted job would share its memory, and its files, with writers of the run before.
 
-The functions without an underscore but the last two replace host symbols (host/table.py).
+The functions without an underscore but the last two replace host symbols (replacements.py).
 """
 
 import multiprocessing
@@ -27,22 +27,19 @@ from megatron_scmoe import host
 
 SECONDS_TO_NOTICE = 1.0  # that the rank is gone
 
-_host_loop: Callable[..., None]
 
-
-def only_for_its_rank(async_loop: Callable[..., None]) -> Callable[..., None]:
+def only_for_its_rank(_: Callable[..., None]) -> Callable[..., None]:
     """`PersistentAsyncCaller.async_loop`, the writer's main function, of a writer that nobody but
     its rank can end."""
-    global _host_loop
-    _host_loop = async_loop
     return write_for_rank  # found by its name in the process that is started with it
 
 
 def write_for_rank(*args: Any) -> None:
-    """Main function of the writer, whose process has imported everything anew."""
+    """Main function of the writer. Its process has imported everything anew, and replaces what the
+    machine asks for alone: `async_loop` is the host's there."""
     obey_the_rank_alone()
-    host.apply_replacements()
-    _host_loop(*args)
+    host.prepare()
+    PersistentAsyncCaller.async_loop(*args)
 
 
 def results_queue(_: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,34 +1,13 @@
-"""The one table of host symbols replaced at run time.
+"""The CPU backend and defects of the wheel, as rows of replaced host symbols.
 
-A row names the symbol, where the host uses it, when and why it is replaced. The condition "cpu"
-is a machine without a CUDA device; the others are defects of the wheel, "always" one that no
-check at start can see. Host lines are those of megatron-core 0.19.2.
+Host lines are those of megatron-core 0.19.2.
 """
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_scmoe.host import cpu, optimizer, wheel
-from megatron_scmoe.host.version import check_megatron_core
-
-CONDITIONS: dict[str, Callable[[], bool]] = {
-    "always": lambda: True,
-    "cpu": cpu.no_cuda_device,
-    "no Makefile": wheel.makefile_missing,
-    "no TE": wheel.te_missing,
-    "no TE or Apex": wheel.te_and_apex_missing,
-}
-
-
-class Replacement(NamedTuple):
-    """One replaced symbol; `make` turns the original into its replacement."""
-
-    symbol: str
-    condition: str
-    host_file: str
-    reason: str
-    make: Callable[[Any], Any]
+from megatron_scmoe.host.replace import Replacement
 
 
 def _use(value: Any) -> Callable[[Any], Any]:
@@ -38,16 +17,6 @@ def _use(value: Any) -> Callable[[Any], Any]:
 
 def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -> Replacement:
     return Replacement(symbol, "cpu", host_file, reason, make)
-
-
-def _wrapped_by(name: str) -> Callable[[Any], Any]:
-    """A wrapper from another part of the package, which imports the host."""
-
-    def make(original: Any) -> Any:
-        module, function = name.rsplit(".", 1)
-        return getattr(importlib.import_module(f"megatron_scmoe.{module}"), function)(original)
-
-    return make
 
 
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
@@ -238,74 +207,11 @@ TABLE: tuple[Replacement, ...] = (
         wheel.pass_errors_silently,
     ),
     Replacement(
-        "megatron.training.training.save_checkpoint",
-        "always",
-        "training/training.py:3086",
-        "no hook: writes the record of the options first; a full disk is one line",
-        _wrapped_by("checkpoint.errors.saving"),
-    ),
-    Replacement(
-        "megatron.training.training.maybe_finalize_async_save",
-        "always",
-        "training/training.py",
-        "no hook: a full disk is one line with --async-save too",
-        _wrapped_by("checkpoint.errors.finalizing"),
-    ),
-    Replacement(
-        "megatron.training.checkpointing.cleanup_old_non_persistent_checkpoint",
-        "always",
-        "training/checkpointing.py:624",
-        "keeps the newest folder, whole or not: the last whole one goes while that is half written",
-        _wrapped_by("checkpoint.errors.cleaning"),
-    ),
-    Replacement(
-        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop",
-        "always",
-        "core/dist_checkpointing/strategies/async_utils.py:380",
-        "the writer of --async-save dies of a SIGTERM meant for its rank, and outlives its rank",
-        _wrapped_by("checkpoint.writer.only_for_its_rank"),
-    ),
-    Replacement(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
-        "always",
-        "core/dist_checkpointing/strategies/filesystem_async.py:200",
-        "the same for the process that carries its results, which no other save needs",
-        _wrapped_by("checkpoint.writer.results_queue"),
-    ),
-    Replacement(
-        "megatron.training.initialize.init_persistent_async_worker",
-        "always",
-        "training/initialize.py:74",
-        "the same: its processes start with SIGTERM blocked",
-        _wrapped_by("checkpoint.writer.starting_deaf"),
-    ),
-    Replacement(
-        "megatron.training.training.load_checkpoint",
-        "always",
-        "training/training.py:2199",
-        "no hook: a broken file is one line",
-        _wrapped_by("checkpoint.errors.loading"),
-    ),
-    Replacement(
-        "megatron.training.checkpointing._load_global_dist_base_checkpoint",
-        "always",
-        "training/checkpointing.py:1601",
-        "no hook: --finetune from the baseline leaves what is new as it was initialised",
-        _wrapped_by("checkpoint.transfer.loading_related"),
-    ),
-    Replacement(
         "megatron.training.training.num_floating_point_operations",
         "always",
         "training/training.py:390",
         "counts two of the three products of a --quick-geglu unit",
         wheel.flops_of_gated_units,
-    ),
-    Replacement(
-        "megatron.training.training.report_theoretical_memory",
-        "always",
-        "training/theoretical_memory_usage.py:456",
-        "even stages only, bf16 only, no shortcut, activations of a dense layer without SwiGLU",
-        _wrapped_by("memory.reporting"),
     ),
     Replacement(
         "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
@@ -344,72 +250,3 @@ TABLE: tuple[Replacement, ...] = (
         optimizer.load_state_dict_with_steps,
     ),
 )
-
-_MISSING = object()
-_undo: list[tuple[Any, str, Any]] = []  # owner, attribute, the owner's own original
-
-
-def apply_replacements() -> list[Replacement]:
-    """Replace what this machine needs, once per process, and return the rows applied.
-
-    Call it before the first import from `megatron`: messages of that import are filtered too.
-
-    Raises:
-        ImportError: no megatron-core, or one of another minor version.
-    """
-    if _undo:
-        return []
-    check_megatron_core()
-    if cpu.no_cuda_device():
-        cpu.silence_noise()
-        cpu.hide_gpu_libraries()
-    rows = []
-    for row in TABLE:
-        if not CONDITIONS[row.condition]():
-            continue
-        rows.append(row)
-        owner, name = _locate(row.symbol)
-        inherited = isinstance(owner, type) and name not in vars(owner)
-        _undo.append((owner, name, _MISSING if inherited else getattr(owner, name)))
-        setattr(owner, name, row.make(getattr(owner, name)))
-    return rows
-
-
-def restore() -> None:
-    """Undo `apply_replacements`: for tests that look at the originals."""
-    while _undo:
-        owner, name, original = _undo.pop()
-        if original is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
-
-
-def format_table(rows: tuple[Replacement, ...] = TABLE) -> str:
-    """The rows as aligned columns."""
-    cells = [("symbol", "condition", "host file", "reason")] + [row[:4] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
-    return "\n".join(lines)
-
-
-def _locate(symbol: str) -> tuple[Any, str]:
-    """The object that holds the symbol and the symbol's name in it."""
-    parts = symbol.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        try:
-            owner: Any = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[length:-1]:
-            owner = getattr(owner, part, _MISSING)
-        if hasattr(owner, parts[-1]):
-            return owner, parts[-1]
-        break
-    raise AttributeError(
-        f"{symbol} does not exist here: megatron_scmoe.host.table is written for "
-        "megatron-core 0.19.2"
-    )

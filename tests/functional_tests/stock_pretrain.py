@@ -4,9 +4,9 @@ Only the data side (batches, loss, datasets) is the entry script's, so that what
 model and its training.
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import host, start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import torch
 from megatron.core.enums import ModelType

@@ -8,8 +8,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_scmoe import host
-from megatron_scmoe.host import cpu, table
+from megatron_scmoe import host, start
+from megatron_scmoe.host import cpu, replace
 from megatron_scmoe.host.errors import SECONDS_TO_SPEAK
 
 
@@ -19,67 +19,66 @@ def originals():
     host.restore()
     yield
     host.restore()
-    host.apply_replacements()
+    start.replace_host_symbols()
 
 
-@pytest.mark.parametrize("row", table.TABLE, ids=lambda row: row.symbol)
-def test_row_names_what_exists(row: table.Replacement) -> None:
-    owner, name = table._locate(row.symbol)
+@pytest.mark.parametrize("row", start.all_rows(), ids=lambda row: row.symbol)
+def test_row_names_what_exists(row: replace.Replacement) -> None:
+    owner, name = replace._locate(row.symbol)
     assert hasattr(owner, name)
-    assert row.condition in table.CONDITIONS
+    assert row.condition in replace.CONDITIONS
     package = importlib.util.find_spec("megatron").submodule_search_locations[0]
     assert os.path.exists(os.path.join(package, row.host_file.split(":")[0]))
 
 
 def test_symbols_are_named_once() -> None:
-    symbols = [row.symbol for row in table.TABLE]
+    symbols = [row.symbol for row in start.all_rows()]
     assert len(symbols) == len(set(symbols))
 
 
 def test_only_bugs_are_replaced_with_a_cuda_device(
     originals: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: False)
-    conditions = {row.condition for row in host.apply_replacements()}
+    monkeypatch.setitem(replace.CONDITIONS, "cpu", lambda: False)
+    conditions = {row.condition for row in start.replace_host_symbols()}
     assert conditions <= {"always", "no Makefile", "no TE", "no TE or Apex"}
 
 
 def test_sound_installation_is_left_alone(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for condition in table.CONDITIONS:
-        monkeypatch.setitem(table.CONDITIONS, condition, lambda: False)
-    assert host.apply_replacements() == []
+    for condition in replace.CONDITIONS:
+        monkeypatch.setitem(replace.CONDITIONS, condition, lambda: False)
+    assert start.replace_host_symbols() == []
 
 
 def test_apply_and_restore(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)
-    before = {row.symbol: _value(row.symbol) for row in table.TABLE}
-    rows = host.apply_replacements()
+    monkeypatch.setitem(replace.CONDITIONS, "cpu", lambda: True)
+    before = {row.symbol: _value(row.symbol) for row in start.all_rows()}
+    rows = start.replace_host_symbols()
     assert "torch.Tensor.type" in {row.symbol for row in rows}
     assert torch.zeros(2, device="cuda").type() == "torch.cuda.FloatTensor"
     assert torch.ones(1).cuda().device == cpu.CPU
     assert not torch.cuda.is_available() or torch.cuda.device_count() > 0
-    assert host.apply_replacements() == []
+    assert start.replace_host_symbols() == []
     host.restore()
-    assert {row.symbol: _value(row.symbol) for row in table.TABLE} == before
+    assert {row.symbol: _value(row.symbol) for row in start.all_rows()} == before
     assert "type" not in vars(torch.Tensor)
 
 
 def _value(symbol: str) -> object:
-    owner, name = table._locate(symbol)
+    owner, name = replace._locate(symbol)
     return getattr(owner, name)
 
 
 def test_missing_symbol_is_named(originals: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = table.Replacement("megatron.core.utils.gone", "cpu", "", "", lambda original: None)
-    monkeypatch.setattr(table, "TABLE", (gone,))
-    monkeypatch.setitem(table.CONDITIONS, "cpu", lambda: True)
+    gone = replace.Replacement("megatron.core.utils.gone", "cpu", "", "", lambda original: None)
+    monkeypatch.setitem(replace.CONDITIONS, "cpu", lambda: True)
     with pytest.raises(AttributeError, match=r"megatron\.core\.utils\.gone does not exist"):
-        host.apply_replacements()
+        host.replace_symbols([gone])
 
 
 def test_table_is_printed_in_columns() -> None:
-    lines = host.format_table().splitlines()
-    assert len(lines) == len(table.TABLE) + 1
+    lines = host.format_table(start.all_rows()).splitlines()
+    assert len(lines) == len(start.all_rows()) + 1
     column = lines[0].index("condition")
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
 
@@ -87,7 +86,7 @@ def test_table_is_printed_in_columns() -> None:
 def test_random_numbers_of_both_kinds_are_one_stream(originals: None) -> None:
     if not cpu.no_cuda_device():
         pytest.skip("needs a machine without CUDA")
-    host.apply_replacements()
+    start.replace_host_symbols()
     torch.cuda.manual_seed(7)
     state = torch.cuda.get_rng_state()
     drawn = torch.rand(3)

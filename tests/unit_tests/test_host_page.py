@@ -5,15 +5,16 @@
 
 from pathlib import Path
 
-from megatron_scmoe.host.table import TABLE, Replacement
+from megatron_scmoe.host.replace import Replacement
+from megatron_scmoe.start import all_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "host-defects.md"
 
 
 def tables() -> str:
     """The rows in Markdown: those of every machine, then those of one without a CUDA device."""
-    everywhere = [row for row in TABLE if row.condition != "cpu"]
-    cpu = [row for row in TABLE if row.condition == "cpu"]
+    everywhere = [row for row in all_rows() if row.condition != "cpu"]
+    cpu = [row for row in all_rows() if row.condition == "cpu"]
     return (
         f"## On every machine\n\n{_table(everywhere, with_condition=True)}\n\n"
         f"## Without a CUDA device\n\n{_table(cpu, with_condition=False)}\n"

@@ -8,9 +8,9 @@ training (forward and backward) and in the forward-only pass that ended before t
 All-to-alls of stock Megatron block, so both are plain wall-clock times.
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import functools
 import time

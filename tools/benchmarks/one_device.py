@@ -12,9 +12,9 @@ this device: overlap on equals off bit for bit, and the experts' implementations
 Writes one_device.md and .json to --output.
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import argparse
 import os

@@ -11,9 +11,9 @@ are options, because 2K tokens in several attention matrices do not fit every ma
 Writes to --output: SHAPE.md, SHAPE.json, and SHAPE.measured.json for `plan_overlap --measured`.
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import argparse
 import os

@@ -20,9 +20,9 @@ exchanges are of two kinds:
     attention    experts in the middle of it: in this order, and with the same bits
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import math
 import os

@@ -15,9 +15,9 @@ MFU is over 989 TFLOP/s, dense bf16 of the data sheets. It counts matrix product
 backward twice, and half of the score matrix.
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import time
 from collections.abc import Callable, Mapping

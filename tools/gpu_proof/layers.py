@@ -3,9 +3,9 @@
 Shapes: s sequence, b batch, h hidden
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import logging
 import tempfile

@@ -19,13 +19,13 @@ report waits on events and for the whole device, the calls of these.
 
 import sys
 
-from megatron_scmoe import host
+from megatron_scmoe import host, start
 from megatron_scmoe.host.cpu import hide_gpu_libraries
 
 with host.user_errors():
     if "transformer_engine" not in sys.argv:  # the value of --transformer-impl
         hide_gpu_libraries()
-    host.apply_replacements()
+    start.replace_host_symbols()
 
 import argparse
 import functools

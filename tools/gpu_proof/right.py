@@ -21,9 +21,9 @@ nothing.
 Shapes: s sequence, b batch, h hidden, T = s*b, E experts
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import os
 import subprocess

@@ -13,9 +13,9 @@ spec in bf16 is, twice at most, or 1e-2. Routing is forced to be the same.
 Shapes: R rows, e experts
 """
 
-from megatron_scmoe import host
+from megatron_scmoe import start
 
-host.apply_replacements()
+start.replace_host_symbols()
 
 import math
 import time

@@ -1,0 +1,37 @@
+"""What every program does before it imports the host: replace the symbols that have to be.
+
+`python -m megatron_scmoe.start` prints what is replaced, where and why.
+"""
+
+from megatron_scmoe import host
+from megatron_scmoe.host.replace import Replacement
+
+
+def replace_host_symbols() -> list[Replacement]:
+    """Replace what this machine needs, once per process, and return the rows applied.
+
+    Call it before the first import from `megatron`: messages of that import are filtered too.
+
+    Raises:
+        ImportError: no megatron-core, or one of another minor version.
+    """
+    first = host.prepare()
+    return first + host.replace_symbols(rows_of_others())
+
+
+def all_rows() -> tuple[Replacement, ...]:
+    """Everything that may be replaced."""
+    return (*host.TABLE, *rows_of_others())
+
+
+def rows_of_others() -> tuple[Replacement, ...]:
+    """Of the parts that import the host, which has to be prepared before."""
+    from megatron_scmoe import memory
+    from megatron_scmoe.checkpoint import replacements
+
+    return (*replacements.TABLE, *memory.REPLACEMENTS)
+
+
+if __name__ == "__main__":
+    replace_host_symbols()
+    print(host.format_table(all_rows()))
