@@ -27,6 +27,9 @@ from megatron_scmoe import host
 
 SECONDS_TO_NOTICE = 1.0  # that the rank is gone
 
+# The host's: this is imported before it is replaced.
+_host_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
+
 
 def only_for_its_rank(_: Callable[..., None]) -> Callable[..., None]:
     """`PersistentAsyncCaller.async_loop`, the writer's main function, of a writer that nobody but
@@ -35,11 +38,10 @@ def only_for_its_rank(_: Callable[..., None]) -> Callable[..., None]:
 
 
 def write_for_rank(*args: Any) -> None:
-    """Main function of the writer. Its process has imported everything anew, and replaces what the
-    machine asks for alone: `async_loop` is the host's there."""
+    """Main function of the writer, whose process has imported everything anew."""
     obey_the_rank_alone()
     host.prepare()
-    PersistentAsyncCaller.async_loop(*args)
+    _host_loop(*args)
 
 
 def results_queue(_: Callable[..., Any]) -> Callable[..., Any]:
