@@ -1,6 +1,6 @@
 # make setup     .venv with the pinned packages
 # make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, three to five minutes
-# make test      lint, types, tests on 1 to 8 gloo ranks; 29 minutes on two busy cores (2026-11-25)
+# make test      lint, types, tests on 1 to 8 gloo ranks; 22 minutes on two cores (2026-11-27)
 # make test-gpu  what only a GPU can show, on a machine with one: docs/gpu.md
 
 PYTHON_BIN := .venv/bin/python

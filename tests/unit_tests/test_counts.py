@@ -396,7 +396,7 @@ def test_report_leaves_to_the_host_what_it_cannot_count(
     assert report(Namespace()) == "the host's"  # a script without our options
     assert capsys.readouterr().out == ""
     config = model_config(Case(NONE, {"mtp_num_layers": 1}))
-    monkeypatch.setattr("megatron_scmoe.arguments.model_config_from_args", lambda args: config)
+    monkeypatch.setattr("megatron_scmoe.memory.model_config_from_args", lambda args: config)
     args = Namespace(scmoe_shortcut_position="none", seq_length=SEQUENCE, micro_batch_size=BATCH)
     assert report(args) == "the host's"
     assert capsys.readouterr().out == (
