@@ -130,8 +130,10 @@ class UnitTracker(MoEMetricsTracker):
             self._beside = times
             if self._measures_slots:
                 self._choose(times)
-        else:
-            self._slow_down = found = slow_down(self._beside, times)
+            return
+        found = slow_down(self._beside, times)
+        if not math.isnan(found.backward):  # something dense of the units is trained
+            self._slow_down = found
             _print_once(
                 f"dense compute beside exchanges takes {found.backward:.3f} of its time alone "
                 f"backward, {found.forward:.3f} forward"

@@ -74,7 +74,7 @@ def printable_help(parser: argparse.ArgumentParser) -> None:
         if action.help and action.help is not argparse.SUPPRESS:
             try:
                 action.help % {**vars(action), "prog": parser.prog}
-            except (TypeError, ValueError):
+            except (KeyError, TypeError, ValueError):
                 action.help = action.help.replace("%", "%%")
 
 

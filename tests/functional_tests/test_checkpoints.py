@@ -27,6 +27,13 @@ from .forked import Hook, launch_forked
 from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
 
 CURVES = ("lm loss", "grad-norm")
+UNTOUCHED = [
+    "iter_0000003",
+    "iter_0000003.json",
+    "iter_0000006",
+    "iter_0000006.json",
+    "latest_checkpointed_iteration.txt",
+]
 PAIR = ["--moe-layer-freq", "([0,1]*1)", "--scmoe-shortcut-position", "pos2"]
 NO_DROPOUT = shlex.split("--attention-dropout 0 --hidden-dropout 0 --eval-iters 0")
 TWO_RANKS = shlex.split("--expert-model-parallel-size 2 --use-distributed-optimizer")
@@ -185,13 +192,7 @@ def test_full_disk(
     line = error_line(run)
     assert f"cannot save to {checkpoints}" in line
     assert line.endswith("iteration 6 there is intact.")
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "iter_0000003",
-        "iter_0000003.json",
-        "iter_0000006",
-        "iter_0000006.json",
-        "latest_checkpointed_iteration.txt",
-    ]
+    assert sorted(path.name for path in checkpoints.iterdir()) == UNTOUCHED
     load = ["--load", str(checkpoints), "--train-iters", "8"]
     succeeded(train(data_prefix, tmp_path / "again", *load))
 
@@ -252,13 +253,7 @@ def test_saving_again_lets_the_host_remove_nothing(
     save = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "3"]
     back = [*save, "--ckpt-step", "3", "--save-retain-interval", "6"]
     succeeded(train(data_prefix, tmp_path, *back))
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "iter_0000003",
-        "iter_0000003.json",
-        "iter_0000006",
-        "iter_0000006.json",
-        "latest_checkpointed_iteration.txt",
-    ]
+    assert sorted(path.name for path in checkpoints.iterdir()) == UNTOUCHED
 
 
 def test_run_that_has_ended_is_not_saved_again(

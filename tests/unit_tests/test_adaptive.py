@@ -7,11 +7,14 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.metrics import UnitTracker
 from megatron_scmoe.overlap.adaptive import (
     ALONE,
     BESIDE,
@@ -107,6 +110,17 @@ def test_units_of_which_nothing_is_trained(single_rank: None) -> None:
     for times in (found[4], found[7]):
         assert times is not None
         assert times[0].window > 0 and times[1] == UnitTimes((0.0,) * 5, 0.0, 0.0, 0.0)
+
+
+def test_a_slow_down_that_is_no_number_is_not_reported() -> None:
+    """It would be no JSON in a trace."""
+    times, nothing = UnitTimes((1.0,), 1.0, 1.0, 1.0), UnitTimes((0.0,), 0.0, 0.0, 0.0)
+    tracker = UnitTracker(ScMoEConfig(scmoe_shortcut_position="pos2"))
+    tracker._beside = times, nothing
+    found = SimpleNamespace(phase=BESIDE, observe=lambda _: (times, nothing))
+    tracker._first = found  # type: ignore[assignment]
+    tracker._measure(8, [])
+    assert tracker._slow_down is None
 
 
 def watch(rank_scale: dict[int, float]) -> list[tuple[Phase | None, object]]:

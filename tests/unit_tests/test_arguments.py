@@ -99,6 +99,16 @@ def scmoe_actions() -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.dest.startswith("scmoe")}
 
 
+@pytest.mark.parametrize("text", ["10% more", "by 10%", "%(unknown)s", "%d of them"])
+def test_a_help_text_that_cannot_be_formatted_is_printed_as_it_is(text: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sound", default=3, help="three is %(default)s")
+    parser.add_argument("--bare", help=text)
+    host.printable_help(parser)
+    printed = parser.format_help()
+    assert text in printed and "three is 3" in printed
+
+
 @pytest.mark.parametrize("script", ["pretrain_gpt_scmoe.py", "tools/plan_overlap.py"])
 def test_help_is_printed(script: str) -> None:
     """Of all options, the host's with a bare percent sign too."""
