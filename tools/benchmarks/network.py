@@ -61,7 +61,7 @@ class TwoHosts:
         mark = f"{JOB_VARIABLE}={job}".encode()
         for pid in [pid for namespace in self.namespaces for pid in _pids(namespace)]:
             with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if mark in _environment(pid).split(b"\0"):
                     os.kill(pid, number)
 
     def limit(self, bits_per_s: float | None) -> None:
@@ -156,6 +156,15 @@ def _kill_processes(namespace: str) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _environment(pid: int) -> bytes:
+    """A process's; while it replaces its program there is none for a moment."""
+    for _ in range(100):
+        if found := Path(f"/proc/{pid}/environ").read_bytes():
+            return found
+        time.sleep(0.001)
+    return b""
 
 
 def _pids(namespace: str) -> list[int]:
