@@ -12,9 +12,9 @@ import time
 
 PROGRAM_START = time.time()
 
-from megatron_scmoe import host, start
+from megatron_scmoe import say, start
 
-with host.user_errors():
+with say.user_errors():
     start.replace_host_symbols()
 
 from argparse import Namespace
@@ -53,10 +53,10 @@ from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
-from megatron_scmoe.checkpoint.errors import CheckpointError
-from megatron_scmoe.doctor.environment import start_up
-from megatron_scmoe.layout import check_vocabulary
-from megatron_scmoe.watch import watched_ranks
+from megatron_scmoe.checks.layout import check_vocabulary
+from megatron_scmoe.run.checkpoint.errors import CheckpointError
+from megatron_scmoe.run.doctor.machine import start_up
+from megatron_scmoe.run.watch import watched_ranks
 
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -226,7 +226,7 @@ def prepare(args: Namespace) -> PretrainConfigContainer:
     """Everything that needs no process group, so that what is wrong ends the run here.
 
     Raises:
-        ValueError and other host.USER_ERRORS: what the host or we refuse.
+        ValueError and other say.USER_ERRORS: what the host or we refuse.
     """
     check_data(args)
     set_global_variables(args)
@@ -236,7 +236,7 @@ def prepare(args: Namespace) -> PretrainConfigContainer:
 
 def main() -> None:
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    with host.user_errors():
+    with say.user_errors():
         args = parse_and_validate_args()
         container = prepare(args)
         for warning in start_up(args):
@@ -248,7 +248,7 @@ def main() -> None:
     guard: AbstractContextManager[Any]
     if args.inprocess_restart or args.fake_process_group:
         # The one has a monitor of its own, the other no other ranks.
-        guard = host.user_errors((CheckpointError,))
+        guard = say.user_errors((CheckpointError,))
     else:
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
         guard = watched_ranks(timeout, CheckpointError)

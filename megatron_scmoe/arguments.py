@@ -15,14 +15,8 @@ from megatron.training.utils import (
     has_nvrx_checkpointing_async_support as has_nvrx_async_support,
 )
 
-from megatron_scmoe import host
-from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.checkpoint.resume import (
-    check_cleaned_folder,
-    keep_batch_size,
-    prepare_load,
-    settle_folders,
-)
+from megatron_scmoe import host, say
+from megatron_scmoe.checks.layout import check_ranks, check_shares
 from megatron_scmoe.config import (
     NO_OPTIONS,
     ScMoEConfig,
@@ -31,17 +25,23 @@ from megatron_scmoe.config import (
     uses_grouped_experts,
 )
 from megatron_scmoe.host.cpu import no_cuda_device
-from megatron_scmoe.layer_specs import block_config
-from megatron_scmoe.layout import check_ranks, check_shares
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.moe.experts import why_no_grouped_mm
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.experts.grouped import why_no_grouped_mm
+from megatron_scmoe.model.specs import block_config
+from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.resume import (
+    check_cleaned_folder,
+    keep_batch_size,
+    prepare_load,
+    settle_folders,
+)
 
 
 def parse_and_validate_args() -> Namespace:
     """Parse the command line, adapt it to this machine, and let the host check it.
 
     Raises:
-        ValueError, AssertionError: what the host or we refuse; see host.user_errors.
+        ValueError, AssertionError: what the host or we refuse; see say.user_errors.
     """
     return validate(parse_args(add_scmoe_args), trains=True)
 
@@ -53,7 +53,7 @@ def validate(args: Namespace, trains: bool = False) -> Namespace:
         trains: this is the run that saves to --save, and finishes what others left there.
 
     Raises:
-        ValueError, AssertionError: what the host or we refuse; see host.user_errors.
+        ValueError, AssertionError: what the host or we refuse; see say.user_errors.
     """
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
@@ -131,7 +131,7 @@ def explain_grouped_gemm(args: Namespace) -> list[str]:
 
 def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
-    host.one_line_usage_errors(parser)
+    say.one_line_usage_errors(parser)
     options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
     options.build_group(parser, title="scmoe")
     parser.set_defaults(**dict.fromkeys(NO_OPTIONS))
@@ -144,7 +144,7 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
         "saving, but the checkpoint loads at no other layout and no other shortcut position.",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
-    host.printable_help(parser)
+    say.printable_help(parser)
     return parser
 
 

@@ -181,7 +181,7 @@ def check_transformer_impl(transformer_impl: str) -> None:
 
 
 def uses_grouped_experts(config: TransformerConfig | Namespace) -> bool:
-    """Whether `--moe-grouped-gemm` means the experts of moe/experts.py.
+    """Whether `--moe-grouped-gemm` means the experts of model/experts/grouped.py.
 
     The host's local spec has no grouped experts and ignores the option. Experts with biases, which
     a shortcut refuses, stay the host's.

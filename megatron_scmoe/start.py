@@ -26,8 +26,8 @@ def all_rows() -> tuple[Replacement, ...]:
 
 def rows_of_others() -> tuple[Replacement, ...]:
     """Of the parts that import the host, which has to be prepared before."""
-    from megatron_scmoe import memory
-    from megatron_scmoe.checkpoint import replacements
+    from megatron_scmoe.planner import memory
+    from megatron_scmoe.run.checkpoint import replacements
 
     return (*replacements.TABLE, *memory.REPLACEMENTS)
 

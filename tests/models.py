@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
+from megatron_scmoe.model.specs import block_config, scmoe_block_spec
 from tests.reference import ReferenceConfig
 
 SEQUENCE, BATCH = 6, 2

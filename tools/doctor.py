@@ -20,9 +20,9 @@ from pathlib import Path
 # Also from a plain checkout, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_scmoe import host, start
+from megatron_scmoe import say, start
 
-with host.user_errors():
+with say.user_errors():
     start.replace_host_symbols()
 
 import logging
@@ -42,8 +42,8 @@ from megatron.training.arguments import parse_args
 
 from megatron_scmoe import __version__
 from megatron_scmoe.arguments import add_scmoe_args, validate
-from megatron_scmoe.doctor import environment, gpu, links
-from megatron_scmoe.doctor.findings import Finding, Place, merge, name_ranks
+from megatron_scmoe.run.doctor import gpu, links, machine
+from megatron_scmoe.run.doctor.findings import Finding, Place, merge, name_ranks
 from pretrain_gpt_scmoe import prepare
 
 TIMEOUT_MINUTES = 2
@@ -58,18 +58,18 @@ def main() -> int:
         print(__doc__)
         return 0
     logging.disable(logging.WARNING)  # what the host logs is not asked for
-    with host.user_errors():
+    with say.user_errors():
         args = parse_args(add_options) if sys.argv[1:] else None
     layout = [] if args is None else [judge_layout(args)]
     is_sound = all(finding.severity != "error" for finding in layout)
-    machine = environment.examine(args if is_sound else None)
+    of_machine = machine.examine(args if is_sound else None)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         here = Place(0, socket.gethostname())
-        return report({"machine": merge([(here, machine)]), "layout": merge([(here, layout)])})
+        return report({"machine": merge([(here, of_machine)]), "layout": merge([(here, layout)])})
     try:
-        return examine_job(args, machine, layout)
+        return examine_job(args, of_machine, layout)
     except RuntimeError as error:  # of this kind are torch.distributed's
-        host.leave(host.one_line(error), 1)
+        say.leave(say.one_line(error), 1)
 
 
 def add_options(parser: ArgumentParser) -> ArgumentParser:
@@ -85,8 +85,8 @@ def judge_layout(args: Namespace) -> Finding:
             validate(args)
             vars(args).update(NOT_OURS)
             prepare(args)
-    except host.USER_ERRORS as error:
-        return Finding("error", host.one_line(error))
+    except say.USER_ERRORS as error:
+        return Finding("error", say.one_line(error))
     experts = (
         f"; {args.num_experts} experts over {args.expert_model_parallel_size} expert parallel x "
         f"{args.expert_tensor_parallel_size} expert tensor parallel ranks"

@@ -25,7 +25,7 @@ from pathlib import Path
 # Also from a plain checkout, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_scmoe import host, start
+from megatron_scmoe import host, say, start
 
 start.replace_host_symbols()
 
@@ -37,12 +37,12 @@ from megatron_scmoe.arguments import (
     apply_scmoe_defaults,
     model_config_from_args,
 )
-from megatron_scmoe.layout import check_ranks
-from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.checks.layout import check_ranks
+from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.planner.plan import Source, make_plan
-from megatron_scmoe.planner.report import as_json, as_text
+from megatron_scmoe.planner.plan_text import as_json, as_text
 
 GIGA, TERA = 1e9, 1e12
 
@@ -86,7 +86,7 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
         options, their model, and what was set beside them.
 
     Raises:
-        ValueError, AssertionError: what the host or we refuse; see host.user_errors.
+        ValueError, AssertionError: what the host or we refuse; see say.user_errors.
     """
     # Asked by the host before Blackwell; no communication happens here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -179,7 +179,7 @@ def source_from_args(args: Namespace) -> Source:
 
 
 def main() -> None:
-    with host.user_errors(), warnings.catch_warnings():
+    with say.user_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's, about training
         args, config, notes = parse_command_line()
         source = source_from_args(args)

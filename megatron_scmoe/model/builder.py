@@ -9,24 +9,29 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import (
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_pg_rank
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import (
+from megatron_scmoe.model.specs import (
     block_config,
     scmoe_block_spec,
     with_local_replacements,
 )
-from megatron_scmoe.metrics import track_units
+from megatron_scmoe.model.unit import ShortcutLayer
+from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
 
 
 @dataclass(kw_only=True)
 class ScMoEModelConfig(GPTModelConfig):
     """The host's model config, and ours beside it."""
 
-    builder: ClassVar[str] = "megatron_scmoe.model.ScMoEModelBuilder"
+    builder: ClassVar[str] = "megatron_scmoe.model.builder.ScMoEModelBuilder"
     scmoe: ScMoEConfig = field(default_factory=ScMoEConfig)
 
 
@@ -69,10 +74,24 @@ class ScMoEModelBuilder(GPTModelBuilder):
         return model
 
 
+def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
+    """Let the training loop report on the units of this model chunk."""
+    tracker = get_moe_metrics_tracker()
+    if not isinstance(tracker, UnitTracker):
+        tracker = UnitTracker(
+            scmoe.scmoe_shortcut_position,
+            scmoe.scmoe_overlap,
+            scmoe.measures_slots,
+            scmoe.scmoe_trace_dir,
+        )
+        set_moe_metrics_tracker(tracker)
+    tracker.units += [module for module in model.modules() if isinstance(module, ShortcutLayer)]
+
+
 def agree_on_slots(scmoe: ScMoEConfig) -> None:
     """Measure the expert slots on every rank if one of them has to.
 
-    Each rank has compared its own machine with its checkpoint's (checkpoint/resume.py), before
+    Each rank has compared its own machine with its checkpoint's (run/checkpoint/resume.py), before
     ranks could speak; ranks that measure alone would wait for the others forever.
     """
     if scmoe.scmoe_expert_slot != "auto":
@@ -89,7 +108,7 @@ class ShortcutBlock(TransformerBlock):
 
     On disk every attention layer is `layers.<its number - 1>`, in whichever unit, stage or
     position it runs, so that a checkpoint loads at another pipeline split and at another shortcut
-    position. Norms have the names of Transformer Engine's layers (layer_specs.py). In memory a
+    position. Norms have the names of Transformer Engine's layers (specs.py). In memory a
     unit is one layer.
     """
 

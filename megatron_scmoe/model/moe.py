@@ -22,7 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe.token_dispatcher import Chunk, ExpertInput, Trip, build_dispatcher
+from megatron_scmoe.model.dispatch.token_dispatcher import (
+    Chunk,
+    ExpertInput,
+    Trip,
+    build_dispatcher,
+)
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 

@@ -30,12 +30,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_scmoe.attention import LatentDotProductAttention
 from megatron_scmoe.config import ScMoEConfig, uses_grouped_experts
-from megatron_scmoe.moe.experts import GroupedExperts
-from megatron_scmoe.moe.moe_layer import ScMoELayer
-from megatron_scmoe.norm import SequenceParallelTorchNorm
-from megatron_scmoe.shortcut_layer import (
+from megatron_scmoe.model.attention import LatentDotProductAttention
+from megatron_scmoe.model.experts.grouped import GroupedExperts
+from megatron_scmoe.model.moe import ScMoELayer
+from megatron_scmoe.model.norm import SequenceParallelTorchNorm
+from megatron_scmoe.model.unit import (
     NumberedLayer,
     ShortcutLayer,
     ShortcutLayerSubmodules,
@@ -144,7 +144,7 @@ def scmoe_block_spec(
 def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
     """Replace what the local spec cannot do in a (nested) spec.
 
-    See norm.py, attention.py and moe/experts.py. Without sequence parallelism, latent attention
+    See norm.py, attention.py and experts/grouped.py. Without sequence parallelism, latent attention
     and grouped experts the spec is returned as it is.
     """
     replacements: dict[Any, Any] = {}

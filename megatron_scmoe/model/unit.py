@@ -35,10 +35,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.moe.moe_layer import RoutedWork, SharedOutput
+from megatron_scmoe.model.moe import RoutedWork, SharedOutput
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
 from megatron_scmoe.overlap.schedule import (
     PER_CHUNK,
@@ -188,6 +189,11 @@ class ShortcutLayer(NumberedLayer):
     def recorder(self) -> UnitRecorder:
         """What this unit did and when."""
         return self.mlp.recorder
+
+    @property
+    def ep_group(self) -> ProcessGroup:
+        """Ranks that share the experts."""
+        return self.mlp.ep_group
 
     def _schedule(self, hidden_states: Tensor) -> tuple[Task, ...]:
         """What the next forward pass does, in order."""

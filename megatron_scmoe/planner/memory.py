@@ -1,6 +1,6 @@
 """What the ranks of a run hold: weights, gradients, optimizer state, kept activations.
 
-Numbers come from model_size.py and the pipeline split; tests/distributed_tests/test_memory.py holds
+Numbers come from size.py and the pipeline split; tests/distributed_tests/test_memory.py holds
 them against models and optimizers built on gloo ranks.
 
 Covered: parameters, gradient buffers, main parameters and optimizer state; and what autograd keeps
@@ -19,13 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.arguments import model_config_from_args
 from megatron_scmoe.host.replace import Replacement
-from megatron_scmoe.layer_specs import block_layers, pipeline_stages
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, Weights, model_size
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.specs import block_layers, pipeline_stages
+from megatron_scmoe.planner.size import ModelSize, Weights, model_size
 
 MEBIBYTE = 1024 * 1024
 
-# Selective recomputation that model_size.py takes into account.
+# Selective recomputation that size.py takes into account.
 COUNTED_RECOMPUTATION = {"core_attn", "mlp", "moe", "shared_experts", "layernorm"}
 
 

@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import model_size
+from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.predict import (
     PAIR,
@@ -30,6 +29,7 @@ from megatron_scmoe.planner.predict import (
     predict_best,
     stock_seconds,
 )
+from megatron_scmoe.planner.size import model_size
 from megatron_scmoe.planner.times import step_flops
 
 

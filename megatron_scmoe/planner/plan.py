@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.memory import RankMemory, Training, memory_of_ranks, training_from_args
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, model_size
+from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.measured import Comparison, Measurement, compare
+from megatron_scmoe.planner.memory import RankMemory, Training, memory_of_ranks, training_from_args
 from megatron_scmoe.planner.predict import Model, PassTimes, Prediction, predict, predict_best
+from megatron_scmoe.planner.size import ModelSize, model_size
 from megatron_scmoe.planner.times import (
     all_passes,
     changed,

@@ -6,11 +6,11 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.layer_specs import moe_layer_pattern
-from megatron_scmoe.memory import RankMemory, activation_remarks
+from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import Slots, default_slot
 from megatron_scmoe.planner.cluster import PRESETS
 from megatron_scmoe.planner.measured import TOLERANCE
+from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
 from megatron_scmoe.planner.predict import Model, Prediction, Routed
 from megatron_scmoe.planner.times import tokens_per_rank

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.schedule import Slots, Step, window
 
 PAIR = window("pos3")

@@ -25,8 +25,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import moe_layer_pattern
-from megatron_scmoe.model import ScMoEModelConfig
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.specs import moe_layer_pattern
 
 # What Megatron leaves out of the FLOPs that --log-throughput divides: outputs of a few columns.
 NOT_IN_MODEL_FLOPS = ("router", "merge")

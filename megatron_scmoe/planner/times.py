@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.layer_specs import moe_layer_pattern
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, model_size
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes, Routed
+from megatron_scmoe.planner.size import ModelSize, model_size
 
 _ROUTER_WEIGHT_BYTES = 4
 # Gradients of the input and of the weights, a multiplication of the same size for each.

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from tests.distributed_utils import run_distributed
 from tests.models import Case
 

@@ -18,9 +18,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_scmoe.memory import RankMemory, Training, memory_of_ranks
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.model_size import model_size
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.planner.memory import RankMemory, Training, memory_of_ranks
+from megatron_scmoe.planner.size import model_size
 from tests.distributed_utils import run_distributed
 from tests.kept_bytes import KeptBytes
 from tests.models import Case

@@ -10,10 +10,10 @@ import pytest
 from torch import distributed as dist
 from torch import nn
 
-from megatron_scmoe import shortcut_layer
+from megatron_scmoe.model import unit
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap import branch
 from megatron_scmoe.overlap.schedule import Slots
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.distributed_tests.test_overlap_parity import RECOMPUTE_ALL, inputs
 from tests.distributed_utils import run_distributed
 from tests.models import Case, build_block, run_block
@@ -154,7 +154,7 @@ def record_all() -> dict[Any, tuple[list[str], list[str]]]:
     }
     orders["recompute"] = record("pos2", Slots(1, 1), True, recorder, RECOMPUTE_ALL)
     orders["chunks"] = record("pos2", Slots(1, 2), True, recorder, num_chunks=2)
-    shortcut_layer.runs_ahead = lambda _: True
+    unit.runs_ahead = lambda _: True
     orders["runs ahead"] = record("pos2", Slots(2, 0), True, recorder)
     ShortcutLayer.operators_ahead = 2
     orders["runs two ahead"] = record("pos2", Slots(3, 0), True, recorder)

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_scmoe.moe.moe_layer import ScMoELayer
+from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
 from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block

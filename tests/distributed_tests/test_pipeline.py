@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from tests.distributed_utils import run_distributed
 from tests.functional_tests.launch import SCRIPT, TINY_MODEL, TINY_MOE, launch_rank
 from tests.models import Case

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from megatron_scmoe.checkpoint import contents
+from megatron_scmoe.run.checkpoint import contents
 from tests.functional_tests.forked import Hook, flush_curves, processes_of, start_ranks
 from tests.functional_tests.launch import LOSS_LINE, read_scalars
 from tests.functional_tests.layouts import CURVES, EP2, MODEL

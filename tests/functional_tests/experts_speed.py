@@ -17,7 +17,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_scmoe.moe.experts import GroupedExperts, GroupedLinear
+from megatron_scmoe.model.experts.grouped import GroupedExperts, GroupedLinear
 from tests.distributed_utils import finalize, initialize
 from tests.models import Case
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.host.errors import EXIT_CODE
+from megatron_scmoe.say import EXIT_CODE
 from tests import distributed_utils  # the server's preloaded modules
 from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run, free_port
 

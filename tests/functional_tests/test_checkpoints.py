@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_scmoe.checkpoint.transfer import OTHER_STATE
+from megatron_scmoe.run.checkpoint.transfer import OTHER_STATE
 
 from .forked import Hook, launch_forked
 from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, launch, read_scalars

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scmoe.doctor import environment, links
+from megatron_scmoe.run.doctor import links, machine
 
 from .forked import launch_forked
 from .launch import TIMEOUT_S, TINY_MODEL, TINY_MOE
@@ -164,8 +164,8 @@ def pretrain_on_a_full_disk() -> None:
 
     from pretrain_gpt_scmoe import main
 
-    usage = environment.shutil.disk_usage
-    environment.shutil.disk_usage = lambda path: (
-        usage(path) if path == environment.SHARED_MEMORY else SimpleNamespace(free=0)
+    usage = machine.shutil.disk_usage
+    machine.shutil.disk_usage = lambda path: (
+        usage(path) if path == machine.SHARED_MEMORY else SimpleNamespace(free=0)
     )
     main()

@@ -38,7 +38,7 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 BASELINE = f"{MOE} {PAIRS} --disable-bias-linear --moe-router-pre-softmax"
 
-# Layouts, which are as impossible without a shortcut; megatron_scmoe/layout.py.
+# Layouts, which are as impossible without a shortcut; megatron_scmoe/checks/layout.py.
 LAYOUTS = {
     "TP without sequence parallelism": (
         f"{BASELINE} --tensor-model-parallel-size 2",

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scmoe.checkpoint import contents
-from megatron_scmoe.checkpoint.record import read_record
+from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.checkpoint.record import read_record
 
 from .forked import launch_forked, processes_of
 from .launch import Launcher, free_port, read_scalars

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.metrics import UnitTracker
-from megatron_scmoe.overlap.adaptive import (
+from megatron_scmoe.model.unit import ShortcutLayer
+from megatron_scmoe.overlap.measure.adaptive import (
     ALONE,
     BESIDE,
     WARM_UP,
@@ -27,11 +26,11 @@ from megatron_scmoe.overlap.adaptive import (
     slow_down,
     unit_times,
 )
-from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.measure.cost import UnitTimes
+from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
+from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
-from megatron_scmoe.overlap.trace import TraceWriter
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 
@@ -115,7 +114,7 @@ def test_units_of_which_nothing_is_trained(single_rank: None) -> None:
 def test_a_slow_down_that_is_no_number_is_not_reported() -> None:
     """It would be no JSON in a trace."""
     times, nothing = UnitTimes((1.0,), 1.0, 1.0, 1.0), UnitTimes((0.0,), 0.0, 0.0, 0.0)
-    tracker = UnitTracker(ScMoEConfig(scmoe_shortcut_position="pos2"))
+    tracker = UnitTracker("pos2", overlap=True, measures_slots=True)
     tracker._beside = times, nothing
     found = SimpleNamespace(phase=BESIDE, observe=lambda _: (times, nothing))
     tracker._first = found  # type: ignore[assignment]

@@ -13,7 +13,7 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
-from megatron_scmoe import host
+from megatron_scmoe import host, say
 from megatron_scmoe.arguments import (
     add_scmoe_args,
     apply_scmoe_defaults,
@@ -22,7 +22,9 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
-from megatron_scmoe.checkpoint.options import (
+from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, NO_OPTIONS, ScMoEConfig
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.run.checkpoint.options import (
     ARCHITECTURE,
     SCMOE,
     TIMES,
@@ -30,8 +32,6 @@ from megatron_scmoe.checkpoint.options import (
     differences,
     flag,
 )
-from megatron_scmoe.config import _UNSUPPORTED_OPTIONS, NO_OPTIONS, ScMoEConfig
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = (
@@ -104,7 +104,7 @@ def test_a_help_text_that_cannot_be_formatted_is_printed_as_it_is(text: str) -> 
     parser = argparse.ArgumentParser()
     parser.add_argument("--sound", default=3, help="three is %(default)s")
     parser.add_argument("--bare", help=text)
-    host.printable_help(parser)
+    say.printable_help(parser)
     printed = parser.format_help()
     assert text in printed and "three is 3" in printed
 

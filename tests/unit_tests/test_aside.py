@@ -20,9 +20,9 @@ import torch
 from megatron.training import checkpointing
 from torch.distributed import checkpoint as dcp
 
-from megatron_scmoe.checkpoint import aside, contents, errors
-from megatron_scmoe.checkpoint.record import read_record, write_record
-from megatron_scmoe.checkpoint.resume import check_cleaned_folder, settle_folders
+from megatron_scmoe.run.checkpoint import aside, contents, errors
+from megatron_scmoe.run.checkpoint.record import read_record, write_record
+from megatron_scmoe.run.checkpoint.resume import check_cleaned_folder, settle_folders
 
 OPERATIONS = ("rename", "replace", "unlink", "rmdir", "mkdir")
 OLD, NEW = 1.0, 2.0

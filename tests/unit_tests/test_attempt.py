@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from megatron_scmoe.host import launcher
+from megatron_scmoe.run.watch.attempt import _number_for_others, store_of_this_attempt
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -26,7 +26,7 @@ def attempt(world_size: int) -> list[PrefixStore]:
     stores: dict[int, PrefixStore] = {}
 
     def join(rank: int) -> None:
-        stores[rank] = launcher.store_of_this_attempt(rank, world_size, TIMEOUT)
+        stores[rank] = store_of_this_attempt(rank, world_size, TIMEOUT)
 
     ranks = [threading.Thread(target=join, args=(rank,)) for rank in reversed(range(world_size))]
     for rank in ranks:
@@ -54,9 +54,9 @@ def test_attempt_that_ended_halfway_is_no_obstacle(store: TCPStore) -> None:
 
 def test_missing_rank_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"ranks \[1\] are not there after"):
-        launcher._number_for_others(HashStore(), 0, 2, timedelta(seconds=0.1))
+        _number_for_others(HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
 def test_launcher_that_shares_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert launcher.store_of_this_attempt(0, 2, TIMEOUT) is None
+    assert store_of_this_attempt(0, 2, TIMEOUT) is None

@@ -6,8 +6,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_scmoe.attention import LatentDotProductAttention
-from megatron_scmoe.layer_specs import scmoe_block_spec
+from megatron_scmoe.model.attention import LatentDotProductAttention
+from megatron_scmoe.model.specs import scmoe_block_spec
 from tests.models import Case
 from tests.unit_tests.test_te_specs import ATTENTIONS, host_config, unit_and_plain
 
@@ -58,7 +58,7 @@ def test_apex_norms_are_kept(monkeypatch: pytest.MonkeyPatch, sequence_parallel:
     """With apex, its LayerNorm serves every norm, under sequence parallelism too."""
     for module in ("core.models.backends", "core.models.gpt.gpt_layer_specs"):
         monkeypatch.setattr(f"megatron.{module}.LNImpl", FusedLayerNorm)
-    monkeypatch.setattr("megatron_scmoe.layer_specs.LNImpl", FusedLayerNorm)
+    monkeypatch.setattr("megatron_scmoe.model.specs.LNImpl", FusedLayerNorm)
     parallel = {"tensor_model_parallel_size": 2} if sequence_parallel else {}
     config = host_config(
         "gqa",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_scmoe.checkpoint import contents
-from megatron_scmoe.checkpoint.options import differences
 from megatron_scmoe.host.optimizer import load_chain_of_any_layout
+from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.checkpoint.options import differences
 
 
 def write_checkpoint(folder: Path, iteration: int) -> Path:

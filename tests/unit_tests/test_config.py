@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import moe_freq_type
 
 from megatron_scmoe.config import _UNSUPPORTED, _UNSUPPORTED_OPTIONS, ScMoEConfig
-from megatron_scmoe.layer_specs import block_config, block_layers
+from megatron_scmoe.model.specs import block_config, block_layers
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tests.models import Case
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_scmoe.overlap.cost import UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.cost import UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, build_schedule, window
 
 seconds = st.floats(0, 10, allow_nan=False)

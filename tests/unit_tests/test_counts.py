@@ -17,9 +17,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_scmoe.memory import report_lines, reporting, training_from_args
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.model_size import ModelSize, model_size
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.planner.memory import report_lines, reporting, training_from_args
+from megatron_scmoe.planner.size import ModelSize, model_size
 from tests.kept_bytes import KeptBytes
 from tests.models import Case
 
@@ -396,7 +396,7 @@ def test_report_leaves_to_the_host_what_it_cannot_count(
     assert report(Namespace()) == "the host's"  # a script without our options
     assert capsys.readouterr().out == ""
     config = model_config(Case(NONE, {"mtp_num_layers": 1}))
-    monkeypatch.setattr("megatron_scmoe.memory.model_config_from_args", lambda args: config)
+    monkeypatch.setattr("megatron_scmoe.planner.memory.model_config_from_args", lambda args: config)
     args = Namespace(scmoe_shortcut_position="none", seq_length=SEQUENCE, micro_batch_size=BATCH)
     assert report(args) == "the host's"
     assert capsys.readouterr().out == (

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_scmoe.doctor import environment, gpu, links
-from megatron_scmoe.doctor.findings import Finding, Place, merge, name_ranks
 from megatron_scmoe.host import version
+from megatron_scmoe.run.doctor import gpu, links, machine
+from megatron_scmoe.run.doctor.findings import Finding, Place, merge, name_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def only(check: environment.Check, args: Namespace | None = None) -> Finding:
+def only(check: machine.Check, args: Namespace | None = None) -> Finding:
     (finding,) = check(args)
     return finding
 
@@ -110,7 +110,7 @@ def run_options(**changes: object) -> Namespace:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,18 +119,18 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         3 * 2 * 2 * 2 * 1024 * 28 * 8
     )  # loaders, workers, ready batches, samples, bytes, ranks
     free(monkeypatch, batches)
-    assert only(environment.check_shared_memory, run_options()).severity == "ok"
+    assert only(machine.check_shared_memory, run_options()).severity == "ok"
     free(monkeypatch, batches - 1)
-    warning = only(environment.check_shared_memory, run_options())
+    warning = only(machine.check_shared_memory, run_options())
     assert warning.severity == "warning"
     assert warning.remedy.endswith("or use --num-workers 0")
-    assert only(environment.check_shared_memory, run_options(num_workers=0)).severity == "ok"
+    assert only(machine.check_shared_memory, run_options(num_workers=0)).severity == "ok"
     mask = run_options(create_attention_mask_in_dataloader=True)
     free(monkeypatch, batches * 30)
-    assert only(environment.check_shared_memory, mask).severity == "warning"
+    assert only(machine.check_shared_memory, mask).severity == "warning"
     monkeypatch.setattr(gpu, "here", lambda: True)
-    free(monkeypatch, environment.NCCL_SHARED_MEMORY - 1)
-    assert "--shm-size" in only(environment.check_shared_memory).remedy
+    free(monkeypatch, machine.NCCL_SHARED_MEMORY - 1)
+    assert "--shm-size" in only(machine.check_shared_memory).remedy
 
 
 def test_the_newest_checkpoint_is_the_measure(
@@ -139,18 +139,18 @@ def test_the_newest_checkpoint_is_the_measure(
     folder = tmp_path / "iter_0000002"
     folder.mkdir()
     (folder / "weights").write_bytes(bytes(5000))
-    monkeypatch.setattr(environment.contents, "newest_complete", lambda folder: 2)
+    monkeypatch.setattr(machine.contents, "newest_complete", lambda folder: 2)
     args = run_options(save=str(tmp_path))
     free(monkeypatch, 4999)
-    warning = only(environment.check_disk, args)
+    warning = only(machine.check_disk, args)
     assert warning.severity == "warning" and "about 4.88 KiB" in warning.seen
     free(monkeypatch, 5000)
-    assert only(environment.check_disk, args).severity == "ok"
+    assert only(machine.check_disk, args).severity == "ok"
 
 
 def helpers(monkeypatch: pytest.MonkeyPatch, built: bool, tools: set[str], rank: int) -> None:
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: built or None)
-    monkeypatch.setattr(environment.shutil, "which", lambda tool: tool if tool in tools else None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: built or None)
+    monkeypatch.setattr(machine.shutil, "which", lambda tool: tool if tool in tools else None)
     monkeypatch.setenv("RANK", str(rank))
 
 
@@ -179,23 +179,23 @@ def test_dataset_helpers(
     (tmp_path / "datasets").mkdir()
     if makefile:
         (tmp_path / "datasets" / "Makefile").write_text("")
-    monkeypatch.setattr(environment, "megatron_core_folder", lambda: tmp_path)
+    monkeypatch.setattr(machine, "megatron_core_folder", lambda: tmp_path)
     helpers(monkeypatch, built, tools, rank)
-    finding = only(environment.check_dataset_helpers)
+    finding = only(machine.check_dataset_helpers)
     assert finding.severity == severity
     assert expected in finding.line
 
 
 def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(environment.check_torch(None))
-    monkeypatch.setattr(environment, "is_torch_min_version", lambda version: False)
-    assert only(environment.check_torch).remedy == "install torch>=2.8.0"
+    assert not list(machine.check_torch(None))
+    monkeypatch.setattr(machine, "is_torch_min_version", lambda version: False)
+    assert only(machine.check_torch).remedy == "install torch>=2.8.0"
     with pytest.raises(ValueError, match=r"install torch>=2\.8\.0"):
-        environment.start_up(run_options())
+        machine.start_up(run_options())
 
 
 def test_a_sound_machine_is_silent_at_start_up() -> None:
-    assert environment.start_up(run_options(num_workers=0)) == []
+    assert machine.start_up(run_options(num_workers=0)) == []
 
 
 def test_connections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from megatron_scmoe.layer_specs import scmoe_block_spec, with_local_replacements
-from megatron_scmoe.moe.experts import GroupedExperts, GroupedMatmul, why_no_grouped_mm
+from megatron_scmoe.model.experts.grouped import GroupedExperts, GroupedMatmul, why_no_grouped_mm
+from megatron_scmoe.model.specs import scmoe_block_spec, with_local_replacements
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tests.distributed_utils import run_distributed
 from tests.models import Case, parameters_by_expert

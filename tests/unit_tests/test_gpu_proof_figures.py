@@ -12,13 +12,19 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from torch import distributed
 
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.model_size import model_size
-from megatron_scmoe.moe.experts import GroupedExperts
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.experts.grouped import GroupedExperts
 from megatron_scmoe.overlap.collectives import AllToAll, Transfer
-from megatron_scmoe.overlap.cost import UnitTimes
-from megatron_scmoe.overlap.recorder import Activity, Direction, Span, UnitRecord, UnitRecorder
+from megatron_scmoe.overlap.measure.cost import UnitTimes
+from megatron_scmoe.overlap.recorder import (
+    Activity,
+    Direction,
+    Span,
+    UnitRecord,
+    UnitRecorder,
+)
 from megatron_scmoe.overlap.schedule import Slots
+from megatron_scmoe.planner.size import model_size
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
 from tools.gpu_proof import fast, hidden, layers, transformer_engine
 from tools.gpu_proof.connections import (

@@ -8,9 +8,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_scmoe import host, start
+from megatron_scmoe import host, say, start
 from megatron_scmoe.host import cpu, replace
-from megatron_scmoe.host.errors import SECONDS_TO_SPEAK
+from megatron_scmoe.say import SECONDS_TO_SPEAK
 
 
 @pytest.fixture
@@ -119,24 +119,24 @@ def test_cpu_options_exist_and_are_announced_once(capsys: pytest.CaptureFixture[
 class TestUserErrors:
     def test_message(self, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(SystemExit) as exit_info, host.user_errors():
+        with pytest.raises(SystemExit) as exit_info, say.user_errors():
             raise AssertionError("two\n lines")
         assert exit_info.value.code == 2
         assert capsys.readouterr().err.endswith(": error: two lines\n")
 
     def test_bare_assert_shows_its_condition(self, capsys, monkeypatch) -> None:
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(SystemExit), host.user_errors():
+        with pytest.raises(SystemExit), say.user_errors():
             assert 1 == 2
         assert "assert 1 == 2" in capsys.readouterr().err
 
     def test_other_ranks_let_the_first_one_speak(self, capsys, monkeypatch) -> None:
         """The launcher ends them meanwhile, unless the error is theirs alone."""
         slept: list[float] = []
-        monkeypatch.setattr("megatron_scmoe.host.errors.time.sleep", slept.append)
+        monkeypatch.setattr("megatron_scmoe.say.time.sleep", slept.append)
         monkeypatch.setenv("RANK", "3")
         monkeypatch.setenv("LOCAL_RANK", "3")
-        with pytest.raises(SystemExit), host.user_errors():
+        with pytest.raises(SystemExit), say.user_errors():
             raise ValueError("no")
         assert slept == [SECONDS_TO_SPEAK + 3]
         assert capsys.readouterr().err.endswith(": error: no\n")
@@ -144,16 +144,16 @@ class TestUserErrors:
     def test_another_node_speaks_for_itself(self, capsys, monkeypatch) -> None:
         """Later than rank 0: the launcher ends it if rank 0 has the same to say."""
         waited: list[float] = []
-        monkeypatch.setattr("megatron_scmoe.host.errors.time.sleep", waited.append)
+        monkeypatch.setattr("megatron_scmoe.say.time.sleep", waited.append)
         monkeypatch.setenv("RANK", "8")
         monkeypatch.setenv("LOCAL_RANK", "0")
-        with pytest.raises(SystemExit), host.user_errors():
+        with pytest.raises(SystemExit), say.user_errors():
             raise ValueError("no such file on this node")
         assert "error: no such file on this node" in capsys.readouterr().err
         assert len(waited) == 1 and waited[0] >= 10
 
     def test_bugs_keep_their_traceback(self) -> None:
-        with pytest.raises(KeyError), host.user_errors():
+        with pytest.raises(KeyError), say.user_errors():
             raise KeyError("bug")
 
 

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import PerTensor
 from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.schedule import POSITIONS
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.distributed_utils import run_distributed
 from tests.kept_bytes import Alive, KeptBytes
 from tests.models import BATCH, Case, build_block, run_block

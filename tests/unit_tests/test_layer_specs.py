@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import block_config, block_layers, scmoe_block_spec
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig, ShortcutBlock
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig, ShortcutBlock
+from megatron_scmoe.model.specs import block_config, block_layers, scmoe_block_spec
+from megatron_scmoe.model.unit import NumberedLayer, ShortcutLayer
 from megatron_scmoe.overlap.schedule import POSITIONS
-from megatron_scmoe.shortcut_layer import NumberedLayer, ShortcutLayer
 from tests.models import Case, build_block, run_block
 
 # 1 for MoE.

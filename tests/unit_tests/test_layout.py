@@ -12,7 +12,7 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.layout import check_ranks, check_shares
+from megatron_scmoe.checks.layout import check_ranks, check_shares
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scmoe.checkpoint import options, record
-from megatron_scmoe.checkpoint.record import machine_facts, read_record, write_record
-from megatron_scmoe.checkpoint.resume import _keep_slots
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.model import agree_on_slots
+from megatron_scmoe.model.builder import agree_on_slots
+from megatron_scmoe.run.checkpoint import options, record
+from megatron_scmoe.run.checkpoint.record import machine_facts, read_record, write_record
+from megatron_scmoe.run.checkpoint.resume import _keep_slots
 from tests.distributed_utils import run_distributed
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.overlap.measure.cost import UnitTimes
+from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
-from megatron_scmoe.overlap.trace import TraceWriter
 from tools import overlap_report
 from tools.report.advice import advise
 from tools.report.analysis import Figures, analyse

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-from megatron_scmoe.model import ScMoEModelConfig
-from megatron_scmoe.overlap.cost import UnitTimes, slot_seconds
+from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner import paper
 from megatron_scmoe.planner.cluster import PRESETS, Cluster

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.schedule import (
     POSITIONS,
     Slots,
@@ -17,7 +18,6 @@ from megatron_scmoe.overlap.schedule import (
     format_schedule,
     window,
 )
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 
 DENSE_ATTENTION = [Step.DENSE_QKV, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION]
 ATTENTION = [Step.QKV, Step.CORE_ATTENTION, Step.PROJECTION]

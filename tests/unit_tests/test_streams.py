@@ -18,13 +18,13 @@ from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from torch import Tensor, nn
 from torch.distributed import group
 
-from megatron_scmoe.moe import token_dispatcher
-from megatron_scmoe.moe.token_dispatcher import AllToAllDispatcher, AllToAllTrip
+from megatron_scmoe.model.dispatch import token_dispatcher
+from megatron_scmoe.model.dispatch.token_dispatcher import AllToAllDispatcher, AllToAllTrip
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllGather, AllToAll, PerTensor
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 from tests.stream_model import StreamModel
 

@@ -30,13 +30,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_scmoe import host
+from megatron_scmoe import say
 from megatron_scmoe.arguments import parse_and_validate_args
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.layer_specs import block_config, scmoe_block_spec
-from megatron_scmoe.model import ShortcutBlock
-from megatron_scmoe.moe.moe_layer import ScMoELayer
-from megatron_scmoe.shortcut_layer import NumberedLayer, ShortcutLayer, ShortcutLayerSubmodules
+from megatron_scmoe.model.builder import ShortcutBlock
+from megatron_scmoe.model.moe import ScMoELayer
+from megatron_scmoe.model.specs import block_config, scmoe_block_spec
+from megatron_scmoe.model.unit import NumberedLayer, ShortcutLayer, ShortcutLayerSubmodules
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 
 needs_te = pytest.mark.skipif(not HAVE_TE, reason="the host has no Transformer Engine here")
@@ -306,7 +306,7 @@ def test_missing_transformer_engine_on_a_gpu_machine(
     monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", False)
     options = [*TINY_MODEL, *TINY_MOE, "--mock-data", "--scmoe-shortcut-position", "pos1"]
     monkeypatch.setattr("sys.argv", ["pretrain_gpt_scmoe.py", *options])
-    with pytest.raises(SystemExit), host.user_errors():
+    with pytest.raises(SystemExit), say.user_errors():
         parse_and_validate_args()
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if "error: " in line)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_scmoe.moe import token_dispatcher
-from megatron_scmoe.moe.token_dispatcher import Chunk
+from megatron_scmoe.model.dispatch import token_dispatcher
+from megatron_scmoe.model.dispatch.token_dispatcher import Chunk
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block

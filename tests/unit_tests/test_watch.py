@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_scmoe.watch import lost_peer
-from megatron_scmoe.watch.peers import is_late
-from megatron_scmoe.watch.report import Collective, Report
-from megatron_scmoe.watch.verdict import Alarm, culprits, verdict
+from megatron_scmoe.run.watch import lost_peer
+from megatron_scmoe.run.watch.account import Collective, Report
+from megatron_scmoe.run.watch.peers import is_late
+from megatron_scmoe.run.watch.verdict import Alarm, culprits, verdict
 
 EP, DP, PP = "EXPERT_MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_MODEL_PARALLEL_GROUP"
 

@@ -37,11 +37,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_scmoe.host.cpu import no_cuda_device
-from megatron_scmoe.moe.experts import GroupedExperts
-from megatron_scmoe.overlap.adaptive import FirstIterations, choose_slots
-from megatron_scmoe.overlap.cost import UnitTimes
+from megatron_scmoe.model.experts.grouped import GroupedExperts
+from megatron_scmoe.model.unit import ShortcutLayer
+from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
+from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, window
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.paper_shapes import (

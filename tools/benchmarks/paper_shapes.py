@@ -37,8 +37,8 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
-from megatron_scmoe.layer_specs import block_config, scmoe_block_spec, with_local_replacements
-from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
+from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
+from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import default_slot, window
 from tools.benchmarks.environment import as_markdown, describe

@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_scmoe.overlap.cost import UnitTimes, slot_seconds
+from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from tools.benchmarks.emulated_link import Link, emulated_link

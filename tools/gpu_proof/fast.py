@@ -31,9 +31,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_scmoe.memory import MEBIBYTE, Training, memory_of_ranks
-from megatron_scmoe.model import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.model_size import model_size
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.planner.memory import MEBIBYTE, Training, memory_of_ranks
+from megatron_scmoe.planner.size import model_size
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, expert_kinds, unit_of
 from tools.benchmarks.paper_shapes import (

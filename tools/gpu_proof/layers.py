@@ -25,7 +25,7 @@ from megatron.core.utils import get_te_version
 from torch import Tensor
 from torch.distributed import Work
 
-from megatron_scmoe.model import ShortcutBlock
+from megatron_scmoe.model.builder import ShortcutBlock
 from megatron_scmoe.overlap.collectives import AllToAll
 from tools.benchmarks.paper_shapes import Inputs, Shape
 

@@ -19,10 +19,10 @@ report waits on events and for the whole device, the calls of these.
 
 import sys
 
-from megatron_scmoe import host, start
+from megatron_scmoe import say, start
 from megatron_scmoe.host.cpu import hide_gpu_libraries
 
-with host.user_errors():
+with say.user_errors():
     if "transformer_engine" not in sys.argv:  # the value of --transformer-impl
         hide_gpu_libraries()
     start.replace_host_symbols()

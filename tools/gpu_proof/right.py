@@ -42,12 +42,12 @@ import torch
 from torch import Tensor
 from torch.distributed import group
 
-from megatron_scmoe.moe.moe_layer import ScMoELayer
+from megatron_scmoe.model.moe import ScMoELayer
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
-from megatron_scmoe.shortcut_layer import ShortcutLayer
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Contender, Inputs, Shape, build
 from tools.gpu_proof.layers import errors, largest, one_rank, seed

@@ -31,7 +31,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_scmoe.moe.experts import GroupedMatmul, why_no_grouped_mm
+from megatron_scmoe.model.experts.grouped import GroupedMatmul, why_no_grouped_mm
 from megatron_scmoe.overlap.schedule import POSITIONS, default_slot
 from tools.benchmarks.paper_shapes import (
     Contender,

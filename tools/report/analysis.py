@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from megatron_scmoe.overlap.adaptive import DIRECTIONS, unit_times
-from megatron_scmoe.overlap.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
+from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.trace import EXCHANGES
 from megatron_scmoe.overlap.recorder import Direction, Exchange
 from megatron_scmoe.overlap.schedule import Step, window
-from megatron_scmoe.overlap.trace import EXCHANGES
 from tools.report.traces import Pass, Place, Run, TraceError
 
 
@@ -242,7 +242,7 @@ def _link(
 
 
 def _direction_figures(run: Run, direction: Direction) -> DirectionFigures:
-    """Averaged as the run itself does when it chooses its slots (overlap/adaptive.py)."""
+    """Averaged as the run itself does when it chooses its slots (overlap/measure/adaptive.py)."""
     passes = defaultdict(list)
     for one in run.passes:
         if one.direction == direction:

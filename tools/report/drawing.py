@@ -9,9 +9,9 @@ from math import floor, log, log10
 
 from markupsafe import Markup
 
+from megatron_scmoe.overlap.measure.trace import EXCHANGES, LANES
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
-from megatron_scmoe.overlap.trace import EXCHANGES, LANES
 from tools.report.text import duration, step_name
 from tools.report.traces import Pass
 

@@ -9,10 +9,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from megatron_scmoe import __version__
-from megatron_scmoe.overlap.adaptive import DIRECTIONS
+from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS
+from megatron_scmoe.overlap.measure.trace import LANES
 from megatron_scmoe.overlap.recorder import Direction
 from megatron_scmoe.overlap.schedule import window
-from megatron_scmoe.overlap.trace import LANES
 from tools.report.advice import advise
 from tools.report.analysis import Communication, DirectionFigures, Figures
 from tools.report.drawing import LANE_GAP, bar, lane_heights, spread, timeline

@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_scmoe.overlap.measure.trace import EXCHANGES, TRACED_LAYOUT, TRACED_OPTIONS
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
-from megatron_scmoe.overlap.trace import EXCHANGES, TRACED_LAYOUT, TRACED_OPTIONS
 
 # What ranks of one run may differ in.
 OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots")
@@ -61,7 +61,7 @@ class Run:
     """What the traces of a run hold.
 
     Attributes:
-        facts: options and layout, as megatron_scmoe/metrics.py writes them.
+        facts: options and layout, as megatron_scmoe/overlap/measure/each_iteration.py writes them.
         groups: the expert parallel ranks of each rank.
         slots: where the experts ran, in all iterations of the report.
         left_out: iterations that ran with other slots; they are not in `records`.

@@ -38,7 +38,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.moe.row_counts import KnownRowCounts, RowCounts
+from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
 from megatron_scmoe.overlap.collectives import (
     AllGather,
     AllToAll,

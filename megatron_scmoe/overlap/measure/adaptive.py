@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_scmoe.overlap.cost import UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.cost import UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots, Step, window
 

@@ -10,7 +10,7 @@
                            or receive an exchange, same sum; on a GPU no time of compute, unless
                            compute waits for the host
     a2a-compute-slowdown   time of the dense operators of the window beside exchanges / alone, in
-                           the backward pass, from the first iterations (overlap/adaptive.py)
+                           the backward pass, from the first iterations (adaptive.py)
     expert-slot-forward, expert-slot-backward
                            where the routed experts run
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
@@ -20,19 +20,14 @@ Measured where the exchanges run (overlap/streams.py); evaluation is not counted
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe.moe_logging import (
-    MoEMetricsTracker,
-    get_moe_metrics_tracker,
-    set_moe_metrics_tracker,
-)
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.training import get_args
+from torch.distributed import ProcessGroup
 
-from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.overlap.adaptive import (
+from megatron_scmoe.overlap.measure.adaptive import (
     ALONE,
     FirstIterations,
     SlowDown,
@@ -40,35 +35,48 @@ from megatron_scmoe.overlap.adaptive import (
     describe_choice,
     slow_down,
 )
-from megatron_scmoe.overlap.cost import UnitTimes
-from megatron_scmoe.overlap.recorder import UnitRecord
-from megatron_scmoe.overlap.trace import TRACED_OPTIONS, TraceWriter
-from megatron_scmoe.shortcut_layer import ShortcutLayer
+from megatron_scmoe.overlap.measure.cost import UnitTimes
+from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter
+from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
+from megatron_scmoe.overlap.schedule import Slots, default_slot
 
 
-def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
-    """Let the training loop report on the units of this model chunk."""
-    tracker = get_moe_metrics_tracker()
-    if not isinstance(tracker, UnitTracker):
-        tracker = UnitTracker(scmoe)
-        set_moe_metrics_tracker(tracker)
-    tracker.units += [module for module in model.modules() if isinstance(module, ShortcutLayer)]
+class Unit(Protocol):
+    """What is followed of a shortcut unit, and told to it."""
+
+    attention_number: int
+    slots: Slots
+    overlap: bool
+
+    @property
+    def recorder(self) -> UnitRecorder: ...
+
+    @property
+    def ep_group(self) -> ProcessGroup: ...
 
 
 class UnitTracker(MoEMetricsTracker):
     """The host's tracker of MoE losses, and what the units do beside them.
 
     The host calls `report` once an iteration on every rank (training/training.py:2780).
+
+    Args:
+        position: the shortcut's, of all units.
+        overlap: whether the units overlap; if not, there is nothing to measure.
+        measures_slots: whether the first iterations decide where the experts run.
+        trace_dir: where traces go, None for none.
     """
 
-    def __init__(self, scmoe: ScMoEConfig) -> None:
+    def __init__(
+        self, position: str, overlap: bool, measures_slots: bool, trace_dir: str | None = None
+    ) -> None:
         super().__init__()
-        self.units: list[ShortcutLayer] = []
-        self._position = scmoe.scmoe_shortcut_position
-        self._trace_dir = scmoe.scmoe_trace_dir
+        self.units: list[Unit] = []
+        self._position = position
+        self._trace_dir = trace_dir
         self._trace: TraceWriter | None = None
-        self._measures_slots = scmoe.measures_slots
-        self._first = FirstIterations(self._position) if scmoe.scmoe_overlap else None
+        self._measures_slots = measures_slots
+        self._first = FirstIterations(position) if overlap else None
         self._beside: tuple[UnitTimes, UnitTimes] | None = None
         self._slow_down: SlowDown | None = None
 
@@ -141,7 +149,7 @@ class UnitTracker(MoEMetricsTracker):
 
     def _choose(self, times: tuple[UnitTimes, UnitTimes]) -> None:
         slots = choose_slots(*times)
-        before = ScMoEConfig(scmoe_shortcut_position=self._position).initial_slots  # type: ignore[arg-type]
+        before = Slots(*[default_slot(self._position)] * 2)
         _print_once(describe_choice(self._position, slots, before, *times))
         # With the options into every checkpoint, so that a resumed run need not measure.
         get_args().scmoe_measured_slots = list(slots)
@@ -168,7 +176,7 @@ class UnitTracker(MoEMetricsTracker):
         if not (self._traced(iteration) and self.units):
             return
         if self._trace is None:
-            args, group = get_args(), self.units[0].mlp.ep_group
+            args, group = get_args(), self.units[0].ep_group
             facts = {name: getattr(args, name) for name in TRACED_OPTIONS}
             facts["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
             facts["backend"] = torch.distributed.get_backend(group)
@@ -206,7 +214,7 @@ class UnitTracker(MoEMetricsTracker):
         counts = [x.tokens_per_expert for x in records if x.tokens_per_expert is not None]
         if not counts:
             return []
-        group = self.units[0].mlp.ep_group
+        group = self.units[0].ep_group
         own = torch.stack(counts).to(torch.cuda.current_device())  # [layers, e]
         gathered = own.new_empty(group.size() * len(own), own.shape[1])
         torch.distributed.all_gather_into_tensor(gathered, own, group=group)

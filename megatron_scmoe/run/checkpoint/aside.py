@@ -12,14 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_scmoe.checkpoint.contents import (
+from megatron_scmoe.run.checkpoint.contents import (
     TRACKER,
     iteration_folder,
     readable_tracker,
     whole,
     write_tracker,
 )
-from megatron_scmoe.checkpoint.record import record_path
+from megatron_scmoe.run.checkpoint.record import record_path
 
 RECORD = "record.json"
 

@@ -17,10 +17,10 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.async_utils import is_empty_async_queue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_scmoe.checkpoint import aside, contents
-from megatron_scmoe.checkpoint.record import drop_records_without_checkpoint, write_record
-from megatron_scmoe.checkpoint.writer import check_writer
-from megatron_scmoe.watch import lost_peer
+from megatron_scmoe.run.checkpoint import aside, contents
+from megatron_scmoe.run.checkpoint.record import drop_records_without_checkpoint, write_record
+from megatron_scmoe.run.checkpoint.writer import check_writer
+from megatron_scmoe.run.watch import lost_peer
 
 SECONDS_BETWEEN_LOOKS = 0.1
 FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.host.cpu import no_cuda_device
+from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 
 SCHEMA = 1
 UNKNOWN = "unknown"

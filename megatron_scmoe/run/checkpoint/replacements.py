@@ -3,8 +3,8 @@
 Host lines are those of megatron-core 0.19.2.
 """
 
-from megatron_scmoe.checkpoint import errors, transfer, writer
 from megatron_scmoe.host.replace import Replacement
+from megatron_scmoe.run.checkpoint import errors, transfer, writer
 
 TABLE: tuple[Replacement, ...] = (
     Replacement(

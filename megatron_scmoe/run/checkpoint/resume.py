@@ -13,8 +13,8 @@ from typing import Any
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_scmoe.checkpoint import aside, contents
-from megatron_scmoe.checkpoint.options import (
+from megatron_scmoe.run.checkpoint import aside, contents
+from megatron_scmoe.run.checkpoint.options import (
     ARCHITECTURE,
     LAYOUT,
     SCMOE,
@@ -22,7 +22,7 @@ from megatron_scmoe.checkpoint.options import (
     WORTH_A_NOTE,
     differences,
 )
-from megatron_scmoe.checkpoint.record import machine_differences, read_record, tokenizer_digest
+from megatron_scmoe.run.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
 NEW_TENSORS = SCMOE[1:]
 SECONDS_BETWEEN_LOOKS = 0.1

@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_scmoe.checkpoint.contents import iteration_folder
-from megatron_scmoe.checkpoint.errors import CheckpointError
+from megatron_scmoe.run.checkpoint.contents import iteration_folder
+from megatron_scmoe.run.checkpoint.errors import CheckpointError
 
 # What a baseline does not have (docs/architecture.md, "Layers, units and names").
 NEW = ("shortcut_layernorm.", "post_layernorm.", "mlp.combine_gate.", "shared_experts.gate_weight")

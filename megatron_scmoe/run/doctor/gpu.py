@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_scmoe.doctor.findings import Finding
 from megatron_scmoe.host.cpu import no_cuda_device
+from megatron_scmoe.run.doctor.findings import Finding
 
 BLACKWELL = 10  # compute capability from which the host asks for no number of connections
 BUSY = 0.1  # share of a GPU's memory in use that is worth a word

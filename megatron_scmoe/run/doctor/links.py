@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_scmoe.doctor.findings import Finding, name_ranks
+from megatron_scmoe.run.doctor.findings import Finding, name_ranks
 
 BYTES_PER_PEER = 1 << 20  # of the measurement of the bandwidth
 REPETITIONS = 10

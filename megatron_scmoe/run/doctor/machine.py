@@ -18,10 +18,10 @@ import torch
 from megatron.core.utils import is_torch_min_version
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
-from megatron_scmoe.checkpoint import contents
-from megatron_scmoe.doctor import gpu
-from megatron_scmoe.doctor.findings import Finding
 from megatron_scmoe.host.version import SUPPORTED, megatron_core_folder, megatron_core_version
+from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.doctor import gpu
+from megatron_scmoe.run.doctor.findings import Finding
 
 Check = Callable[[Namespace | None], Iterator[Finding]]
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_scmoe.watch.report import Report
-from megatron_scmoe.watch.verdict import Alarm
+from megatron_scmoe.run.watch.account import Report
+from megatron_scmoe.run.watch.verdict import Alarm
 
 STORE_S = 3.0  # until a silent store counts as lost
 ANSWER_S = 2.0  # for a rank to answer

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_scmoe.watch.report import Collective, Report
+from megatron_scmoe.run.watch.account import Collective, Report
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import DistNetworkError, DistStoreError, Store, distributed_c10d
 
-from megatron_scmoe.host.errors import EXIT_CODE, one_line, say, user_errors
-from megatron_scmoe.host.launcher import store_of_this_attempt
 from megatron_scmoe.host.wheel import default_timeout
-from megatron_scmoe.watch.board import Board, StoreLost
-from megatron_scmoe.watch.peers import is_late, lost_peer
-from megatron_scmoe.watch.report import Report, lines_of_error, lines_of_thread, make_report
-from megatron_scmoe.watch.verdict import Alarm, moment, verdict, waiting
+from megatron_scmoe.run.watch.account import Report, lines_of_error, lines_of_thread, make_report
+from megatron_scmoe.run.watch.attempt import store_of_this_attempt
+from megatron_scmoe.run.watch.board import Board, StoreLost
+from megatron_scmoe.run.watch.peers import is_late, lost_peer
+from megatron_scmoe.run.watch.verdict import Alarm, moment, verdict, waiting
+from megatron_scmoe.say import EXIT_CODE, one_line, say, user_errors
 
 SAMPLE_S = 0.5
 MARGIN_S = 5.0  # ahead of the time-out at most: NCCL's own watchdog must not come before the line
