@@ -62,24 +62,6 @@ def settle_folders(args: Namespace) -> list[str]:
     return notes
 
 
-def check_cleaned_folder(args: Namespace) -> None:
-    """Refuse checkpoints below --non-persistent-global-ckpt-dir, where the host keeps one.
-
-    Raises:
-        ValueError: --save or --load is there.
-    """
-    cleaned = args.non_persistent_global_ckpt_dir
-    if cleaned is None:
-        return
-    for option in ("save", "load"):
-        folder = getattr(args, option)
-        if folder and Path(folder).resolve().is_relative_to(Path(cleaned).resolve()):
-            raise ValueError(
-                f"--non-persistent-global-ckpt-dir {cleaned} holds --{option} {folder}, and "
-                "Megatron keeps only the newest checkpoint in it: give it a folder of its own."
-            )
-
-
 def prepare_load(args: Namespace) -> list[str]:
     """Check the checkpoint that this run will load and tell the host how.
 
@@ -107,6 +89,11 @@ def prepare_load(args: Namespace) -> list[str]:
     if looks and (defects := contents.defects(checkpoint)):
         raise ValueError(f"--load {folder}: {defects[0]}{_newest(folder)}.")
     saved = _common_state(checkpoint)
+    if saved.get("iteration") not in (None, iteration):
+        raise ValueError(
+            f"--load {folder}: {checkpoint.name} holds iteration {saved['iteration']}: its files "
+            f"are another one's{_newest(folder, but=iteration)}."
+        )
     saved_args = saved.get("args")
     if saved_args is None:
         return notes
@@ -182,8 +169,8 @@ def _is_distributed(checkpoint: Path) -> bool:
     return not old
 
 
-def _newest(folder: Path) -> str:
-    newest = contents.newest_complete(folder)
+def _newest(folder: Path, but: int | None = None) -> str:
+    newest = contents.newest_complete(folder, but)
     if newest is None:
         return "; no other checkpoint there is complete"
     return f"; the newest complete checkpoint there is iteration {newest}: add --ckpt-step {newest}"
