@@ -40,7 +40,7 @@ from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
-from megatron_scmoe.overlap.schedule import default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.report import markdown_table, write_pair
 
@@ -96,7 +96,10 @@ def contenders(shape: Shape) -> list[Contender]:
     return [
         Contender("top2", "none", 2, False),
         Contender("shared", "none", 1, True),
-        *(Contender(position, position, 1, True, default_slot(position)) for position in positions),
+        *(
+            Contender(position, position, 1, True, POSITIONS[position].default_slot)
+            for position in positions
+        ),
     ]
 
 
@@ -279,7 +282,7 @@ class Operators:
 
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         # The widest window holds all dense operators.
-        everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
+        everything = Contender("operators", "pos3", 1, True, POSITIONS["pos3"].default_slot)
         self._block = build(shape, everything, num_layers=2, scmoe_options={"scmoe_overlap": False})
         self._inputs = inputs
         self._samples: dict[Direction, list[dict[str, float]]] = {

@@ -79,7 +79,7 @@ def timeline(one: Pass) -> Markup:
             f"{step_name(name)}: {duration(span.end - span.begin)}",
         )
     for exchange in one.exchanges:
-        name, _, chunk, _ = exchange.activity
+        name, chunk = exchange.activity.name, exchange.activity.chunk
         at, width = percent(exchange.begin - begin), percent(exchange.end - exchange.begin)
         label, lane = _label(one, exchange.activity), LANES.index(name)
         title = (
