@@ -31,6 +31,7 @@ from megatron_scmoe.model.specs import block_config
 from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
+from megatron_scmoe.run.checkpoint.unpickle import trust_checkpoints
 
 
 def parse_and_validate_args() -> Namespace:
@@ -53,6 +54,8 @@ def validate(args: Namespace, trains: bool = False) -> Namespace:
     """
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
+    if args.trust_checkpoints:
+        trust_checkpoints()
     notes = settle_folders(args) if trains else []
     check_folders(args)
     if args.use_checkpoint_args:
@@ -132,7 +135,14 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     options.build_group(parser, title="scmoe")
     parser.set_defaults(**dict.fromkeys(NO_OPTIONS))
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
-    parser.add_argument_group("scmoe checkpoints").add_argument(
+    checkpoints = parser.add_argument_group("scmoe checkpoints")
+    checkpoints.add_argument(
+        "--trust-checkpoints",
+        action="store_true",
+        help="Unpickle whatever the files of a checkpoint name, which may run anything. By default "
+        "only what torch and Megatron write is loaded.",
+    )
+    checkpoints.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         action="store_false",
         dest="dist_ckpt_optim_fully_reshardable",

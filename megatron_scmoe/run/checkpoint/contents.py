@@ -11,7 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
-from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_scmoe.run.checkpoint.unpickle import UntrustedError, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DISTRIBUTED = "metadata.json"  # the host writes it last, into every distributed checkpoint
@@ -66,8 +67,9 @@ def defects(checkpoint: Path) -> list[str]:
     if not (checkpoint / ".metadata").exists():
         return [f"{checkpoint / '.metadata'} is missing"]
     try:
-        metadata = FileSystemReader(checkpoint).read_metadata()
-        stored = list(metadata.storage_data.values())
+        stored = list(read_metadata(checkpoint).storage_data.values())
+    except UntrustedError as error:
+        return [f"{checkpoint / '.metadata'} {error}"]
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
         return [f"{checkpoint / '.metadata'} is corrupt ({type(error).__name__})"]
     sizes: dict[str, int] = {}
@@ -91,7 +93,7 @@ def corrupt_files(checkpoint: Path) -> list[Path]:
     search after a failed load.
     """
     corrupt = set()
-    for item in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+    for item in read_metadata(checkpoint).storage_data.values():
         path = checkpoint / item.relative_path
         with path.open("rb") as file:
             file.seek(item.offset)

@@ -139,7 +139,7 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
                 raise  # a rank that knows more has spoken or will
             where = options.load or options.pretrained_checkpoint
             broken = _corrupt_files(Path(where), options.ckpt_step)
-            what = f"{broken[0]} is corrupt" if broken else _cause(error)
+            what = f"{broken[0]} is corrupt" if broken else cause_of(error)
             raise CheckpointError(f"cannot load from {where}: {what}.") from error
 
     return replacement
@@ -168,7 +168,7 @@ def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"cannot save to {folder} ({free / 2**20:.1f} MiB free): "
-            f"{'; '.join([_cause(error), *_intact(folder)])}."
+            f"{'; '.join([cause_of(error), *_intact(folder)])}."
         ) from error
 
 
@@ -202,7 +202,7 @@ def _corrupt_files(folder: Path, iteration: int | str | None) -> list[Path]:
     return contents.corrupt_files(contents.iteration_folder(folder, iteration))
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The innermost cause's text on one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

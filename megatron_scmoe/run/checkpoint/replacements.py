@@ -4,7 +4,7 @@ Host lines are those of megatron-core 0.19.2.
 """
 
 from megatron_scmoe.host.replace import Replacement
-from megatron_scmoe.run.checkpoint import errors, transfer, writer
+from megatron_scmoe.run.checkpoint import errors, transfer, unpickle, writer
 
 TABLE: tuple[Replacement, ...] = (
     Replacement(
@@ -55,6 +55,20 @@ TABLE: tuple[Replacement, ...] = (
         "training/training.py:2199",
         "no hook: a broken file is one line",
         errors.loading,
+    ),
+    Replacement(
+        "torch.distributed.checkpoint.filesystem.pickle",
+        "always",
+        "torch/distributed/checkpoint/filesystem.py:930",
+        "a plain pickle.load of the metadata runs whatever it names",
+        unpickle.reading_metadata_only,
+    ),
+    Replacement(
+        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+        "always",
+        "torch/distributed/checkpoint/default_planner.py:362",
+        "unpickles objects with weights_only=False, which runs whatever they name",
+        unpickle.loading_safe_bytes,
     ),
     Replacement(
         "megatron.training.checkpointing._load_global_dist_base_checkpoint",

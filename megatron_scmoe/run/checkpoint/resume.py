@@ -8,12 +8,13 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_scmoe.run.checkpoint import aside, contents
+from megatron_scmoe.run.checkpoint.errors import FAILURES, cause_of
 from megatron_scmoe.run.checkpoint.options import (
     ARCHITECTURE,
     LAYOUT,
@@ -27,6 +28,7 @@ from megatron_scmoe.run.checkpoint.record import machine_differences, read_recor
 
 NEW_TENSORS = SCMOE[1:]
 SECONDS_BETWEEN_LOOKS = 0.1
+UNREADABLE = (*FAILURES, EOFError, KeyError, UnpicklingError)
 
 
 def settle_folders(args: Namespace) -> list[str]:
@@ -179,8 +181,8 @@ def _newest(folder: Path, but: int | None = None) -> str:
 def _common_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return load_common_state_dict(str(checkpoint))
-    except (CheckpointingException, RuntimeError, EOFError, KeyError, OSError) as error:
-        cause = " ".join(str(error).split())[:200]
+    except UNREADABLE as error:
+        cause = cause_of(error)
         raise ValueError(f"--load {checkpoint} cannot be read: {cause}") from error
 
 

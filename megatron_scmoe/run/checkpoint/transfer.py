@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_scmoe.run.checkpoint.contents import iteration_folder
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
+from megatron_scmoe.run.checkpoint.unpickle import read_metadata
 
 # What a baseline does not have (docs/architecture.md, "Layers, units and names").
 NEW = ("shortcut_layernorm.", "post_layernorm.", "mlp.combine_gate.", "shared_experts.gate_weight")
@@ -44,8 +44,9 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
             return load_it(**groups)
         folder = Path(load_dir)
         checkpoint = folder / "release" if release else iteration_folder(folder, iteration)
-        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        on_disk = {name.split("/shard_")[0] for name in metadata}
+        on_disk = {
+            name.split("/shard_")[0] for name in read_metadata(checkpoint).state_dict_metadata
+        }
         on_disk = {name for name in on_disk if not name.startswith(OTHER_STATE)}
         chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
         kept = {chunk: _keep(sharded_state_dict[chunk], on_disk) for chunk in chunks}

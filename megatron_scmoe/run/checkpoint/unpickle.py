@@ -1,0 +1,110 @@
+"""What of a checkpoint is unpickled, and what may be in it: a pickle can run any function it names.
+
+torch reads the metadata of a distributed checkpoint with a plain `pickle.load`, and objects in its
+files with `torch.load(weights_only=False)`. Here names are looked up in a list: of the metadata
+those that torch writes, of objects those that torch and Megatron call safe
+(`torch.serialization.add_safe_globals`, megatron/core/safe_globals.py).
+"""
+
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+_OF_METADATA = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if type(value) is torch.dtype)},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+
+_trusted = False
+
+
+class UntrustedError(pickle.UnpicklingError):
+    """A name that no checkpoint needs; the message says which."""
+
+
+def trust_checkpoints() -> None:
+    """Look nothing up from now on in this process: for files that one trusts."""
+    global _trusted
+    _trusted = True
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """The metadata of a distributed checkpoint.
+
+    Raises:
+        UntrustedError: it names something else.
+        OSError, pickle.UnpicklingError and others of unpickling: it is not there, or not whole.
+    """
+    with (checkpoint / ".metadata").open("rb") as file:
+        return load_metadata(file)
+
+
+def load_metadata(file: IO[bytes]) -> Any:
+    """`pickle.load` of nothing but metadata."""
+    return pickle.load(file) if _trusted else _MetadataUnpickler(file).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _OF_METADATA.get(module, ()):
+            raise UntrustedError(_untrusted(f"{module}.{name}"))
+        return super().find_class(module, name)
+
+
+def reading_metadata_only(original: ModuleType) -> ModuleType:
+    """`pickle`, for a module of torch that reads metadata with it."""
+    replacement = ModuleType(original.__name__)
+    vars(replacement).update(vars(original))
+    vars(replacement)["load"] = load_metadata
+    return replacement
+
+
+def loading_safe_bytes(load_bytes: Callable[..., None]) -> Callable[..., None]:
+    """`DefaultLoadPlanner.load_bytes` that looks before it unpickles.
+
+    Raises:
+        UntrustedError: an object in the file names something that nobody calls safe.
+    """
+
+    def replacement(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        if not _trusted:
+            begin = value.tell()
+            try:
+                torch.load(value, weights_only=True)
+            except pickle.UnpicklingError as error:
+                # torch advises in 20 lines to load it all the same.
+                named = re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(error))
+                if named is None:
+                    raise
+                where = f"{read_item.storage_index.fqn} of the checkpoint"
+                raise UntrustedError(f"{where} {_untrusted(named[1])}") from None
+            value.seek(begin)
+        load_bytes(self, read_item, value)
+
+    return replacement
+
+
+def _untrusted(name: str) -> str:
+    return (
+        f"names {name}, which no checkpoint needs and which could run anything; for a file that "
+        "you trust add --trust-checkpoints"
+    )
