@@ -28,14 +28,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.object_storage_utils import is_object_storage_path
-from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -46,14 +39,10 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, print_rank_0
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.config.container import PretrainConfigContainer
-from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_scmoe.arguments import model_config_from_args, parse_and_validate_args
-from megatron_scmoe.checks.layout import check_vocabulary
+from megatron_scmoe.arguments import parse_and_validate_args, prepare
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.doctor.machine import start_up
 from megatron_scmoe.run.watch import watched_ranks
@@ -186,52 +175,6 @@ def train_valid_test_datasets_provider(
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-
-
-def check_data(args: Namespace) -> None:
-    """Refuse what this script does not read, and missing files, before any rank builds data."""
-    for option in (
-        "sft",
-        "fim_data",
-        "hybrid_context_parallel",
-        "dataloader_inter_document_masking",
-    ):
-        if getattr(args, option):
-            raise ValueError(f"--{option.replace('_', '-')} is not supported")
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix in prefixes:
-            if not is_object_storage_path(prefix) and not IndexedDataset.exists(prefix):
-                raise ValueError(f"no dataset {prefix}.bin and {prefix}.idx")
-    for prefix in blend[0] if blend else []:
-        if not is_object_storage_path(prefix):
-            check_split(prefix, args.split)
-
-
-def check_split(prefix: str, split: str) -> None:
-    """Refuse a split without a document: the host would count its epochs forever
-    (core/datasets/gpt_dataset.py:693)."""
-    documents = len(IndexedDataset(prefix).document_indices) - 1
-    for name, share in zip(
-        Split, convert_split_vector_to_split_matrix(parse_and_normalize_split(split)), strict=True
-    ):
-        if share is not None and round(share[0] * documents) == round(share[1] * documents):
-            raise ValueError(
-                f"--split {split} leaves the {name.name} data none of the {documents} documents of "
-                f"{prefix}: give it a larger share, or 0"
-            )
-
-
-def prepare(args: Namespace) -> PretrainConfigContainer:
-    """Everything that needs no process group, so that what is wrong ends the run here.
-
-    Raises:
-        ValueError and other say.USER_ERRORS: what the host or we refuse.
-    """
-    check_data(args)
-    set_global_variables(args)
-    check_vocabulary(args, get_tokenizer().vocab_size)
-    return pretrain_cfg_container_from_args(args, model_config_from_args(args))
 
 
 def main() -> None:

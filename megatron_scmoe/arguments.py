@@ -1,37 +1,40 @@
 """Command line: the host's, plus one group generated from ScMoEConfig."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 import torch
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
     core_transformer_config_from_args,
     gpt_config_from_args,
+    pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.config.container import PretrainConfigContainer
+from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import (
     has_nvrx_checkpointing_async_support as has_nvrx_async_support,
 )
 
 from megatron_scmoe import host, say
-from megatron_scmoe.checks.layout import check_ranks, check_shares
-from megatron_scmoe.config import (
-    NO_OPTIONS,
-    ScMoEConfig,
-    check_transformer_impl,
-    router_has_no_gradient,
-    uses_grouped_experts,
-)
+from megatron_scmoe.checks import command_line, layout, shortcut
+from megatron_scmoe.checks.data import DATA, VOCABULARY
+from megatron_scmoe.checks.refusal import refuse
+from megatron_scmoe.checks.shortcut import check_model, router_has_no_gradient
+from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.builder import ScMoEModelConfig
-from megatron_scmoe.model.experts.grouped import why_no_grouped_mm
+from megatron_scmoe.model.experts.grouped import uses_grouped_experts, why_no_grouped_mm
 from megatron_scmoe.model.specs import block_config
 from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
-from megatron_scmoe.run.checkpoint.unpickle import trust_checkpoints
+from megatron_scmoe.run.checkpoint.unpickle import trust_as_asked
 
 
 def parse_and_validate_args() -> Namespace:
@@ -44,56 +47,25 @@ def parse_and_validate_args() -> Namespace:
 
 
 def validate(args: Namespace, trains: bool = False) -> Namespace:
-    """What follows the parsing; options are changed in place.
+    """What follows the parsing: BEFORE, the host's own validation, AFTER.
 
     Args:
+        args: parsed; changed in place.
         trains: this is the run that saves to --save, and finishes what others left there.
 
     Raises:
         ValueError, AssertionError: what the host or we refuse; see say.user_errors.
     """
-    if args.yaml_cfg is not None:
-        raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
-    if args.trust_checkpoints:
-        trust_checkpoints()
-    notes = settle_folders(args) if trains else []
-    check_folders(args)
-    if args.use_checkpoint_args:
-        restore_args(args)
-    host.apply_cpu_defaults(args)
-    check_transformer_impl(args.transformer_impl)
-    check_complete(args)
-    notes += complete_async_save(args) + keep_batch_size(args)
-    check_ranks(args)
+    notes: list[str] = []
+    for step in BEFORE:
+        if trains or step is not settle_folders:
+            notes += step(args) or []
     validate_args(args)
-    check_shares(args)
-    position = args.scmoe_shortcut_position
-    notes += [
-        f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
-    ]
-    notes += explain_grouped_gemm(args)
-    notes += prepare_load(args)
+    for step in AFTER:
+        notes += step(args) or []
     if args.rank == 0:
         print(*notes, sep="\n", end="\n" if notes else "")
     return args
-
-
-def check_complete(args: Namespace) -> None:
-    """Refuse a command line without what the host misses too late to say so in one line.
-
-    Raises:
-        ValueError: the option that is missing.
-    """
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size.")
-    if args.skip_train:
-        return
-    if args.train_iters is None and args.train_samples is None:
-        raise ValueError("How long to train is missing: add --train-iters or --train-samples.")
-    if args.lr is None:
-        raise ValueError("The learning rate is missing: add --lr.")
-    if args.eval_interval is None and not args.full_validation:
-        raise ValueError("When to evaluate is missing: add --eval-interval.")
 
 
 def complete_async_save(args: Namespace) -> list[str]:
@@ -110,6 +82,14 @@ def complete_async_save(args: Namespace) -> list[str]:
         args.async_strategy = "mcore"
         notes.append("--async-save sets --async-strategy mcore: no nvidia-resiliency-ext here")
     return notes
+
+
+def set_defaults(args: Namespace) -> list[str]:
+    """apply_scmoe_defaults, with what sets them."""
+    position = args.scmoe_shortcut_position
+    return [
+        f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
+    ]
 
 
 def explain_grouped_gemm(args: Namespace) -> list[str]:
@@ -154,23 +134,29 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def restore_args(args: Namespace) -> None:
+def restore_options(args: Namespace) -> list[str]:
     """--use-checkpoint-args: the options that the host restores, and ours, which it does not know.
+
+    Returns:
+        One line for each of ours that changes.
 
     Raises:
         ValueError: there is no checkpoint to take options from.
     """
+    if not args.use_checkpoint_args:
+        return []
     restored = load_args_from_checkpoint(args) if args.load is not None else None
     if not isinstance(restored, tuple):  # what the host returns when it has read a checkpoint
         raise ValueError(
             f"--use-checkpoint-args: no options of a checkpoint in --load {args.load}."
         )
     _, saved = restored
+    notes = []
     for name in (*ARCHITECTURE, *SCMOE):
         if hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
             setattr(args, name, getattr(saved, name))
-            if args.rank == 0:
-                print(f"Setting {name} to {getattr(args, name)} from checkpoint")
+            notes.append(f"Setting {name} to {getattr(args, name)} from checkpoint")
+    return notes
 
 
 def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:
@@ -209,6 +195,28 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
     return notes
 
 
+# The way of the parsed command line, top to bottom: each may change it and returns notes for the
+# user, a line each. The host validates between the two.
+Step = Callable[[Namespace], list[str] | None]
+BEFORE: tuple[Step, ...] = (
+    partial(refuse, command_line.PARSED),
+    trust_as_asked,
+    settle_folders,
+    check_folders,
+    restore_options,
+    host.apply_cpu_defaults,
+    complete_async_save,
+    keep_batch_size,
+    partial(refuse, command_line.COMPLETE + layout.TYPED),
+)
+AFTER: tuple[Step, ...] = (
+    partial(refuse, layout.RESOLVED),
+    set_defaults,
+    explain_grouped_gemm,
+    prepare_load,
+)
+
+
 def model_config_from_args(args: Namespace) -> ScMoEModelConfig:
     """The model of a validated command line.
 
@@ -217,10 +225,25 @@ def model_config_from_args(args: Namespace) -> ScMoEModelConfig:
     """
     scmoe = scmoe_config_from_args(args)
     config = core_transformer_config_from_args(args)
-    scmoe.check(config)
-    scmoe.check_options(args)
+    check_model(config, scmoe)
+    refuse(shortcut.OPTIONS + command_line.STACKED_EXPERTS, args)
     if scmoe.enabled:
         block_config(config, scmoe)
     model_config = gpt_config_from_args(args, config=config, model_config_cls=ScMoEModelConfig)
     model_config.scmoe = scmoe
     return model_config
+
+
+def prepare(args: Namespace) -> PretrainConfigContainer:
+    """Everything that needs no process group, so that what is wrong ends the run here.
+
+    Args:
+        args: validated; becomes the host's global options.
+
+    Raises:
+        ValueError and other say.USER_ERRORS: what the host or we refuse.
+    """
+    refuse(DATA, args)
+    set_global_variables(args)
+    refuse(VOCABULARY, args, get_tokenizer().vocab_size)
+    return pretrain_cfg_container_from_args(args, model_config_from_args(args))

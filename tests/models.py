@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec
 from tests.reference import ReferenceConfig
@@ -109,7 +110,7 @@ class Case:
 def build_block(case: Case) -> TransformerBlock:
     """The host's block, built from our specs, on the current process groups."""
     config, scmoe = case.host_config(), case.scmoe_config()
-    scmoe.check(config)
+    check_model(config, scmoe)
     block = TransformerBlock(
         config=block_config(config, scmoe),
         spec=scmoe_block_spec(config, scmoe),

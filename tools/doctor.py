@@ -41,10 +41,9 @@ from megatron.training import training
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe import __version__
-from megatron_scmoe.arguments import add_scmoe_args, validate
+from megatron_scmoe.arguments import add_scmoe_args, prepare, validate
 from megatron_scmoe.run.doctor import gpu, links, machine
 from megatron_scmoe.run.doctor.findings import Finding, Place, merge, name_ranks
-from pretrain_gpt_scmoe import prepare
 
 TIMEOUT_MINUTES = 2
 # Traces of a run, which an examination does not leave.

@@ -37,7 +37,8 @@ from megatron_scmoe.arguments import (
     apply_scmoe_defaults,
     model_config_from_args,
 )
-from megatron_scmoe.checks.layout import check_ranks
+from megatron_scmoe.checks import layout
+from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
@@ -109,7 +110,7 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     if args.scmoe_shortcut_position == "none":
         args.scmoe_shortcut_position = "pos2"
         notes.append("--scmoe-shortcut-position pos2 for the memory: the command line has none")
-    check_ranks(args)
+    refuse(layout.TYPED, args)
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
     if args.padded_vocab_size is None:

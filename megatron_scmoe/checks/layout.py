@@ -1,99 +1,23 @@
 """Every layout that cannot work, in one line before any process group exists.
 
 Megatron finds most of these too, but late (process groups, model, first batch), on every rank, or
-without naming an option. `check_ranks` looks at the command line as it was typed, in front of the
-host's own checks; `check_shares` at what they resolved. A cut unit is refused where units are made
-(layer_specs.py). Host lines are those of megatron-core 0.19.2.
+without naming an option. TYPED looks at the command line as it was typed, in front of the host's
+own checks, and leaves what is missing to the host; RESOLVED looks at what they resolved. A cut unit
+is refused where units are made (model/specs.py). Host lines are those of megatron-core 0.19.2.
 """
 
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_scmoe.checks.refusal import Found, Refusal
+
 TP, CP, PP = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
-
-
-def check_ranks(args: Namespace) -> None:
-    """Refuse a number of ranks, experts, samples or layers that the layout does not divide.
-
-    Args:
-        args: parsed, not validated yet; what is missing on it is for the host to say.
-
-    Raises:
-        ValueError: one line that says what is wrong and which option mends it.
-    """
-    _check_positive(args, (TP, CP, PP, EP, ETP, "num_layers", "micro_batch_size"))
-    _check_world(args)
-    _check_experts(args)
-    for kind in ("", "eval_"):
-        _check_batch(args, kind)
-    _check_stages(args)
-
-
-def check_shares(args: Namespace) -> None:
-    """Refuse dimensions that ranks cannot share, and attention or dispatchers that are not here.
-
-    Args:
-        args: parsed and validated.
-
-    Raises:
-        ValueError: one line that says what is wrong and which option mends it.
-    """
-    for share in _SHARES:
-        if share.applies(args):
-            _check_share(args, share)
-    _check_query_groups(args)
-    _check_routing(args)
-    _check_sequence_parallel(args)
-    _check_context_parallel(args)
-    _check_dispatcher(args)
-    _check_micro_batch_groups(args)
-    _check_optimizer_instances(args)
-
-
-def check_vocabulary(args: Namespace, tokens: int) -> None:
-    """Refuse an embedding with fewer rows than the tokenizer has tokens.
-
-    Args:
-        args: as the host left it after it has built the tokenizer.
-        tokens: the tokenizer's vocabulary size.
-
-    Raises:
-        ValueError: one line that says what is wrong and which option mends it.
-    """
-    if args.padded_vocab_size < tokens:
-        enough = _next_multiple(tokens, args.tensor_model_parallel_size)
-        raise ValueError(
-            f"--padded-vocab-size {args.padded_vocab_size} is less than the {tokens} tokens of the "
-            f"tokenizer: use at least {enough}."
-        )
-
-
-class _Share(NamedTuple):
-    """A number that is divided evenly between ranks: `over` names the sizes."""
-
-    dest: str
-    over: tuple[str, ...]
-    applies: Callable[[Namespace], bool] = lambda args: True
-
-
-def _has_experts(args: Namespace) -> bool:
-    return bool(args.num_experts)
-
-
-_SHARES = (
-    _Share("num_attention_heads", (TP,)),
-    _Share("ffn_hidden_size", (TP,)),
-    _Share("padded_vocab_size", (TP,)),
-    _Share("moe_shared_expert_intermediate_size", (TP,), _has_experts),
-    _Share("moe_ffn_hidden_size", (ETP,), _has_experts),
-    _Share("seq_length", (TP, CP), lambda args: args.sequence_parallel),
-)
+STAGES = "give every stage its layers with --pipeline-model-parallel-layout"
 
 
 def _flag(dest: str) -> str:
@@ -109,208 +33,290 @@ def _product(args: Namespace, sizes: Iterable[str]) -> tuple[int, str]:
     return product, text if len(factors) == 1 else f"{product} = {text}"
 
 
-def _check_positive(args: Namespace, dests: Iterable[str]) -> None:
-    for dest in dests:
-        value = getattr(args, dest)
-        if value is not None and value < 1:
-            raise ValueError(f"{_flag(dest)} {value} is not at least 1: give it a positive number.")
-
-
-def _check_share(args: Namespace, share: _Share) -> None:
-    value = getattr(args, share.dest)
-    ranks, text = _product(args, share.over)
-    if value is None or value % ranks == 0:
-        return
-    remedy = (
-        f"use {_flag(share.over[0])} {math.gcd(value, ranks)}, or another {_flag(share.dest)}"
-        if len(share.over) == 1
-        else f"use another {_flag(share.dest)}"
-    )
-    raise ValueError(
-        f"{_flag(share.dest)} {value} is no multiple of {text}, and every rank takes an equal "
-        f"part: {remedy}."
-    )
-
-
-def _check_world(args: Namespace) -> None:
-    """core/parallel_state.py:822 and 880: the dense layers' ranks, and the experts'."""
-    sides = [(TP, CP, PP)]
-    if _has_experts(args):
-        sides.append((ETP if args.expert_tensor_parallel_size else TP, EP, PP))
-    for sizes in sides:
-        ranks, text = _product(args, sizes)
-        if args.world_size % ranks:
-            raise ValueError(
-                f"The number of ranks, {args.world_size}, is no multiple of {text}: start "
-                f"{_next_multiple(args.world_size, ranks)} (torchrun --nnodes, --nproc-per-node) "
-                "or use smaller sizes."
-            )
-    dense, experts = (args.world_size // _product(args, side)[0] for side in (sides[0], sides[-1]))
-    if args.use_tp_pp_dp_mapping and args.pipeline_model_parallel_size > 1 and dense != experts:
-        raise ValueError(
-            "--use-tp-pp-dp-mapping with pipeline parallelism wants as many data parallel ranks "
-            f"for experts as for the rest, and there are {experts} and {dense}: drop it."
-        )
-
-
-def _check_experts(args: Namespace) -> None:
-    experts, size = args.num_experts, args.expert_model_parallel_size
-    if size > 1 and not experts:
-        raise ValueError(
-            f"--expert-model-parallel-size {size} without experts: add --num-experts, or use "
-            "--expert-model-parallel-size 1."
-        )
-    if experts and experts % size:
-        raise ValueError(
-            f"--num-experts {experts} is no multiple of --expert-model-parallel-size {size}, and "
-            f"every rank holds as many experts: use --expert-model-parallel-size "
-            f"{math.gcd(experts, size)}, or --num-experts {_next_multiple(experts, size)}."
-        )
-
-
 def _next_multiple(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
-def _data_parallel_size(args: Namespace) -> int:
-    return args.world_size // _product(args, (TP, CP, PP))[0]
+def _has_experts(args: Namespace) -> bool:
+    return bool(args.num_experts)
 
 
-def _check_batch(args: Namespace, kind: str) -> None:
+# As typed. --------------------------------------------------------------------------------------
+
+
+def _positive(dest: str) -> Refusal:
+    def when(args: Namespace) -> Found:
+        value = getattr(args, dest)
+        return value is not None and value < 1 and {"value": value}
+
+    line = f"{_flag(dest)} {{value}} is not at least 1"
+    return Refusal(when, line, "give it a positive number")
+
+
+def _sides(args: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sizes of the dense layers' ranks and of the experts' (core/parallel_state.py:822, 880)."""
+    dense = (TP, CP, PP)
+    return dense, (ETP if args.expert_tensor_parallel_size else TP, EP, PP)
+
+
+def _ranks(side: int) -> Callable[[Namespace], Found]:
+    def when(args: Namespace) -> Found:
+        ranks, text = _product(args, _sides(args)[side])
+        if args.world_size % ranks == 0 or (side and not _has_experts(args)):
+            return False
+        enough = _next_multiple(args.world_size, ranks)
+        return {"world_size": args.world_size, "text": text, "enough": enough}
+
+    return when
+
+
+def _other_data_parallel_ranks(args: Namespace) -> Found:
+    if not args.use_tp_pp_dp_mapping or not _has_experts(args) or getattr(args, PP) == 1:
+        return False
+    dense, experts = (args.world_size // _product(args, side)[0] for side in _sides(args))
+    return dense != experts and {"dense": dense, "experts": experts}
+
+
+def _uneven_experts(args: Namespace) -> Found:
+    experts, size = args.num_experts, args.expert_model_parallel_size
+    if not experts or experts % size == 0:
+        return False
+    return {
+        "experts": experts,
+        "size": size,
+        "fits": math.gcd(experts, size),
+        "enough": _next_multiple(experts, size),
+    }
+
+
+def _batch(kind: str) -> Refusal:
     """A step is a whole number of micro-batches on every data parallel rank."""
-    batch = getattr(args, f"{kind}global_batch_size") or args.global_batch_size
-    micro_dest = f"{kind}micro_batch_size"
-    if getattr(args, micro_dest) is None:
-        micro_dest = "micro_batch_size"
-    micro, ranks = getattr(args, micro_dest), _data_parallel_size(args)
-    if batch is None or micro is None or (batch > 0 and batch % (micro * ranks) == 0):
-        return
-    if not kind and args.decrease_batch_size_if_needed:
-        return
     flag = _flag(f"{kind}global_batch_size")
-    nearest = max(_next_multiple(batch, micro * ranks), micro * ranks)
-    raise ValueError(
-        f"{flag} {batch} is no multiple of {micro * ranks} = {_flag(micro_dest)} {micro} x {ranks} "
-        f"data parallel ranks: use for example {flag} {nearest}."
+
+    def when(args: Namespace) -> Found:
+        batch = getattr(args, f"{kind}global_batch_size") or args.global_batch_size
+        micro_dest = f"{kind}micro_batch_size"
+        if getattr(args, micro_dest) is None:
+            micro_dest = "micro_batch_size"
+        micro, ranks = getattr(args, micro_dest), args.world_size // _product(args, (TP, CP, PP))[0]
+        if batch is None or micro is None or (not kind and args.decrease_batch_size_if_needed):
+            return False
+        step = micro * ranks
+        return (batch < 1 or batch % step != 0) and {
+            "batch": batch,
+            "step": step,
+            "micro": f"{_flag(micro_dest)} {micro}",
+            "ranks": ranks,
+            "nearest": max(_next_multiple(batch, step), step),
+        }
+
+    return Refusal(
+        when,
+        f"{flag} {{batch}} is no multiple of {{step}} = {{micro}} x {{ranks}} data parallel ranks",
+        f"use for example {flag} {{nearest}}",
     )
 
 
-def _check_stages(args: Namespace) -> None:
-    """Every (virtual) pipeline stage gets layers, and those without a number of their own the
-    same."""
-    stages, layers = args.pipeline_model_parallel_size, args.num_layers
-    if layers is None or args.hybrid_layer_pattern is not None:
-        return
-    if args.pipeline_model_parallel_layout is not None:
-        _check_stage_layout(args)
-        return
-    virtual = args.num_virtual_stages_per_pipeline_rank or 1
-    of_virtual = args.num_layers_per_virtual_pipeline_stage or layers
-    if stages == 1 and (virtual > 1 or of_virtual < layers):
-        raise ValueError(
-            "Virtual pipeline stages need --pipeline-model-parallel-size > 1: raise it, or drop "
-            "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank."
+def _unfit_stage_layout(args: Namespace) -> Found:
+    if args.num_layers is None or args.hybrid_layer_pattern is not None:
+        return False
+    if (layout := args.pipeline_model_parallel_layout) is None:
+        return False
+    try:
+        PipelineParallelLayerLayout.from_str(layout, getattr(args, PP)).validate_layer_layout(
+            args.num_layers, args.mtp_num_layers
         )
+    except (AssertionError, ValueError) as error:
+        return {**vars(args), "error": str(error).removesuffix(".")}
+    return False
+
+
+def _splits_layers(args: Namespace) -> bool:
+    """Whether the host counts out the layers of every (virtual) stage."""
+    return (
+        args.num_layers is not None
+        and args.hybrid_layer_pattern is None
+        and args.pipeline_model_parallel_layout is None
+    )
+
+
+def _split(args: Namespace) -> tuple[int, int, list[int]]:
+    """Layers left for stages without a number of their own, these stages, the others' layers."""
     first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
     own = [count for count in (first, last) if count is not None]
-    rest, equal_stages = layers - sum(own), stages - len(own)
+    rest = args.num_layers - sum(own)
     rest += int(args.account_for_embedding_in_pipeline_split)
     rest += int(args.account_for_loss_in_pipeline_split)
-    what = (
-        f"--num-layers {layers}" if rest == layers else f"{rest} layers (of --num-layers {layers})"
+    return rest, getattr(args, PP) - len(own), own
+
+
+def _split_text(args: Namespace) -> dict[str, object]:
+    rest, equal, _ = _split(args)
+    layers = f"--num-layers {args.num_layers}"
+    what = layers if rest == args.num_layers else f"{rest} layers (of {layers})"
+    return {"what": what, "equal": equal, "stages": getattr(args, PP)}
+
+
+def _unfilled_stages(args: Namespace) -> Found:
+    if not _splits_layers(args):
+        return False
+    rest, equal, own = _split(args)
+    unfilled = min([rest, equal, *own]) < 0 or 0 in own or bool(rest) != bool(equal)
+    return unfilled and _split_text(args)
+
+
+def _uneven_stages(args: Namespace) -> Found:
+    if not _splits_layers(args):
+        return False
+    rest, equal, _ = _split(args)
+    return equal > 0 and rest % equal != 0 and _split_text(args)
+
+
+def _virtual_alone(args: Namespace) -> bool:
+    layers = args.num_layers_per_virtual_pipeline_stage
+    return (
+        _splits_layers(args)
+        and getattr(args, PP) == 1
+        and (
+            (args.num_virtual_stages_per_pipeline_rank or 1) > 1
+            or (layers or args.num_layers) < args.num_layers
+        )
     )
-    advice = "give every stage its layers with --pipeline-model-parallel-layout"
-    if min([rest, equal_stages, *own]) < 0 or 0 in own or bool(rest) != bool(equal_stages):
-        raise ValueError(
-            f"{what} do not fill {equal_stages} pipeline stages of "
-            f"--pipeline-model-parallel-size {stages}: change --decoder-first-pipeline-num-layers "
-            f"or --decoder-last-pipeline-num-layers, or {advice}."
+
+
+def _uneven_virtual(dest: str) -> Callable[[Namespace], Found]:
+    def when(args: Namespace) -> Found:
+        if not _splits_layers(args) or (size := getattr(args, dest)) is None:
+            return False
+        rest, equal, own = _split(args)
+        counts = [*own, *([rest // equal] if equal else [])]
+        uneven = [count for count in counts if count % size]
+        return bool(uneven) and {
+            "count": uneven[0],
+            "size": size,
+            "fits": math.gcd(uneven[0], size),
+        }
+
+    return when
+
+
+TYPED = (
+    *map(_positive, (TP, CP, PP, EP, ETP, "num_layers", "micro_batch_size")),
+    *(
+        Refusal(
+            _ranks(side),
+            "The number of ranks, {world_size}, is no multiple of {text}",
+            "start {enough} (torchrun --nnodes, --nproc-per-node) or use smaller sizes",
         )
-    if equal_stages and rest % equal_stages:
-        raise ValueError(
-            f"{what} cannot be split evenly over {equal_stages} pipeline stages of "
-            f"--pipeline-model-parallel-size {stages}: {advice}."
-        )
-    for count in [*own, *([rest // equal_stages] if equal_stages else [])]:
-        if count % virtual:
-            raise ValueError(
-                f"The {count} layers of a pipeline rank cannot be split evenly over "
-                f"--num-virtual-stages-per-pipeline-rank {virtual}: use "
-                f"{math.gcd(count, virtual)}, or {advice}."
-            )
-        if args.num_layers_per_virtual_pipeline_stage is not None and count % of_virtual:
-            raise ValueError(
-                f"The {count} layers of a pipeline rank are no multiple of "
-                f"--num-layers-per-virtual-pipeline-stage {of_virtual}: use "
-                f"{math.gcd(count, of_virtual)}, or {advice}."
-            )
+        for side in (0, 1)
+    ),
+    Refusal(
+        _other_data_parallel_ranks,
+        "--use-tp-pp-dp-mapping with pipeline parallelism wants as many data parallel ranks for "
+        "experts as for the rest, and there are {experts} and {dense}",
+        "drop it",
+    ),
+    Refusal(
+        lambda args: args.expert_model_parallel_size > 1 and not args.num_experts and vars(args),
+        "--expert-model-parallel-size {expert_model_parallel_size} without experts",
+        "add --num-experts, or use --expert-model-parallel-size 1",
+    ),
+    Refusal(
+        _uneven_experts,
+        "--num-experts {experts} is no multiple of --expert-model-parallel-size {size}, and every "
+        "rank holds as many experts",
+        "use --expert-model-parallel-size {fits}, or --num-experts {enough}",
+    ),
+    _batch(""),
+    _batch("eval_"),
+    Refusal(
+        _unfit_stage_layout,
+        "--pipeline-model-parallel-layout '{pipeline_model_parallel_layout}' does not fit "
+        "--num-layers {num_layers} and --pipeline-model-parallel-size "
+        "{pipeline_model_parallel_size}",
+        "{error}",
+    ),
+    Refusal(
+        _virtual_alone,
+        "Virtual pipeline stages need --pipeline-model-parallel-size > 1",
+        "raise it, or drop --num-layers-per-virtual-pipeline-stage and "
+        "--num-virtual-stages-per-pipeline-rank",
+    ),
+    Refusal(
+        _unfilled_stages,
+        "{what} do not fill {equal} pipeline stages of --pipeline-model-parallel-size {stages}",
+        "change --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers, or "
+        f"{STAGES}",
+    ),
+    Refusal(
+        _uneven_stages,
+        "{what} cannot be split evenly over {equal} pipeline stages of "
+        "--pipeline-model-parallel-size {stages}",
+        STAGES,
+    ),
+    Refusal(
+        _uneven_virtual("num_virtual_stages_per_pipeline_rank"),
+        "The {count} layers of a pipeline rank cannot be split evenly over "
+        "--num-virtual-stages-per-pipeline-rank {size}",
+        f"use {{fits}}, or {STAGES}",
+    ),
+    Refusal(
+        _uneven_virtual("num_layers_per_virtual_pipeline_stage"),
+        "The {count} layers of a pipeline rank are no multiple of "
+        "--num-layers-per-virtual-pipeline-stage {size}",
+        f"use {{fits}}, or {STAGES}",
+    ),
+)
 
 
-def _check_stage_layout(args: Namespace) -> None:
-    layout = args.pipeline_model_parallel_layout
-    try:
-        PipelineParallelLayerLayout.from_str(
-            layout, args.pipeline_model_parallel_size
-        ).validate_layer_layout(args.num_layers, args.mtp_num_layers)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"--pipeline-model-parallel-layout '{layout}' does not fit --num-layers "
-            f"{args.num_layers} and --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size}: {error}"
-        ) from error
+# As resolved by the host. -----------------------------------------------------------------------
 
 
-def _check_query_groups(args: Namespace) -> None:
+def _share(
+    dest: str, *over: str, applies: Callable[[Namespace], bool] = lambda args: True
+) -> Refusal:
+    """A number that is divided evenly between ranks: `over` names the sizes."""
+
+    def when(args: Namespace) -> Found:
+        value = getattr(args, dest)
+        if not applies(args) or value is None:
+            return False
+        ranks, text = _product(args, over)
+        if value % ranks == 0:
+            return False
+        return {"value": value, "text": text, "fits": math.gcd(value, ranks)}
+
+    another = f"another {_flag(dest)}"
+    return Refusal(
+        when,
+        f"{_flag(dest)} {{value}} is no multiple of {{text}}, and every rank takes an equal part",
+        f"use {_flag(over[0])} {{fits}}, or {another}" if len(over) == 1 else f"use {another}",
+    )
+
+
+def _groups(args: Namespace) -> tuple[int, int, int] | None:
+    """Query groups, heads, and tensor parallel ranks, where groups are counted."""
     if not args.group_query_attention or args.multi_latent_attention:
-        return
-    groups, heads = args.num_query_groups, args.num_attention_heads
-    ranks = args.tensor_model_parallel_size
-    if heads % groups:
-        raise ValueError(
-            f"--num-attention-heads {heads} is no multiple of --num-query-groups {groups}: use "
-            f"--num-query-groups {math.gcd(heads, groups)}."
-        )
-    if groups % ranks and ranks % groups:
-        raise ValueError(
-            f"--num-query-groups {groups} neither divides --tensor-model-parallel-size {ranks} nor "
-            f"is divided by it: use --tensor-model-parallel-size {math.gcd(groups, ranks)}."
-        )
+        return None
+    return args.num_query_groups, args.num_attention_heads, getattr(args, TP)
 
 
-def _check_routing(args: Namespace) -> None:
-    if not _has_experts(args):
-        return
-    if not 1 <= args.moe_router_topk <= args.num_experts:
-        raise ValueError(
-            f"--moe-router-topk {args.moe_router_topk} is outside 1..{args.num_experts}, which is "
-            "--num-experts."
-        )
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, list) and len(pattern) != args.num_layers:
-        raise ValueError(
-            f"--moe-layer-freq lists {len(pattern)} layers and --num-layers is {args.num_layers}: "
-            "make them equal."
-        )
+def _uneven_groups(args: Namespace) -> Found:
+    groups, heads, _ = _groups(args) or (1, 1, 1)
+    return heads % groups != 0 and {
+        "heads": heads,
+        "groups": groups,
+        "fits": math.gcd(heads, groups),
+    }
 
 
-def _check_sequence_parallel(args: Namespace) -> None:
-    """core/transformer/moe/moe_layer.py:629 refuses it in the first forward pass."""
-    ranks = args.tensor_model_parallel_size
-    if _has_experts(args) and ranks > 1 and not args.sequence_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size {ranks} with experts needs --sequence-parallel, or "
-            "every token would be sent once per tensor parallel rank: add --sequence-parallel."
-        )
-
-
-def _check_context_parallel(args: Namespace) -> None:
-    ranks = args.context_parallel_size
-    if ranks > 1 and args.transformer_impl == "local":
-        raise ValueError(
-            f"--context-parallel-size {ranks} needs Transformer Engine's attention, and that a "
-            "GPU; --transformer-impl local has none that exchanges keys and values: use "
-            "--context-parallel-size 1."
-        )
+def _groups_between_ranks(args: Namespace) -> Found:
+    groups, _, ranks = _groups(args) or (1, 1, 1)
+    return (groups % ranks != 0 and ranks % groups != 0) and {
+        "groups": groups,
+        "ranks": ranks,
+        "fits": math.gcd(groups, ranks),
+    }
 
 
 # What --moe-flex-dispatcher-backend needs: the host's name for it, and what to install.
@@ -321,57 +327,150 @@ _FLEX_BACKENDS = {
 }
 
 
-def _check_dispatcher(args: Namespace) -> None:
+def _flex_backend(args: Namespace) -> str | None:
     if not _has_experts(args) or args.moe_token_dispatcher_type != "flex":
-        return
-    backend = "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+        return None
+    return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+
+
+def _missing_backend(args: Namespace) -> Found:
+    if (backend := _flex_backend(args)) is None:
+        return False
     installed, name = _FLEX_BACKENDS[backend]
-    if not getattr(fused_a2a, installed):
-        raise ValueError(
-            f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {backend} needs "
-            f"{name}, which is not installed: install it, or use --moe-token-dispatcher-type "
-            "alltoall."
-        )
-    alone = args.expert_tensor_parallel_size * args.expert_model_parallel_size == 1
-    if alone and backend != "hybridep":
-        raise ValueError(
-            "--moe-token-dispatcher-type flex has nobody to send to with "
-            "--expert-model-parallel-size 1: raise it, or use --moe-token-dispatcher-type alltoall."
-        )
+    return not getattr(fused_a2a, installed) and {"backend": backend, "name": name}
 
 
-def _check_micro_batch_groups(args: Namespace) -> None:
-    """core/pipeline_parallel/schedules.py:1133: the interleaved pipeline's groups are full."""
-    if args.virtual_pipeline_model_parallel_size is None:
-        return
-    stages = args.pipeline_model_parallel_size
+def _small_group(args: Namespace) -> Found:
+    stages = getattr(args, PP)
     group = args.microbatch_group_size_per_vp_stage or stages
-    if group < stages:
-        raise ValueError(
-            f"--microbatch-group-size-per-virtual-pipeline-stage {group} is smaller than "
-            f"--pipeline-model-parallel-size {stages}: use at least {stages}."
-        )
-    for kind in ("", "eval_"):
-        micro = getattr(args, f"{kind}micro_batch_size")
+    if args.virtual_pipeline_model_parallel_size is None or group >= stages:
+        return False
+    return {"group": group, "stages": stages}
+
+
+def _micro_batch_groups(kind: str) -> Refusal:
+    """core/pipeline_parallel/schedules.py:1133: the interleaved pipeline's groups are full."""
+    flag = _flag(f"{kind}global_batch_size")
+
+    def when(args: Namespace) -> Found:
+        if args.virtual_pipeline_model_parallel_size is None:
+            return False
+        stages = getattr(args, PP)
+        group = args.microbatch_group_size_per_vp_stage or stages
         batch = getattr(args, f"{kind}global_batch_size")
-        count = batch // (micro * args.data_parallel_size)
-        if count < group or 0 < count % group < stages:
-            flag = _flag(f"{kind}global_batch_size")
-            nearest = _next_multiple(count, group) * micro * args.data_parallel_size
-            raise ValueError(
-                f"Virtual pipeline stages take micro-batches in groups of {group}, and {flag} "
-                f"{batch} makes {count} for each data parallel rank: use for example {flag} "
-                f"{nearest}."
-            )
+        step = getattr(args, f"{kind}micro_batch_size") * args.data_parallel_size
+        count = batch // step
+        return (count < group or 0 < count % group < stages) and {
+            "group": group,
+            "batch": batch,
+            "count": count,
+            "nearest": _next_multiple(count, group) * step,
+        }
+
+    return Refusal(
+        when,
+        f"Virtual pipeline stages take micro-batches in groups of {{group}}, and {flag} {{batch}} "
+        "makes {count} for each data parallel rank",
+        f"use for example {flag} {{nearest}}",
+    )
 
 
-def _check_optimizer_instances(args: Namespace) -> None:
-    instances = args.num_distributed_optimizer_instances
-    dense = args.data_parallel_size * args.context_parallel_size
-    experts = args.world_size // _product(args, (ETP, EP, PP))[0]
-    for ranks, whose in ((dense, ""), (experts, "experts' ")):
-        if ranks % instances:
-            raise ValueError(
-                f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} "
-                f"{whose}data parallel ranks: use {math.gcd(instances, ranks)}."
-            )
+def _optimizer_instances(whose: str, ranks_of: Callable[[Namespace], int]) -> Refusal:
+    def when(args: Namespace) -> Found:
+        instances, ranks = args.num_distributed_optimizer_instances, ranks_of(args)
+        return ranks % instances != 0 and {
+            "instances": instances,
+            "ranks": ranks,
+            "fits": math.gcd(instances, ranks),
+        }
+
+    return Refusal(
+        when,
+        "--num-distributed-optimizer-instances {instances} does not divide the {ranks} "
+        f"{whose}data parallel ranks",
+        "use {fits}",
+    )
+
+
+RESOLVED = (
+    _share("num_attention_heads", TP),
+    _share("ffn_hidden_size", TP),
+    _share("padded_vocab_size", TP),
+    _share("moe_shared_expert_intermediate_size", TP, applies=_has_experts),
+    _share("moe_ffn_hidden_size", ETP, applies=_has_experts),
+    _share("seq_length", TP, CP, applies=lambda args: args.sequence_parallel),
+    Refusal(
+        _uneven_groups,
+        "--num-attention-heads {heads} is no multiple of --num-query-groups {groups}",
+        "use --num-query-groups {fits}",
+    ),
+    Refusal(
+        _groups_between_ranks,
+        "--num-query-groups {groups} neither divides --tensor-model-parallel-size {ranks} nor is "
+        "divided by it",
+        "use --tensor-model-parallel-size {fits}",
+    ),
+    Refusal(
+        lambda args: (
+            _has_experts(args) and not 1 <= args.moe_router_topk <= args.num_experts and vars(args)
+        ),
+        "--moe-router-topk {moe_router_topk} is outside 1..{num_experts}, which is --num-experts",
+    ),
+    Refusal(
+        lambda args: (
+            _has_experts(args)
+            and isinstance(pattern := args.moe_layer_freq, list)
+            and len(pattern) != args.num_layers
+            and {"listed": len(pattern), "layers": args.num_layers}
+        ),
+        "--moe-layer-freq lists {listed} layers and --num-layers is {layers}",
+        "make them equal",
+    ),
+    # core/transformer/moe/moe_layer.py:629 refuses it in the first forward pass.
+    Refusal(
+        lambda args: (
+            _has_experts(args)
+            and args.tensor_model_parallel_size > 1
+            and not args.sequence_parallel
+            and vars(args)
+        ),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} with experts needs "
+        "--sequence-parallel, or every token would be sent once per tensor parallel rank",
+        "add --sequence-parallel",
+    ),
+    Refusal(
+        lambda args: (
+            args.context_parallel_size > 1 and args.transformer_impl == "local" and vars(args)
+        ),
+        "--context-parallel-size {context_parallel_size} needs Transformer Engine's attention, and "
+        "that a GPU; --transformer-impl local has none that exchanges keys and values",
+        "use --context-parallel-size 1",
+    ),
+    Refusal(
+        _missing_backend,
+        "--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {backend} needs "
+        "{name}, which is not installed",
+        "install it, or use --moe-token-dispatcher-type alltoall",
+    ),
+    Refusal(
+        lambda args: (
+            _flex_backend(args) not in (None, "hybridep")
+            and args.expert_tensor_parallel_size * args.expert_model_parallel_size == 1
+        ),
+        "--moe-token-dispatcher-type flex has nobody to send to with "
+        "--expert-model-parallel-size 1",
+        "raise it, or use --moe-token-dispatcher-type alltoall",
+    ),
+    Refusal(
+        _small_group,
+        "--microbatch-group-size-per-virtual-pipeline-stage {group} is smaller than "
+        "--pipeline-model-parallel-size {stages}",
+        "use at least {stages}",
+    ),
+    _micro_batch_groups(""),
+    _micro_batch_groups("eval_"),
+    _optimizer_instances("", lambda args: args.data_parallel_size * args.context_parallel_size),
+    _optimizer_instances(
+        "experts' ", lambda args: args.world_size // _product(args, (ETP, EP, PP))[0]
+    ),
+)

@@ -30,9 +30,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_scmoe.config import ScMoEConfig, uses_grouped_experts
+from megatron_scmoe.checks.refusal import Found, Refusal, refuse
+from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.attention import LatentDotProductAttention
-from megatron_scmoe.model.experts.grouped import GroupedExperts
+from megatron_scmoe.model.experts.grouped import GroupedExperts, uses_grouped_experts
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.norm import SequenceParallelTorchNorm
 from megatron_scmoe.model.unit import (
@@ -275,6 +276,38 @@ def pipeline_stages(config: TransformerConfig) -> list[list[range]]:
     return stages
 
 
+def _cut_unit(config: TransformerConfig, layers: list[BlockLayer]) -> Found:
+    """The first stage that begins inside a unit, and a layout that cuts none."""
+    units = {layer[-1] for layer in layers if len(layer) > 1}
+    virtual = config.virtual_pipeline_model_parallel_size
+    cuts = [
+        (f"{pp_rank} (virtual stage {vp_stage})" if virtual else f"{pp_rank}", stage.start)
+        for vp_stage, ranks in enumerate(pipeline_stages(config))
+        for pp_rank, stage in enumerate(ranks)
+        if len(stage) > 0 and stage.start in units
+    ]
+    if not cuts:
+        return False
+    stages = config.pipeline_model_parallel_size * (virtual or 1)
+    # As even as units allow: block layer i goes to stage i * stages // len(layers).
+    sizes = [0] * stages
+    for index, layer in enumerate(layers):
+        sizes[index * stages // len(layers)] += len(layer)
+    rows = ["t" * size for size in sizes]
+    rows[0], rows[-1] = "E" + rows[0], rows[-1] + "L"
+    where, start = cuts[0]
+    return {"where": where, "before": start, "here": start + 1, "layout": "|".join(rows)}
+
+
+CUT_UNIT = Refusal(
+    _cut_unit,
+    "pipeline stage {where} would start at layer {here}, inside the unit of layers {before} and "
+    "{here}",
+    "a unit cannot be cut. In place of the other options of the split use for example "
+    "--pipeline-model-parallel-layout '{layout}'",
+)
+
+
 def _block_layout(
     config: TransformerConfig, layers: list[BlockLayer]
 ) -> PipelineParallelLayerLayout:
@@ -283,37 +316,12 @@ def _block_layout(
     Raises:
         ValueError: a stage ends inside a unit.
     """
-    cuts = {layer[-1] for layer in layers if len(layer) > 1}
-    rows: list[list[LayerType]] = []
-    for vp_stage, ranks in enumerate(pipeline_stages(config)):
-        for pp_rank, stage in enumerate(ranks):
-            if len(stage) > 0 and stage.start in cuts:
-                raise ValueError(_cut_message(config, layers, vp_stage, pp_rank, stage))
-            count = sum(1 for layer in layers if layer[0] in stage)
-            rows.append([LayerType.decoder] * count)
+    refuse((CUT_UNIT,), config, layers)
+    rows = [
+        [LayerType.decoder] * sum(1 for layer in layers if layer[0] in stage)
+        for ranks in pipeline_stages(config)
+        for stage in ranks
+    ]
     rows[0].insert(0, LayerType.embedding)
     rows[-1].append(LayerType.loss)
     return PipelineParallelLayerLayout(rows, config.pipeline_model_parallel_size)
-
-
-def _cut_message(
-    config: TransformerConfig,
-    layers: list[BlockLayer],
-    vp_stage: int,
-    pp_rank: int,
-    stage: range,
-) -> str:
-    virtual = config.virtual_pipeline_model_parallel_size
-    where = f"pipeline stage {pp_rank}" + (f" (virtual stage {vp_stage})" if virtual else "")
-    stages = config.pipeline_model_parallel_size * (virtual or 1)
-    # As even as units allow: block layer i goes to stage i * stages // len(layers).
-    sizes = [0] * stages
-    for index, layer in enumerate(layers):
-        sizes[index * stages // len(layers)] += len(layer)
-    rows = ["t" * size for size in sizes]
-    rows[0], rows[-1] = "E" + rows[0], rows[-1] + "L"
-    return (
-        f"{where} would start at layer {stage.start + 1}, inside the unit of layers {stage.start} "
-        f"and {stage.start + 1}: a unit cannot be cut. In place of the other options of the split "
-        f"use for example --pipeline-model-parallel-layout '{'|'.join(rows)}'."
-    )

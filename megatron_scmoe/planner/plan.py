@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
@@ -176,7 +177,7 @@ def _refused_positions(config: ScMoEModelConfig) -> dict[str, str]:
             }
         )
         try:
-            moved.check(transformer)
+            check_model(transformer, moved)
         except ValueError as error:
             refused[position] = str(error)
     return refused

@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tests.models import Case, build_block, parameters_by_expert, run_block
 from tests.reference import (
@@ -380,7 +381,7 @@ def test_top1_after_the_softmax_is_refused() -> None:
     config = case.host_config()
     config.moe_router_pre_softmax = False
     with pytest.raises(ValueError, match="--moe-router-pre-softmax"):
-        case.scmoe_config().check(config)
+        check_model(config, case.scmoe_config())
 
 
 def test_cg1_is_the_hosts_shared_expert_gate() -> None:

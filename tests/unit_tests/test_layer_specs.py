@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig, ShortcutBlock
 from megatron_scmoe.model.specs import block_config, block_layers, scmoe_block_spec
@@ -72,7 +73,7 @@ def test_pos1_units_are_single_layers(pattern: Any) -> None:
     num_layers = 4 if isinstance(pattern, int) else len(pattern)
     config = Case(host={"moe_layer_freq": pattern}, num_layers=num_layers).host_config()
     scmoe = scmoe_config("pos1")
-    scmoe.check(config)
+    check_model(config, scmoe)
     assert block_layers(config, scmoe) == [(layer,) for layer in range(num_layers)]
     modules = [spec.module for spec in scmoe_block_spec(config, scmoe).layer_specs]
     is_moe = [1] * num_layers if isinstance(pattern, int) else pattern
@@ -245,7 +246,7 @@ def test_stages_hold_the_attention_layers_that_the_host_gives_them(
     split: str, position: str
 ) -> None:
     config, scmoe = split_config(split), scmoe_config(position)
-    scmoe.check(config)
+    check_model(config, scmoe)
     block = block_config(config, scmoe)
     # The layout is the whole truth: the host takes no other option beside it.
     assert block.num_layers_in_first_pipeline_stage is None

@@ -12,7 +12,8 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.checks.layout import check_ranks, check_shares
+from megatron_scmoe.checks.layout import RESOLVED, TYPED
+from megatron_scmoe.checks.refusal import refuse
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
@@ -22,7 +23,7 @@ MODEL = (
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch):
-    """Options as check_shares meets them, on four ranks; the host has filled in what it derives."""
+    """Options as RESOLVED meets them, on four ranks; the host has filled in what it derives."""
 
     def parse(options: str = "") -> Namespace:
         monkeypatch.setenv("WORLD_SIZE", "4")
@@ -53,48 +54,50 @@ def test_dispatcher_that_is_not_installed(
     args = parsed(f"--moe-token-dispatcher-type flex --expert-model-parallel-size 2 {backend}")
     monkeypatch.setattr(fused_a2a, flag, False)
     with pytest.raises(ValueError, match=r"use --moe-token-dispatcher-type alltoall\.") as error:
-        check_shares(args)
+        refuse(RESOLVED, args)
     assert expected in str(error.value)
     monkeypatch.setattr(fused_a2a, flag, True)
-    check_shares(args)
+    refuse(RESOLVED, args)
 
 
 def test_flex_dispatcher_alone(parsed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
     monkeypatch.setattr(fused_a2a, "HAVE_HYBRIDEP", True)
     with pytest.raises(ValueError, match="nobody to send to"):
-        check_shares(parsed("--moe-token-dispatcher-type flex"))
-    check_shares(parsed("--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"))
+        refuse(RESOLVED, parsed("--moe-token-dispatcher-type flex"))
+    refuse(
+        RESOLVED, parsed("--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep")
+    )
 
 
 def test_rank_order_of_the_host(parsed) -> None:
     layout = (
         "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --use-tp-pp-dp-mapping"
     )
-    check_ranks(parsed(layout))
+    refuse(TYPED, parsed(layout))
     with pytest.raises(ValueError, match="for experts as for the rest, and there are 2 and 1"):
-        check_ranks(parsed(f"{layout} --expert-tensor-parallel-size 1"))
+        refuse(TYPED, parsed(f"{layout} --expert-tensor-parallel-size 1"))
 
 
 def test_small_groups_of_micro_batches(parsed) -> None:
     args = parsed("--pipeline-model-parallel-size 2")
     args.virtual_pipeline_model_parallel_size = 2
     args.eval_global_batch_size, args.eval_micro_batch_size = 16, 2
-    check_shares(args)
+    refuse(RESOLVED, args)
     args.microbatch_group_size_per_vp_stage = 1
     with pytest.raises(ValueError, match="use at least 2"):
-        check_shares(args)
+        refuse(RESOLVED, args)
     args.microbatch_group_size_per_vp_stage = 3  # 4 micro-batches: one remains
     with pytest.raises(ValueError, match="use for example --global-batch-size 24"):
-        check_shares(args)
+        refuse(RESOLVED, args)
 
 
 def test_a_batch_that_the_host_may_decrease(parsed) -> None:
     args = parsed("--global-batch-size 12 --eval-global-batch-size 16")
     with pytest.raises(ValueError, match="use for example --global-batch-size 16"):
-        check_ranks(args)
+        refuse(TYPED, args)
     args.decrease_batch_size_if_needed = True
-    check_ranks(args)
+    refuse(TYPED, args)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,6 @@ def test_stages(parsed, options: str) -> None:
     args = parsed(options)
     if args.decoder_last_pipeline_num_layers == 0:
         with pytest.raises(ValueError, match="or give every stage its layers with --pipeline-mod"):
-            check_ranks(args)
+            refuse(TYPED, args)
     else:
-        check_ranks(args)
+        refuse(TYPED, args)

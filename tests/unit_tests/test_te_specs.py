@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_scmoe import say
 from megatron_scmoe.arguments import parse_and_validate_args
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ShortcutBlock
 from megatron_scmoe.model.moe import ScMoELayer
@@ -80,7 +81,7 @@ def unit_and_plain(
 ) -> tuple[ShortcutLayerSubmodules, TransformerLayerSubmodules]:
     """The unit of the last layer, and the plain first layer."""
     scmoe = ScMoEConfig(scmoe_shortcut_position=position, **options)
-    scmoe.check(config)
+    check_model(config, scmoe)
     specs = scmoe_block_spec(config, scmoe).layer_specs
     assert specs[0].module is NumberedLayer
     assert specs[-1].module is ShortcutLayer
@@ -319,5 +320,5 @@ def test_missing_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", False)
     for position in ("none", "pos2"):
         with pytest.raises(ValueError, match="Transformer Engine, which is not installed") as error:
-            ScMoEConfig(scmoe_shortcut_position=position).check(config)
+            check_model(config, ScMoEConfig(scmoe_shortcut_position=position))
         assert "\n" not in str(error.value)

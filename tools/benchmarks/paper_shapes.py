@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
@@ -162,7 +163,7 @@ def configs(
     elif not contender.shared_expert:
         options["scmoe_combine"] = "add"
     scmoe = ScMoEConfig(**{**options, **scmoe_options})
-    scmoe.check(config)
+    check_model(config, scmoe)
     return config, scmoe
 
 

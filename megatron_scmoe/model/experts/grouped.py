@@ -11,6 +11,7 @@ are those of SequentialMLP.
 Shapes: h hidden, e local experts, R rows of all local experts, sorted by expert
 """
 
+from argparse import Namespace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -36,6 +37,19 @@ from torch import Tensor
 
 # (axis, rank, size) for every axis in front of a tensor's own.
 ShardedOffsets = tuple[tuple[int, int, int], ...]
+
+
+def uses_grouped_experts(config: TransformerConfig | Namespace) -> bool:
+    """Whether `--moe-grouped-gemm` means the experts of this file.
+
+    The host's local spec has no grouped experts and ignores the option. Experts with biases, which
+    a shortcut refuses, stay the host's.
+    """
+    return (
+        config.transformer_impl == "local"
+        and config.moe_grouped_gemm
+        and not config.add_bias_linear
+    )
 
 
 def why_no_grouped_mm(

@@ -9,6 +9,7 @@ those that torch writes, of objects those that torch and Megatron call safe
 import io
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 _OF_METADATA = {
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},  # of a folder that was given as a Path
+    "pathlib._local": {"PosixPath"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if type(value) is torch.dtype)},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
@@ -41,10 +44,10 @@ class UntrustedError(pickle.UnpicklingError):
     """A name that no checkpoint needs; the message says which."""
 
 
-def trust_checkpoints() -> None:
-    """Look nothing up from now on in this process: for files that one trusts."""
+def trust_as_asked(args: Namespace) -> None:
+    """--trust-checkpoints: look nothing up from now on in this process."""
     global _trusted
-    _trusted = True
+    _trusted = args.trust_checkpoints
 
 
 def read_metadata(checkpoint: Path) -> Metadata:

@@ -1,0 +1,334 @@
+"""What a shortcut refuses: of the model, and of the command line around it.
+
+Rows take the host's config and ours, so that they also protect a model that is built from Python.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Callable
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.checks.refusal import Found, Refusal, refuse
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model import norm
+from megatron_scmoe.overlap.schedule import window
+
+
+def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
+    """Refuse a model that cannot work.
+
+    Raises:
+        ValueError: one line that says what is wrong and what to do.
+    """
+    refuse((TRANSFORMER_ENGINE,), config)
+    if norm.is_torchs(config):
+        refuse(norm.REFUSALS, config)
+    if scmoe.enabled:
+        refuse(SHORTCUT, config, scmoe)
+
+
+def router_has_no_gradient(config: TransformerConfig | Namespace) -> bool:
+    """Whether every router weight is 1: a softmax over one selected expert, (2)(3) with K = 1."""
+    return (
+        config.moe_router_topk == 1
+        and config.moe_router_score_function == "softmax"
+        and not config.moe_router_pre_softmax
+        and config.moe_router_load_balancing_type != "sinkhorn"  # its weights are sigmoids
+    )
+
+
+# Asked of the command line before the host looks at it, which complains about the first fusion
+# that it misses instead.
+TRANSFORMER_ENGINE = Refusal(
+    lambda options: options.transformer_impl == "transformer_engine" and not HAVE_TE,
+    "--transformer-impl transformer_engine, the default, needs Transformer Engine, which is not "
+    "installed",
+    "install it, or use --transformer-impl local",
+)
+
+
+def _unsupported(
+    option: str,
+    is_set: Callable[[TransformerConfig], Found],
+    reason: str,
+    remedy: str = "drop it",
+) -> Refusal:
+    return Refusal(
+        lambda config, scmoe: is_set(config),
+        f"{option} does not work with a shortcut",
+        remedy,
+        reason,
+    )
+
+
+# What the host offers and a unit does not support.
+_UNSUPPORTED = (
+    _unsupported(
+        "A model without --num-experts",
+        lambda config: config.num_moe_experts is None,
+        "there are no routed experts to move",
+        "add experts, or drop --scmoe-shortcut-position",
+    ),
+    _unsupported(
+        "A model without --moe-shared-expert-intermediate-size",
+        lambda config: config.moe_shared_expert_intermediate_size is None,
+        "a shared expert reads the current representation",
+        "add it, for example with the size of --ffn-hidden-size",
+    ),
+    _unsupported(
+        "Leaving out --disable-bias-linear",
+        lambda config: config.add_bias_linear,
+        "the host's shared and routed experts have no biases",
+        "add it",
+    ),
+    _unsupported(
+        "--moe-flex-dispatcher-backend ncclep",
+        lambda config: config.moe_flex_dispatcher_backend == "ncclep",
+        "its buffers are made for one exchange at a time",
+        "use deepep or hybridep",
+    ),
+    _unsupported(
+        "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather",
+        lambda config: (
+            config.moe_router_padding_for_quantization
+            and config.moe_token_dispatcher_type == "allgather"
+        ),
+        "the host pads the rows of the other dispatchers only",
+        "use alltoall, or drop the padding",
+    ),
+    _unsupported(
+        "--moe-shared-expert-overlap",
+        lambda config: config.moe_shared_expert_overlap,
+        "the unit already runs the shared expert beside the all-to-all",
+    ),
+    _unsupported(
+        "--overlap-moe-expert-parallel-comm",
+        lambda config: config.overlap_moe_expert_parallel_comm,
+        "its schedule knows single layers only and would run the unit in the wrong order",
+    ),
+    _unsupported(
+        "--delay-wgrad-compute",
+        lambda config: config.delay_wgrad_compute,
+        "it belongs to --overlap-moe-expert-parallel-comm",
+    ),
+    _unsupported(
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        lambda config: config.overlap_dispatch_backward_with_experts_wgrad,
+        "it is wired into the host's dispatch, which the unit replaces",
+    ),
+    _unsupported(
+        "--cuda-graph-impl",
+        lambda config: config.cuda_graph_impl != "none",
+        "the number of exchanged rows changes from step to step",
+    ),
+    _unsupported(
+        "--mtp-num-layers",
+        lambda config: bool(config.mtp_num_layers),
+        "the host builds its multi-token prediction layers without the shortcut",
+    ),
+    _unsupported(
+        "--moe-latent-size",
+        lambda config: config.moe_latent_size is not None,
+        "latent projections are not part of the unit's stages",
+    ),
+    _unsupported(
+        "--heterogeneous-layers-config-path",
+        lambda config: config.heterogeneous_block_specs,
+        "layers of one unit would have different shapes",
+    ),
+    _unsupported(
+        "--experimental-attention-variant",
+        lambda config: config.experimental_attention_variant is not None,
+        "the host builds its layers by another path",
+    ),
+    _unsupported(
+        "--transformer-impl inference_optimized",
+        lambda config: config.transformer_impl == "inference_optimized",
+        "it replaces the dispatcher",
+        "use local or transformer_engine",
+    ),
+    _unsupported(
+        "--fused-residual-rmsnorm",
+        lambda config: config.fused_residual_rmsnorm,
+        "the tapped tensor would not exist as a tensor",
+    ),
+    _unsupported(
+        "--fine-grained-activation-offloading",
+        lambda config: config.fine_grained_activation_offloading,
+        "the units' steps are not offloading groups",
+    ),
+    _unsupported(
+        "Kitchen quantization",
+        lambda config: config.use_kitchen or config.use_kitchen_attention,
+        "the linear layer after an unfused norm would not be quantized",
+    ),
+    _unsupported(
+        "--recompute-modules moe with FP8 or FP4",
+        lambda config: bool(
+            (config.fp8 or config.fp4)
+            and config.recompute_granularity == "selective"
+            and "moe" in config.recompute_modules
+        ),
+        "the experts would be recomputed in another precision",
+        "use moe_act, or --recompute-granularity full",
+    ),
+    _unsupported(
+        "--first-last-layers-bf16",
+        lambda config: config.first_last_layers_bf16,
+        "the host counts block layers, and a unit is one block layer with two attention layers",
+    ),
+    _unsupported(
+        "--qk-clip",
+        lambda config: config.qk_clip,
+        "the host clips one attention for each block layer, and a unit has two",
+    ),
+    _unsupported(
+        "--log-max-attention-logit",
+        lambda config: config.log_max_attention_logit,
+        "the host looks at one attention for each block layer, and a unit has two",
+    ),
+    _unsupported(
+        "--mlp-chunks-for-training",
+        lambda config: config.mlp_chunks_for_training > 1,
+        "the unit's MoE is not cut into chunks",
+    ),
+    _unsupported(
+        "CPU offloading",
+        lambda config: config.cpu_offloading,
+        "the host counts its layers, not units",
+    ),
+)
+
+
+def _slot_outside(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    operators = window(scmoe.scmoe_shortcut_position)
+    names = ", ".join(step.value for step in operators)
+    outside = [slot for slot in scmoe.initial_slots if slot > len(operators)]
+    if not outside:
+        return False
+    return {
+        "slot": outside[0],
+        "last": len(operators),
+        "position": scmoe.scmoe_shortcut_position,
+        "names": names,
+    }
+
+
+def _moe_first(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    freq = config.moe_layer_freq
+    if not isinstance(freq, int) or freq == 1:
+        return False
+    repeats, rest = divmod(config.num_layers, freq)
+    advice = (
+        f"--num-layers {config.num_layers} is no multiple of {freq}, so write the pattern as a "
+        "list with a 0 in front of every 1"
+        if rest
+        else f"write --moe-layer-freq '([{','.join(['0'] * (freq - 1) + ['1'])}]*{repeats})'"
+    )
+    return {"freq": freq, "advice": advice}
+
+
+def _no_dense_layer(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    freq, position = config.moe_layer_freq, scmoe.scmoe_shortcut_position
+    pattern = [1] * config.num_layers if isinstance(freq, int) else freq
+    pairs = zip([1, *pattern[:-1]], pattern, strict=True)
+    alone = [number for number, (before, here) in enumerate(pairs, 1) if before and here]
+    if position == "pos1" or not alone:
+        return False
+    advice = "use pos1, which reads the MoE layer's own input"
+    count, rest = divmod(config.num_layers, 2)
+    if count:
+        # An odd layer comes first and is dense.
+        advice += f", or --moe-layer-freq '{'([0]+[0,1]*' if rest else '([0,1]*'}{count})'"
+    return {"position": position, "layer": alone[0], "advice": advice}
+
+
+# Rows take the host's config and ours.
+SHORTCUT = (
+    *_UNSUPPORTED,
+    Refusal(
+        lambda config, scmoe: (
+            scmoe.scmoe_expert_slot != "auto"
+            and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", scmoe.scmoe_expert_slot)
+            and vars(scmoe)
+        ),
+        "--scmoe-expert-slot {scmoe_expert_slot}",
+        "write auto, a number, or two numbers for forward and backward, for example 1,2",
+    ),
+    Refusal(
+        _slot_outside,
+        "--scmoe-expert-slot {slot} is outside 0..{last}, the window of {position} ({names})",
+    ),
+    Refusal(
+        lambda config, scmoe: scmoe.scmoe_num_chunks < 1 and vars(scmoe),
+        "--scmoe-num-chunks {scmoe_num_chunks} is not at least 1",
+    ),
+    Refusal(
+        lambda config, scmoe: (
+            scmoe.scmoe_num_chunks > 1 and config.moe_pad_expert_input_to_capacity
+        ),
+        "--scmoe-num-chunks > 1 does not work with --moe-pad-expert-input-to-capacity",
+        "drop one of them",
+        "the capacity is that of all tokens",
+    ),
+    Refusal(
+        lambda config, scmoe: (
+            config.moe_shared_expert_gate and scmoe.scmoe_combine != "cg1" and vars(scmoe)
+        ),
+        "--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use {scmoe_combine}",
+    ),
+    Refusal(
+        lambda config, scmoe: scmoe.scmoe_combine == "cg1" and not config.moe_shared_expert_gate,
+        "--scmoe-combine cg1 is the host's gate",
+        "add --moe-shared-expert-gate, or use --scmoe-combine add or cg2",
+    ),
+    Refusal(
+        lambda config, scmoe: router_has_no_gradient(config),
+        "--moe-router-topk 1 with a softmax over the selected expert gives every weight 1 and the "
+        "router no gradient",
+        "add --moe-router-pre-softmax",
+    ),
+    Refusal(
+        _moe_first,
+        "--moe-layer-freq {freq} puts the MoE first; a shortcut needs the dense layer first",
+        "{advice}",
+    ),
+    Refusal(
+        lambda config, scmoe: not isinstance(freq := config.moe_layer_freq, int) and not any(freq),
+        "--moe-layer-freq lists no MoE layer, so there is nothing to connect",
+        "put a 1 behind a 0, for example '([0,1]*12)'",
+    ),
+    Refusal(
+        _no_dense_layer,
+        "--scmoe-shortcut-position {position} needs a dense layer in front of every MoE layer, and "
+        "layer {layer} has none",
+        "{advice}",
+    ),
+)
+
+
+def _unsupported_option(dest: str, reason: str) -> Refusal:
+    return Refusal(
+        lambda args: args.scmoe_shortcut_position != "none" and getattr(args, dest),
+        f"--{dest.replace('_', '-')} does not work with a shortcut",
+        "drop it",
+        reason,
+    )
+
+
+# What stands on the command line only, not in the config.
+OPTIONS = (
+    _unsupported_option("spec", "the units are the layers"),
+    _unsupported_option("hybrid_layer_pattern", "it belongs to the host's HybridModel"),
+    _unsupported_option(
+        "use_megatron_fsdp", "it gathers weights layer by layer, in the order of stock layers"
+    ),
+    _unsupported_option(
+        "use_torch_fsdp2", "it gathers weights layer by layer, in the order of stock layers"
+    ),
+    _unsupported_option(
+        "moe_use_upcycling", "a dense checkpoint has no shared experts and no shortcut"
+    ),
+)

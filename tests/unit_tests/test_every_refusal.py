@@ -1,0 +1,342 @@
+"""Every row that refuses something is reached, each by options that no row before it refuses.
+
+That the lists are asked at all, and in time, is seen through the entry script:
+tests/functional_tests/test_refusals.py.
+"""
+
+import importlib
+import pkgutil
+import shlex
+from argparse import ArgumentParser, Namespace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.transformer.moe import fused_a2a
+from megatron.training.arguments import add_megatron_arguments
+
+import megatron_scmoe
+from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.checks import command_line, data, layout, shortcut
+from megatron_scmoe.checks.refusal import Refusal, complaints
+from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model import norm, specs
+from tests.models import Case
+
+Rows = tuple[Refusal, ...]
+
+# Of a Pos-2 model: the beginning of the line, and what is changed on the host's config. The host
+# would refuse some of it itself, so it is set on the finished config.
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "A model without --num-experts": {"num_moe_experts": None},
+    "A model without --moe-shared-expert-intermediate-size": {
+        "moe_shared_expert_intermediate_size": None
+    },
+    "Leaving out --disable-bias-linear": {"add_bias_linear": True},
+    "--moe-flex-dispatcher-backend ncclep": {"moe_flex_dispatcher_backend": "ncclep"},
+    "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather": {
+        "moe_router_padding_for_quantization": True,
+        "moe_token_dispatcher_type": "allgather",
+    },
+    "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
+    "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
+    "--delay-wgrad-compute": {"delay_wgrad_compute": True},
+    "--overlap-dispatch-backward-with-experts-wgrad": {
+        "overlap_dispatch_backward_with_experts_wgrad": True
+    },
+    "--cuda-graph-impl": {"cuda_graph_impl": "local"},
+    "--mtp-num-layers": {"mtp_num_layers": 1},
+    "--moe-latent-size": {"moe_latent_size": 8},
+    "--heterogeneous-layers-config-path": {"heterogeneous_block_specs": True},
+    "--experimental-attention-variant": {"experimental_attention_variant": "dsa"},
+    "--transformer-impl inference_optimized": {"transformer_impl": "inference_optimized"},
+    "--fused-residual-rmsnorm": {"fused_residual_rmsnorm": True},
+    "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
+    "Kitchen quantization": {"use_kitchen": True},
+    "--recompute-modules moe with FP8 or FP4": {
+        "fp8": "e4m3",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+    },
+    "--first-last-layers-bf16": {"first_last_layers_bf16": True},
+    "--qk-clip": {"qk_clip": True},
+    "--log-max-attention-logit": {"log_max_attention_logit": True},
+    "--mlp-chunks-for-training": {"mlp_chunks_for_training": 2},
+    "CPU offloading": {"cpu_offloading": True},
+}
+OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "--scmoe-expert-slot 1.5: write auto": ({}, {"scmoe_expert_slot": "1.5"}),
+    "--scmoe-expert-slot 6 is outside": ({}, {"scmoe_expert_slot": "6"}),
+    "--scmoe-num-chunks 0 is": ({}, {"scmoe_num_chunks": 0}),
+    "--scmoe-num-chunks > 1 does not": (
+        {"moe_pad_expert_input_to_capacity": True},
+        {"scmoe_num_chunks": 2},
+    ),
+    "--moe-shared-expert-gate is --scmoe-combine cg1": (
+        {"moe_shared_expert_gate": True},
+        {"scmoe_combine": "add"},
+    ),
+    "--scmoe-combine cg1 is the host's": ({"moe_shared_expert_gate": False}, {}),
+    "--moe-router-topk 1 with a softmax": ({"moe_router_pre_softmax": False}, {}),
+    "--moe-layer-freq 2 puts the MoE first": ({"moe_layer_freq": 2}, {}),
+    "--moe-layer-freq lists no MoE layer": ({"moe_layer_freq": [0] * 8}, {}),
+    "--scmoe-shortcut-position pos2 needs a dense layer": ({"moe_layer_freq": [1] * 8}, {}),
+}
+OF_NORM: dict[str, dict[str, Any]] = {
+    "--transformer-impl local uses torch's norms: drop --apply": {
+        "layernorm_zero_centered_gamma": True
+    },
+    "--transformer-impl local uses torch's norms: add": {"persist_layer_norm": True},
+    "--transformer-impl local uses torch's norms: drop --memory": {
+        "memory_efficient_layer_norm": True
+    },
+    "--normalization L2Norm: choose": {"normalization": "L2Norm"},
+}
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--micro-batch-size 2 --global-batch-size 16 --num-experts 4 --transformer-impl local "
+    "--tokenizer-type NullTokenizer --vocab-size 64 --lr 1 --train-iters 1 --eval-interval 1 "
+)
+POS2 = "--scmoe-shortcut-position pos2 "
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel "
+PP2 = "--pipeline-model-parallel-size 2 "
+STACKED = "--moe-grouped-gemm --disable-bias-linear "
+FLEX = "--moe-token-dispatcher-type flex "
+
+
+class Typed(NamedTuple):
+    """Of the command line, four ranks; what the host would have derived is changed afterwards."""
+
+    rows: Rows
+    options: str
+    changes: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+
+
+TYPED, RESOLVED = layout.TYPED, layout.RESOLVED
+COMPLETE, OPTIONS = command_line.COMPLETE, shortcut.OPTIONS
+STACKED_EXPERTS = command_line.STACKED_EXPERTS
+OF_COMMAND_LINE: dict[str, Typed] = {
+    "--yaml-cfg has no place": Typed(command_line.PARSED, "--yaml-cfg a.yaml"),
+    "--transformer-impl transformer_engine, the default, needs": Typed(
+        COMPLETE, "--transformer-impl transformer_engine"
+    ),
+    "--tokenizer-type NullTokenizer needs": Typed(COMPLETE, "", {"vocab_size": None}),
+    "How long to train": Typed(COMPLETE, "", {"train_iters": None}),
+    "The learning rate": Typed(COMPLETE, "", {"lr": None}),
+    "When to evaluate": Typed(COMPLETE, "", {"eval_interval": None}),
+    "--optimizer muon wants": Typed(STACKED_EXPERTS, f"{STACKED} --optimizer muon"),
+    "--moe-use-upcycling wants": Typed(STACKED_EXPERTS, f"{STACKED} --moe-use-upcycling"),
+    "--ckpt-format torch wants": Typed(STACKED_EXPERTS, f"{STACKED} --ckpt-format torch --save a"),
+    "--spec does not": Typed(OPTIONS, f"{POS2} --spec module layer"),
+    "--hybrid-layer-pattern does not": Typed(OPTIONS, f"{POS2} --hybrid-layer-pattern M*-M"),
+    "--use-megatron-fsdp does not": Typed(OPTIONS, f"{POS2} --use-megatron-fsdp"),
+    "--use-torch-fsdp2 does not": Typed(OPTIONS, f"{POS2} --use-torch-fsdp2"),
+    "--moe-use-upcycling does not": Typed(OPTIONS, f"{POS2} --moe-use-upcycling"),
+    **{
+        f"--{name} 0 is not at least 1": Typed(TYPED, f"--{name} 0")
+        for name in (
+            "tensor-model-parallel-size",
+            "context-parallel-size",
+            "pipeline-model-parallel-size",
+            "expert-model-parallel-size",
+            "expert-tensor-parallel-size",
+            "num-layers",
+            "micro-batch-size",
+        )
+    },
+    "The number of ranks, 4, is no multiple of --context-parallel-size 3": Typed(
+        TYPED, "--context-parallel-size 3"
+    ),
+    "The number of ranks, 4, is no multiple of --expert-model-parallel-size 8: start 8": Typed(
+        TYPED, "--expert-model-parallel-size 8"
+    ),
+    "--use-tp-pp-dp-mapping with pipeline": Typed(
+        TYPED, f"{TP2} {PP2} --use-tp-pp-dp-mapping --expert-tensor-parallel-size 1"
+    ),
+    "--expert-model-parallel-size 2 without": Typed(
+        TYPED, "--expert-model-parallel-size 2", {"num_experts": None}
+    ),
+    "--num-experts 3 is no multiple": Typed(
+        TYPED, "--num-experts 3 --expert-model-parallel-size 2"
+    ),
+    "--global-batch-size 12 is no multiple of 8 = --micro-batch-size 2 x 4 data": Typed(
+        TYPED, "--global-batch-size 12"
+    ),
+    "--eval-global-batch-size 12 is no multiple": Typed(TYPED, "--eval-global-batch-size 12"),
+    "--pipeline-model-parallel-layout 'Ett|tttL' does not fit": Typed(
+        TYPED, f"{PP2} --pipeline-model-parallel-layout Ett|tttL"
+    ),
+    "Virtual pipeline stages need": Typed(TYPED, "--num-layers-per-virtual-pipeline-stage 2"),
+    "--num-layers 4 do not fill 1 pipeline": Typed(
+        TYPED, f"{PP2} --decoder-first-pipeline-num-layers 0"
+    ),
+    "--num-layers 5 cannot be split": Typed(TYPED, f"{PP2} --num-layers 5"),
+    "The 2 layers of a pipeline rank cannot": Typed(
+        TYPED, f"{PP2} --num-virtual-stages-per-pipeline-rank 3"
+    ),
+    "The 2 layers of a pipeline rank are": Typed(
+        TYPED, f"{PP2} --num-layers-per-virtual-pipeline-stage 3"
+    ),
+    "--num-attention-heads 5 is no multiple": Typed(RESOLVED, f"{TP2} --num-attention-heads 5"),
+    "--ffn-hidden-size 63 is": Typed(RESOLVED, f"{TP2} --ffn-hidden-size 63"),
+    "--padded-vocab-size 65 is no": Typed(RESOLVED, f"{TP2} --padded-vocab-size 65"),
+    "--moe-shared-expert-intermediate-size 15 is": Typed(
+        RESOLVED, f"{TP2} --moe-shared-expert-intermediate-size 15"
+    ),
+    "--moe-ffn-hidden-size 15 is": Typed(
+        RESOLVED, "--expert-tensor-parallel-size 2 --moe-ffn-hidden-size 15"
+    ),
+    "--seq-length 31 is": Typed(RESOLVED, f"{TP2} --seq-length 31"),
+    "--num-attention-heads 4 is no multiple of --num-query-groups 3": Typed(
+        RESOLVED, "--group-query-attention --num-query-groups 3"
+    ),
+    "--num-query-groups 3 neither": Typed(
+        RESOLVED, f"{TP2} --num-attention-heads 6 --group-query-attention --num-query-groups 3"
+    ),
+    "--moe-router-topk 5 is outside 1..4": Typed(RESOLVED, "--moe-router-topk 5"),
+    "--moe-layer-freq lists 2 layers": Typed(RESOLVED, "--moe-layer-freq [0,1]"),
+    "--tensor-model-parallel-size 2 with experts": Typed(
+        RESOLVED, "--tensor-model-parallel-size 2"
+    ),
+    "--context-parallel-size 2 needs": Typed(RESOLVED, "--context-parallel-size 2"),
+    "--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend hybridep": Typed(
+        RESOLVED, f"{FLEX} --moe-flex-dispatcher-backend hybridep"
+    ),
+    "--moe-token-dispatcher-type flex has nobody": Typed(RESOLVED, FLEX),
+    "--microbatch-group-size-per-virtual-pipeline-stage 1 is": Typed(
+        RESOLVED,
+        f"{PP2} --microbatch-group-size-per-virtual-pipeline-stage 1",
+        {"virtual_pipeline_model_parallel_size": 2},
+    ),
+    "Virtual pipeline stages take micro-batches in groups of 2, and --global-batch-size 12": Typed(
+        RESOLVED, f"{PP2} --global-batch-size 12", {"virtual_pipeline_model_parallel_size": 2}
+    ),
+    "Virtual pipeline stages take micro-batches in groups of 2, and --eval-global-batch-": Typed(
+        RESOLVED,
+        f"{PP2} --eval-global-batch-size 12 --eval-micro-batch-size 2",
+        {"virtual_pipeline_model_parallel_size": 2},
+    ),
+    "--num-distributed-optimizer-instances 3 does not divide the 4 data": Typed(
+        RESOLVED, "--num-distributed-optimizer-instances 3"
+    ),
+    "--num-distributed-optimizer-instances 4 does not divide the 2 experts'": Typed(
+        RESOLVED,
+        "--num-distributed-optimizer-instances 4 --expert-model-parallel-size 2",
+    ),
+    **{
+        f"--{name} is not supported": Typed(data.DATA, f"--mock-data --{name}")
+        for name in (
+            "sft",
+            "fim-data",
+            "hybrid-context-parallel",
+            "dataloader-inter-document-masking",
+        )
+    },
+    "no dataset /nowhere/corpus.bin": Typed(data.DATA, "--data-path /nowhere/corpus"),
+    "--split 98,1,1 leaves the valid data none of the 3": Typed(
+        data.DATA, "--data-path CORPUS --split 98,1,1"
+    ),
+    "--padded-vocab-size 32 is less": Typed(data.VOCABULARY, "--padded-vocab-size 32"),
+}
+
+ALL = [
+    *UNSUPPORTED,
+    *OF_MODEL,
+    *OF_NORM,
+    *OF_COMMAND_LINE,
+    "pipeline stage 1 would start at layer 4",
+]
+
+
+@cache
+def parser() -> ArgumentParser:
+    return add_scmoe_args(add_megatron_arguments(ArgumentParser()))
+
+
+def parsed(options: str, changes: dict[str, Any]) -> Namespace:
+    args = parser().parse_args(shlex.split(f"{MODEL} {options}"))
+    args.rank, args.world_size = 0, 4
+    args.virtual_pipeline_model_parallel_size = None
+    if args.expert_tensor_parallel_size is None:
+        args.expert_tensor_parallel_size = args.tensor_model_parallel_size
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    args.data_parallel_size = args.world_size // max(ranks, 1)
+    vars(args).update(changes)
+    return args
+
+
+def host_config(**changes: Any) -> Any:
+    config = Case(num_layers=8).host_config()
+    for name, value in changes.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
+    """The row that refuses a case, and what it says."""
+    if line in UNSUPPORTED or line in OF_MODEL:
+        host, own = OF_MODEL.get(line) or (UNSUPPORTED[line], {})
+        scmoe = ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **own})
+        return next(complaints(shortcut.SHORTCUT, host_config(**host), scmoe))
+    if line in OF_NORM:
+        return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
+    if line not in OF_COMMAND_LINE:
+        scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
+        host = {"moe_layer_freq": [0, 1] * 3, "pipeline_model_parallel_size": 2}
+        config = Case(host=host, num_layers=6).host_config()
+        return next(complaints((specs.CUT_UNIT,), config, specs.block_layers(config, scmoe)))
+    rows, options, changes = OF_COMMAND_LINE[line]
+    args = parsed(options.replace("CORPUS", str(corpus)), changes)
+    return next(complaints(rows, args, *([64] if rows is data.VOCABULARY else [])))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three documents; of the GPU's libraries only DeepEP is here."""
+    monkeypatch.setattr(shortcut, "HAVE_TE", False)
+    monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
+    monkeypatch.setattr(fused_a2a, "HAVE_HYBRIDEP", False)
+    prefix = tmp_path / "corpus"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    for _ in range(3):
+        builder.add_document(numpy.arange(4), [4])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("line", ALL)
+def test_a_row_refuses_in_one_line(line: str, corpus: Path) -> None:
+    _, text = first_complaint(line, corpus)
+    assert text.startswith(line)
+    assert text.endswith(".") and "\n" not in text and "{" not in text
+
+
+def every_row() -> set[Refusal]:
+    """All rows of the package: in lists, alone, or beside a variant."""
+    rows: set[Refusal] = set()
+    for module in pkgutil.walk_packages(megatron_scmoe.__path__, "megatron_scmoe."):
+        if not module.name.endswith("__main__"):
+            for value in vars(importlib.import_module(module.name)).values():
+                several = getattr(value, "refusals", value) if isinstance(value, type) else value
+                items = several if isinstance(several, tuple) else (several,)
+                rows |= {item for item in items if isinstance(item, Refusal)}
+    return rows
+
+
+def test_every_row_is_reached(corpus: Path) -> None:
+    reached = {first_complaint(line, corpus)[0] for line in ALL}
+    assert sorted(row.line for row in every_row() - reached) == []
+
+
+def test_what_is_sound_is_refused_by_no_row(corpus: Path) -> None:
+    args = parsed("--mock-data --padded-vocab-size 64", {})
+    for rows in (command_line.PARSED, COMPLETE, TYPED, RESOLVED, OPTIONS, STACKED_EXPERTS):
+        assert list(complaints(rows, args)) == []
+    assert list(complaints(data.DATA, args)) == list(complaints(data.VOCABULARY, args, 64)) == []
+    scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
+    assert list(complaints(shortcut.SHORTCUT, host_config(), scmoe)) == []
