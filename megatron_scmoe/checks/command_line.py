@@ -46,7 +46,7 @@ COMPLETE = (
 
 def _wants_matrices(option: str, is_set: Callable[[Namespace], bool]) -> Refusal:
     return Refusal(
-        lambda args: uses_grouped_experts(args) and is_set(args) and vars(args),
+        lambda args: uses_grouped_experts(args) and is_set(args),
         f"{option} wants every expert's weights as matrices of their own, and --moe-grouped-gemm "
         "with --transformer-impl local stacks them",
         "drop --moe-grouped-gemm",

@@ -42,8 +42,7 @@ def _empty_split(args: Namespace) -> Found:
         documents = len(IndexedDataset(prefix).document_indices) - 1
         for kind, share in zip(Split, shares, strict=True):
             if share is not None and round(share[0] * documents) == round(share[1] * documents):
-                found = {"split": args.split, "kind": kind.name, "documents": documents}
-                return {**found, "prefix": prefix}
+                return {"kind": kind.name, "documents": documents, "prefix": prefix}
     return False
 
 
@@ -65,15 +64,14 @@ def _small_vocabulary(args: Namespace, tokens: int) -> Found:
     if args.padded_vocab_size >= tokens:
         return False
     ranks = args.tensor_model_parallel_size
-    enough = -(-tokens // ranks) * ranks
-    return {"rows": args.padded_vocab_size, "tokens": tokens, "enough": enough}
+    return {"tokens": tokens, "enough": -(-tokens // ranks) * ranks}
 
 
 # Of the options that the host leaves after it has built the tokenizer, and the tokenizer's tokens.
 VOCABULARY = (
     Refusal(
         _small_vocabulary,
-        "--padded-vocab-size {rows} is less than the {tokens} tokens of the tokenizer",
+        "--padded-vocab-size {padded_vocab_size} is less than the {tokens} tokens of the tokenizer",
         "use at least {enough}",
     ),
 )

@@ -47,9 +47,9 @@ def _has_experts(args: Namespace) -> bool:
 def _positive(dest: str) -> Refusal:
     def when(args: Namespace) -> Found:
         value = getattr(args, dest)
-        return value is not None and value < 1 and {"value": value}
+        return value is not None and value < 1
 
-    line = f"{_flag(dest)} {{value}} is not at least 1"
+    line = f"{_flag(dest)} {{{dest}}} is not at least 1"
     return Refusal(when, line, "give it a positive number")
 
 
@@ -64,8 +64,7 @@ def _ranks(side: int) -> Callable[[Namespace], Found]:
         ranks, text = _product(args, _sides(args)[side])
         if args.world_size % ranks == 0 or (side and not _has_experts(args)):
             return False
-        enough = _next_multiple(args.world_size, ranks)
-        return {"world_size": args.world_size, "text": text, "enough": enough}
+        return {"text": text, "enough": _next_multiple(args.world_size, ranks)}
 
     return when
 
@@ -81,12 +80,7 @@ def _uneven_experts(args: Namespace) -> Found:
     experts, size = args.num_experts, args.expert_model_parallel_size
     if not experts or experts % size == 0:
         return False
-    return {
-        "experts": experts,
-        "size": size,
-        "fits": math.gcd(experts, size),
-        "enough": _next_multiple(experts, size),
-    }
+    return {"fits": math.gcd(experts, size), "enough": _next_multiple(experts, size)}
 
 
 def _batch(kind: str) -> Refusal:
@@ -127,7 +121,7 @@ def _unfit_stage_layout(args: Namespace) -> Found:
             args.num_layers, args.mtp_num_layers
         )
     except (AssertionError, ValueError) as error:
-        return {**vars(args), "error": str(error).removesuffix(".")}
+        return {"error": str(error).removesuffix(".")}
     return False
 
 
@@ -154,7 +148,7 @@ def _split_text(args: Namespace) -> dict[str, object]:
     rest, equal, _ = _split(args)
     layers = f"--num-layers {args.num_layers}"
     what = layers if rest == args.num_layers else f"{rest} layers (of {layers})"
-    return {"what": what, "equal": equal, "stages": getattr(args, PP)}
+    return {"what": what, "equal": equal}
 
 
 def _unfilled_stages(args: Namespace) -> Found:
@@ -191,11 +185,7 @@ def _uneven_virtual(dest: str) -> Callable[[Namespace], Found]:
         rest, equal, own = _split(args)
         counts = [*own, *([rest // equal] if equal else [])]
         uneven = [count for count in counts if count % size]
-        return bool(uneven) and {
-            "count": uneven[0],
-            "size": size,
-            "fits": math.gcd(uneven[0], size),
-        }
+        return bool(uneven) and {"count": uneven[0], "fits": math.gcd(uneven[0], size)}
 
     return when
 
@@ -217,14 +207,14 @@ TYPED = (
         "drop it",
     ),
     Refusal(
-        lambda args: args.expert_model_parallel_size > 1 and not args.num_experts and vars(args),
+        lambda args: args.expert_model_parallel_size > 1 and not args.num_experts,
         "--expert-model-parallel-size {expert_model_parallel_size} without experts",
         "add --num-experts, or use --expert-model-parallel-size 1",
     ),
     Refusal(
         _uneven_experts,
-        "--num-experts {experts} is no multiple of --expert-model-parallel-size {size}, and every "
-        "rank holds as many experts",
+        "--num-experts {num_experts} is no multiple of --expert-model-parallel-size "
+        "{expert_model_parallel_size}, and every rank holds as many experts",
         "use --expert-model-parallel-size {fits}, or --num-experts {enough}",
     ),
     _batch(""),
@@ -244,26 +234,27 @@ TYPED = (
     ),
     Refusal(
         _unfilled_stages,
-        "{what} do not fill {equal} pipeline stages of --pipeline-model-parallel-size {stages}",
+        "{what} do not fill {equal} pipeline stages of --pipeline-model-parallel-size "
+        "{pipeline_model_parallel_size}",
         "change --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers, or "
         f"{STAGES}",
     ),
     Refusal(
         _uneven_stages,
         "{what} cannot be split evenly over {equal} pipeline stages of "
-        "--pipeline-model-parallel-size {stages}",
+        "--pipeline-model-parallel-size {pipeline_model_parallel_size}",
         STAGES,
     ),
     Refusal(
         _uneven_virtual("num_virtual_stages_per_pipeline_rank"),
         "The {count} layers of a pipeline rank cannot be split evenly over "
-        "--num-virtual-stages-per-pipeline-rank {size}",
+        "--num-virtual-stages-per-pipeline-rank {num_virtual_stages_per_pipeline_rank}",
         f"use {{fits}}, or {STAGES}",
     ),
     Refusal(
         _uneven_virtual("num_layers_per_virtual_pipeline_stage"),
         "The {count} layers of a pipeline rank are no multiple of "
-        "--num-layers-per-virtual-pipeline-stage {size}",
+        "--num-layers-per-virtual-pipeline-stage {num_layers_per_virtual_pipeline_stage}",
         f"use {{fits}}, or {STAGES}",
     ),
 )
@@ -282,14 +273,12 @@ def _share(
         if not applies(args) or value is None:
             return False
         ranks, text = _product(args, over)
-        if value % ranks == 0:
-            return False
-        return {"value": value, "text": text, "fits": math.gcd(value, ranks)}
+        return value % ranks != 0 and {"text": text, "fits": math.gcd(value, ranks)}
 
     another = f"another {_flag(dest)}"
     return Refusal(
         when,
-        f"{_flag(dest)} {{value}} is no multiple of {{text}}, and every rank takes an equal part",
+        f"{_flag(dest)} {{{dest}}} is no multiple of {{text}}, and every rank takes an equal part",
         f"use {_flag(over[0])} {{fits}}, or {another}" if len(over) == 1 else f"use {another}",
     )
 
@@ -303,20 +292,12 @@ def _groups(args: Namespace) -> tuple[int, int, int] | None:
 
 def _uneven_groups(args: Namespace) -> Found:
     groups, heads, _ = _groups(args) or (1, 1, 1)
-    return heads % groups != 0 and {
-        "heads": heads,
-        "groups": groups,
-        "fits": math.gcd(heads, groups),
-    }
+    return heads % groups != 0 and {"fits": math.gcd(heads, groups)}
 
 
 def _groups_between_ranks(args: Namespace) -> Found:
     groups, _, ranks = _groups(args) or (1, 1, 1)
-    return (groups % ranks != 0 and ranks % groups != 0) and {
-        "groups": groups,
-        "ranks": ranks,
-        "fits": math.gcd(groups, ranks),
-    }
+    return groups % ranks != 0 and ranks % groups != 0 and {"fits": math.gcd(groups, ranks)}
 
 
 # What --moe-flex-dispatcher-backend needs: the host's name for it, and what to install.
@@ -338,14 +319,6 @@ def _missing_backend(args: Namespace) -> Found:
         return False
     installed, name = _FLEX_BACKENDS[backend]
     return not getattr(fused_a2a, installed) and {"backend": backend, "name": name}
-
-
-def _small_group(args: Namespace) -> Found:
-    stages = getattr(args, PP)
-    group = args.microbatch_group_size_per_vp_stage or stages
-    if args.virtual_pipeline_model_parallel_size is None or group >= stages:
-        return False
-    return {"group": group, "stages": stages}
 
 
 def _micro_batch_groups(kind: str) -> Refusal:
@@ -378,16 +351,12 @@ def _micro_batch_groups(kind: str) -> Refusal:
 def _optimizer_instances(whose: str, ranks_of: Callable[[Namespace], int]) -> Refusal:
     def when(args: Namespace) -> Found:
         instances, ranks = args.num_distributed_optimizer_instances, ranks_of(args)
-        return ranks % instances != 0 and {
-            "instances": instances,
-            "ranks": ranks,
-            "fits": math.gcd(instances, ranks),
-        }
+        return ranks % instances != 0 and {"ranks": ranks, "fits": math.gcd(instances, ranks)}
 
     return Refusal(
         when,
-        "--num-distributed-optimizer-instances {instances} does not divide the {ranks} "
-        f"{whose}data parallel ranks",
+        "--num-distributed-optimizer-instances {num_distributed_optimizer_instances} does not "
+        f"divide the {{ranks}} {whose}data parallel ranks",
         "use {fits}",
     )
 
@@ -401,19 +370,18 @@ RESOLVED = (
     _share("seq_length", TP, CP, applies=lambda args: args.sequence_parallel),
     Refusal(
         _uneven_groups,
-        "--num-attention-heads {heads} is no multiple of --num-query-groups {groups}",
+        "--num-attention-heads {num_attention_heads} is no multiple of --num-query-groups "
+        "{num_query_groups}",
         "use --num-query-groups {fits}",
     ),
     Refusal(
         _groups_between_ranks,
-        "--num-query-groups {groups} neither divides --tensor-model-parallel-size {ranks} nor is "
-        "divided by it",
+        "--num-query-groups {num_query_groups} neither divides --tensor-model-parallel-size "
+        "{tensor_model_parallel_size} nor is divided by it",
         "use --tensor-model-parallel-size {fits}",
     ),
     Refusal(
-        lambda args: (
-            _has_experts(args) and not 1 <= args.moe_router_topk <= args.num_experts and vars(args)
-        ),
+        lambda args: _has_experts(args) and not 1 <= args.moe_router_topk <= args.num_experts,
         "--moe-router-topk {moe_router_topk} is outside 1..{num_experts}, which is --num-experts",
     ),
     Refusal(
@@ -421,9 +389,9 @@ RESOLVED = (
             _has_experts(args)
             and isinstance(pattern := args.moe_layer_freq, list)
             and len(pattern) != args.num_layers
-            and {"listed": len(pattern), "layers": args.num_layers}
+            and {"listed": len(pattern)}
         ),
-        "--moe-layer-freq lists {listed} layers and --num-layers is {layers}",
+        "--moe-layer-freq lists {listed} layers and --num-layers is {num_layers}",
         "make them equal",
     ),
     # core/transformer/moe/moe_layer.py:629 refuses it in the first forward pass.
@@ -432,16 +400,13 @@ RESOLVED = (
             _has_experts(args)
             and args.tensor_model_parallel_size > 1
             and not args.sequence_parallel
-            and vars(args)
         ),
         "--tensor-model-parallel-size {tensor_model_parallel_size} with experts needs "
         "--sequence-parallel, or every token would be sent once per tensor parallel rank",
         "add --sequence-parallel",
     ),
     Refusal(
-        lambda args: (
-            args.context_parallel_size > 1 and args.transformer_impl == "local" and vars(args)
-        ),
+        lambda args: args.context_parallel_size > 1 and args.transformer_impl == "local",
         "--context-parallel-size {context_parallel_size} needs Transformer Engine's attention, and "
         "that a GPU; --transformer-impl local has none that exchanges keys and values",
         "use --context-parallel-size 1",
@@ -462,10 +427,13 @@ RESOLVED = (
         "raise it, or use --moe-token-dispatcher-type alltoall",
     ),
     Refusal(
-        _small_group,
-        "--microbatch-group-size-per-virtual-pipeline-stage {group} is smaller than "
-        "--pipeline-model-parallel-size {stages}",
-        "use at least {stages}",
+        lambda args: (
+            args.virtual_pipeline_model_parallel_size is not None
+            and 0 < (args.microbatch_group_size_per_vp_stage or 0) < getattr(args, PP)
+        ),
+        "--microbatch-group-size-per-virtual-pipeline-stage {microbatch_group_size_per_vp_stage} "
+        "is smaller than --pipeline-model-parallel-size {pipeline_model_parallel_size}",
+        "use at least {pipeline_model_parallel_size}",
     ),
     _micro_batch_groups(""),
     _micro_batch_groups("eval_"),

@@ -15,26 +15,29 @@ class Refusal:
     """A row: options that cannot work, and the line that the user sees."""
 
     when: Callable[..., Found]
-    """Whether it holds for the options: false, true, or the values that the texts speak of."""
+    """Whether it holds for the options: false, true, or values that the texts name."""
     line: str
-    """What is wrong. Names in braces, here and in the other texts, are those of `when`."""
+    """What is wrong. A name in braces, here and below, is an option's or one from `when`."""
     remedy: str = ""
     """What to do."""
     reason: str = ""
     """Why, where it is not plain."""
 
-    def text(self, found: Found) -> str:
+    def text(self, found: Found, *options: Any) -> str:
         """`line: remedy.` or `line: reason; remedy.`"""
         causes = "; ".join(part for part in (self.reason, self.remedy) if part)
         template = f"{self.line}: {causes}." if causes else f"{self.line}."
-        return template.format_map(found if isinstance(found, Mapping) else {})
+        values: dict[str, Any] = {}
+        for names in (*(getattr(option, "__dict__", {}) for option in options), found):
+            values |= names if isinstance(names, Mapping) else {}
+        return template.format_map(values)
 
 
 def complaints(rows: Iterable[Refusal], *options: Any) -> Iterator[tuple[Refusal, str]]:
     """Rows that hold, and their lines, in order; a row may rely on those before it."""
     for row in rows:
         if found := row.when(*options):
-            yield row, row.text(found)
+            yield row, row.text(found, *options)
 
 
 def refuse(rows: Iterable[Refusal], *options: Any) -> None:

@@ -206,14 +206,7 @@ def _slot_outside(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
     operators = window(scmoe.scmoe_shortcut_position)
     names = ", ".join(step.value for step in operators)
     outside = [slot for slot in scmoe.initial_slots if slot > len(operators)]
-    if not outside:
-        return False
-    return {
-        "slot": outside[0],
-        "last": len(operators),
-        "position": scmoe.scmoe_shortcut_position,
-        "names": names,
-    }
+    return bool(outside) and {"slot": outside[0], "last": len(operators), "names": names}
 
 
 def _moe_first(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
@@ -227,22 +220,22 @@ def _moe_first(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
         if rest
         else f"write --moe-layer-freq '([{','.join(['0'] * (freq - 1) + ['1'])}]*{repeats})'"
     )
-    return {"freq": freq, "advice": advice}
+    return {"advice": advice}
 
 
 def _no_dense_layer(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
-    freq, position = config.moe_layer_freq, scmoe.scmoe_shortcut_position
+    freq = config.moe_layer_freq
     pattern = [1] * config.num_layers if isinstance(freq, int) else freq
     pairs = zip([1, *pattern[:-1]], pattern, strict=True)
     alone = [number for number, (before, here) in enumerate(pairs, 1) if before and here]
-    if position == "pos1" or not alone:
+    if scmoe.scmoe_shortcut_position == "pos1" or not alone:
         return False
     advice = "use pos1, which reads the MoE layer's own input"
     count, rest = divmod(config.num_layers, 2)
     if count:
         # An odd layer comes first and is dense.
         advice += f", or --moe-layer-freq '{'([0]+[0,1]*' if rest else '([0,1]*'}{count})'"
-    return {"position": position, "layer": alone[0], "advice": advice}
+    return {"layer": alone[0], "advice": advice}
 
 
 # Rows take the host's config and ours.
@@ -252,17 +245,17 @@ SHORTCUT = (
         lambda config, scmoe: (
             scmoe.scmoe_expert_slot != "auto"
             and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", scmoe.scmoe_expert_slot)
-            and vars(scmoe)
         ),
         "--scmoe-expert-slot {scmoe_expert_slot}",
         "write auto, a number, or two numbers for forward and backward, for example 1,2",
     ),
     Refusal(
         _slot_outside,
-        "--scmoe-expert-slot {slot} is outside 0..{last}, the window of {position} ({names})",
+        "--scmoe-expert-slot {slot} is outside 0..{last}, the window of "
+        "{scmoe_shortcut_position} ({names})",
     ),
     Refusal(
-        lambda config, scmoe: scmoe.scmoe_num_chunks < 1 and vars(scmoe),
+        lambda config, scmoe: scmoe.scmoe_num_chunks < 1,
         "--scmoe-num-chunks {scmoe_num_chunks} is not at least 1",
     ),
     Refusal(
@@ -274,9 +267,7 @@ SHORTCUT = (
         "the capacity is that of all tokens",
     ),
     Refusal(
-        lambda config, scmoe: (
-            config.moe_shared_expert_gate and scmoe.scmoe_combine != "cg1" and vars(scmoe)
-        ),
+        lambda config, scmoe: config.moe_shared_expert_gate and scmoe.scmoe_combine != "cg1",
         "--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use {scmoe_combine}",
     ),
     Refusal(
@@ -292,7 +283,8 @@ SHORTCUT = (
     ),
     Refusal(
         _moe_first,
-        "--moe-layer-freq {freq} puts the MoE first; a shortcut needs the dense layer first",
+        "--moe-layer-freq {moe_layer_freq} puts the MoE first; a shortcut needs the dense "
+        "layer first",
         "{advice}",
     ),
     Refusal(
@@ -302,8 +294,8 @@ SHORTCUT = (
     ),
     Refusal(
         _no_dense_layer,
-        "--scmoe-shortcut-position {position} needs a dense layer in front of every MoE layer, and "
-        "layer {layer} has none",
+        "--scmoe-shortcut-position {scmoe_shortcut_position} needs a dense layer in front of every "
+        "MoE layer, and layer {layer} has none",
         "{advice}",
     ),
 )

@@ -30,7 +30,7 @@ REFUSALS = (
         "drop --memory-efficient-layer-norm",
     ),
     Refusal(
-        lambda config: config.normalization not in NORMS and vars(config),
+        lambda config: config.normalization not in NORMS,
         "--normalization {normalization}",
         "choose LayerNorm or RMSNorm",
     ),
