@@ -68,6 +68,7 @@ def test_transformer_engine_imports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_several_ranks(python: Path, tmp_path: Path) -> None:
     findings = {finding.name: finding for finding in rehearse(python, tmp_path / "out", "ranks")}
     for layout in ("EP 2", "EP 4", "EP 2, all-gather"):
@@ -78,6 +79,7 @@ def test_several_ranks(python: Path, tmp_path: Path) -> None:
         assert findings[f"{layout}: uneven splits"].outcome == "passed"
 
 
+@pytest.mark.slow
 def test_main_job(python: Path, tmp_path: Path) -> None:
     findings = rehearse(python, tmp_path / "out", "main_job")
     passed = {finding.name for finding in findings if finding.outcome == "passed"}
