@@ -6,10 +6,11 @@
 
 PYTHON_BIN := .venv/bin/python
 INSTALLED := .venv/.installed
-# Some tests wait more than they compute: three at a time keep two cores busy. The first modules are
-# the longest.
+# Some tests wait more than they compute: three at a time keep two cores busy. A module stays in one
+# worker, so that what its tests share is made once; in the order of their names the long ones come
+# first.
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest \
-    -n 3 --dist loadgroup --no-loadscope-reorder
+    -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup pretrain check test test-all test-gpu
 .DELETE_ON_ERROR:

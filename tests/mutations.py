@@ -24,7 +24,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).parents[1]
 FAILED = 1  # pytest's exit code; others mean that it could not do its work
 DEFAULT = ["-m", "not slow", "-p", "no:cacheprovider"]
-PARALLEL = shlex.split("-n 3 --dist loadgroup --no-loadscope-reorder")
+PARALLEL = shlex.split("-n 3 --dist loadfile --no-loadscope-reorder")
 
 
 class Mutation(NamedTuple):
@@ -72,7 +72,7 @@ MUTATIONS = (
         "megatron_scmoe/model/dispatch/token_dispatcher.py",
         "rows = num_tokens * config.moe_router_topk",
         "rows = num_tokens",
-        f"{UNIT}token_dispatcher.py {UNIT}layer.py -k 'rows or top'",
+        f"{UNIT}layer.py -k host_option",
     ),
     # Names on disk and layers of the block.
     Mutation(
@@ -102,33 +102,33 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/overlap/branch.py",
-        "ctx.set_materialize_grads(False)",
-        "ctx.set_materialize_grads(True)",
-        f"{DISTRIBUTED}branch.py {UNIT}layer.py",
+        "if not self._overlap:",
+        "if self._overlap:",
+        f"{DISTRIBUTED}overlap_order.py",
     ),
     Mutation(
         "megatron_scmoe/overlap/branch.py",
         "whole[: grad.shape[0]] = grad",
         "whole[-grad.shape[0] :] = grad",
-        f"{DISTRIBUTED}branch.py",
+        f"{UNIT}layer.py -k 'routing_case and skewed and pos2'",
     ),
     Mutation(
         "megatron_scmoe/overlap/streams.py",
         "tensor.record_stream(compute)",
         "tensor.record_stream(self._side)",
-        f"{UNIT}streams.py",
+        f"{UNIT}streams.py -k goes_back",
     ),
     Mutation(
         "megatron_scmoe/overlap/streams.py",
         "self._side.wait_event(ready or cuda.current_stream(self._device).record_event())",
         "self._side.wait_event(cuda.current_stream(self._device).record_event())",
-        f"{UNIT}streams.py",
+        f"{UNIT}streams.py -k mistake",
     ),
     Mutation(
         "megatron_scmoe/overlap/streams.py",
         "self._works.clear()",
         "self._works.copy()",
-        f"{UNIT}kept_bytes.py {DISTRIBUTED}branch.py",
+        f"{UNIT}kept_bytes.py -k nothing_else",
     ),
     Mutation(
         "megatron_scmoe/overlap/collectives.py",
@@ -177,7 +177,7 @@ MUTATIONS = (
         "megatron_scmoe/config.py",
         'and config.moe_router_score_function == "softmax"',
         'and config.moe_router_score_function != "softmax"',
-        f"{UNIT}config.py {UNIT}arguments.py",
+        f"{UNIT}config.py",
     ),
     Mutation(
         "megatron_scmoe/checks/layout.py",
@@ -202,13 +202,13 @@ MUTATIONS = (
         "megatron_scmoe/run/checkpoint/contents.py",
         "elif path.stat().st_size < size:",
         "elif path.stat().st_size == 0:",
-        f"{UNIT}checkpoint_contents.py {FUNCTIONAL}checkpoints.py -k 'contents or truncated'",
+        f"{UNIT}checkpoint_contents.py",
     ),
     Mutation(
         "megatron_scmoe/run/checkpoint/record.py",
         'if not other.with_suffix("").is_dir():',
         'if other.with_suffix("").is_dir():',
-        f"{UNIT}aside.py {UNIT}checkpoint_contents.py",
+        f"{UNIT}checkpoint_contents.py",
     ),
     Mutation(
         "megatron_scmoe/run/checkpoint/aside.py",
@@ -282,7 +282,7 @@ MUTATIONS = (
         "megatron_scmoe/planner/memory.py",
         "return [0] * min(training.num_microbatches, pp_size - pp_rank)",
         "return [0] * min(training.num_microbatches, pp_size)",
-        f"{UNIT}counts.py {DISTRIBUTED}memory.py",
+        f"{DISTRIBUTED}memory.py",
     ),
     Mutation(
         "megatron_scmoe/planner/predict.py",

@@ -1,12 +1,9 @@
 """The benchmarks' clocks see every operator and exchange, and change no value."""
 
-import pytest
 import torch
 
 from megatron_scmoe.overlap.schedule import default_slot, window
 from tests.distributed_utils import run_distributed
-
-pytestmark = pytest.mark.xdist_group("measures time")
 
 SEQUENCE, BATCH = 8, 2
 

@@ -16,8 +16,6 @@ from tools.report.text import percent
 from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE, Run, read_scalars
 
-pytestmark = pytest.mark.xdist_group("measures time")
-
 CURVES = ("lm loss", "grad-norm")
 CHOICE = "expert slot "
 SLOW_DOWN = "dense compute beside exchanges"

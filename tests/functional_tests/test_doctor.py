@@ -89,7 +89,6 @@ def groups_of(text: str) -> list[tuple[str, str, float]]:
     return [(ranks, rank, float(ratio)) for ranks, rank, ratio in lines]
 
 
-@pytest.mark.xdist_group("measures time")
 @pytest.mark.parametrize("size", [2, 4])
 def test_slow_rank_is_named(size: int, tmp_path: Path) -> None:
     options = [*OPTIONS, "--expert-model-parallel-size", str(size)]

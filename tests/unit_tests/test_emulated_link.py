@@ -14,8 +14,6 @@ from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
 from tools.benchmarks import one_device
 from tools.benchmarks.emulated_link import Link, emulated_link
 
-pytestmark = pytest.mark.xdist_group("measures time")
-
 SECONDS = 0.2
 TENSOR = torch.ones(10, 100)  # 4000 bytes, of which 3 in 4 leave
 
