@@ -182,15 +182,15 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/checks/layout.py",
-        "if groups % ranks and ranks % groups:",
-        "if groups % ranks:",
-        f"{UNIT}layout.py",
+        "if heads % groups:",
+        "if groups % heads == heads:",
+        f"{FUNCTIONAL}refusals.py -k 'heads and groups'",
     ),
     Mutation(
         "megatron_scmoe/checks/layout.py",
         "if args.padded_vocab_size < tokens:",
         "if args.padded_vocab_size <= tokens:",
-        f"{UNIT}layout.py",
+        f"{FUNCTIONAL}counts.py",
     ),
     Mutation(
         "megatron_scmoe/arguments.py",
@@ -240,6 +240,18 @@ MUTATIONS = (
         "if writer is not None and writer.exitcode is not None:",
         "if writer is not None and writer.exitcode == 0:",
         f"{FUNCTIONAL}checkpoints.py -k writer_of_async",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/writer.py",
+        "if received is not None and received.si_pid == rank.pid:",
+        "if received is not None:",
+        f"{UNIT}writer.py",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/writer.py",
+        "while rank.is_alive():",
+        "while True:",
+        f"{UNIT}writer.py",
     ),
     # Lost ranks and unfit machines.
     Mutation(

@@ -19,6 +19,9 @@ from tools.gpu_proof.results import Finding, read_findings
 
 from .launch import REPOSITORY
 
+# tests/unit_tests/test_gpu_proof.py runs the same program on toys.
+pytestmark = pytest.mark.slow
+
 ENGINE = [name.partition("==")[0] for name in TRANSFORMER_ENGINE]
 ENGINE += ["transformer-engine-cu13", "transformer-engine-torch"]
 
@@ -68,7 +71,6 @@ def test_transformer_engine_imports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
 def test_several_ranks(python: Path, tmp_path: Path) -> None:
     findings = {finding.name: finding for finding in rehearse(python, tmp_path / "out", "ranks")}
     for layout in ("EP 2", "EP 4", "EP 2, all-gather"):
@@ -79,7 +81,6 @@ def test_several_ranks(python: Path, tmp_path: Path) -> None:
         assert findings[f"{layout}: uneven splits"].outcome == "passed"
 
 
-@pytest.mark.slow
 def test_main_job(python: Path, tmp_path: Path) -> None:
     findings = rehearse(python, tmp_path / "out", "main_job")
     passed = {finding.name for finding in findings if finding.outcome == "passed"}

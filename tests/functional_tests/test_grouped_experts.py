@@ -48,7 +48,6 @@ def test_choice_changes_no_curve(experiment: Experiment) -> None:
     assert max(deviation(grouped, sequential)) <= TOLERANCE
 
 
-@pytest.mark.slow
 def test_choice_changes_no_curve_without_a_shortcut(experiment: Experiment) -> None:
     """`none` is stock Megatron with SequentialMLP, and the same up to that sum with ours."""
     curves = [experiment.train("1", kind, "--scmoe-shortcut-position", "none") for kind in EXPERTS]

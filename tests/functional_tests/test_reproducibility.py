@@ -19,7 +19,7 @@ from .launch import read_scalars
 from .layouts import CURVES, EP2, EXPERT_BIAS, MODEL, PP2, TP2, Curves
 from .text import write_text
 
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.slow  # other layouts of the same test
 BATCH = 16  # samples of an iteration
 # The expert bias is a buffer that training changes.
 TRAIN = shlex.split(
