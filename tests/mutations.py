@@ -203,13 +203,13 @@ MUTATIONS = (
         "megatron_scmoe/run/checkpoint/contents.py",
         "elif path.stat().st_size < size:",
         "elif path.stat().st_size == 0:",
-        f"{UNIT}checkpoint_contents.py",
+        f"{FUNCTIONAL}checkpoints.py -k truncated",
     ),
     Mutation(
         "megatron_scmoe/run/checkpoint/record.py",
         'if not other.with_suffix("").is_dir():',
         'if other.with_suffix("").is_dir():',
-        f"{UNIT}checkpoint_contents.py",
+        f"{FUNCTIONAL}checkpoints.py -k record_says",
     ),
     Mutation(
         "megatron_scmoe/run/checkpoint/aside.py",
