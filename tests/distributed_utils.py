@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ start.replace_host_symbols()
 import torch
 import torch.multiprocessing as mp
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 TIMEOUT = timedelta(seconds=120)  # of one collective
 LIMIT_S = 240  # of one job
@@ -45,6 +47,9 @@ def initialize(rank: int, world_size: int, store: Path, **parallel_sizes: int) -
     )
     parallel_state.initialize_model_parallel(**parallel_sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    # Tests save in their own process: none has to be started, which would import everything, to
+    # carry the results of another that writes.
+    filesystem_async._results_queue = queue.Queue()
 
 
 def finalize() -> None:

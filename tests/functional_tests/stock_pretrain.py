@@ -17,7 +17,8 @@ from megatron.training.training import pretrain
 
 from pretrain_gpt_scmoe import forward_step, train_valid_test_datasets_provider
 
-if __name__ == "__main__":
+
+def main() -> None:
     args = parse_args()
     host.apply_cpu_defaults(args)
     validate_args(args)

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_scmoe.run.checkpoint.transfer import OTHER_STATE
 
+from . import stock_pretrain
 from .forked import Hook, launch_forked
-from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
+from .launch import SCRIPT, TINY_MODEL, TINY_MOE, Run, read_scalars
 
 CURVES = ("lm loss", "grad-norm")
 UNTOUCHED = [
@@ -35,6 +36,8 @@ UNTOUCHED = [
     "latest_checkpointed_iteration.txt",
 ]
 PAIR = ["--moe-layer-freq", "([0,1]*1)", "--scmoe-shortcut-position", "pos2"]
+# Every rank starts processes that import everything anew.
+ASYNC_SAVE = pytest.param(("--async-save",), marks=pytest.mark.slow)
 NO_DROPOUT = shlex.split("--attention-dropout 0 --hidden-dropout 0 --eval-iters 0")
 TWO_RANKS = shlex.split("--expert-model-parallel-size 2 --use-distributed-optimizer")
 
@@ -204,7 +207,7 @@ def test_torn_tracker_is_mended(checkpoints: Path, data_prefix: Path, tmp_path: 
     assert tracker.read_text() == "6"
 
 
-@pytest.mark.parametrize("how", [(), ("--async-save",)], ids=["sync", "async"])
+@pytest.mark.parametrize("how", [(), ASYNC_SAVE], ids=["sync", "async"])
 def test_full_disk(
     checkpoints: Path, data_prefix: Path, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
@@ -233,7 +236,7 @@ def kill_before_it_is_whole() -> None:
     serialization.save_config = kill_then_save
 
 
-@pytest.mark.parametrize("how", [(), ("--async-save",)], ids=["sync", "async"])
+@pytest.mark.parametrize("how", [(), ASYNC_SAVE], ids=["sync", "async"])
 def test_killed_while_saving_an_iteration_that_is_there(
     saved: Path, checkpoints: Path, data_prefix: Path, tmp_path: Path, how: tuple[str, ...]
 ) -> None:
@@ -318,7 +321,6 @@ NEW = [
     "decoder.layers.1.mlp.shared_experts.gate_weight",
     "decoder.layers.1.shortcut_layernorm.weight",
 ]
-STOCK = "tests/functional_tests/stock_pretrain.py"
 
 
 def save_baseline(by: str, data: Path, folder: Path) -> Path:
@@ -331,8 +333,7 @@ def save_baseline(by: str, data: Path, folder: Path) -> Path:
     arguments = [*arguments_of(data, folder), *options]
     at = arguments.index("--scmoe-shortcut-position")
     del arguments[at : at + 2]  # stock Megatron does not know it
-    run = launch(arguments, 2, STOCK)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    succeeded(launch_forked(arguments, 2, folder, main=stock_pretrain.main))
     (checkpoints / "iter_0000006.json").unlink()  # nor does it write this
     return checkpoints
 

@@ -19,6 +19,9 @@ from tools.gpu_proof.results import Finding, read_findings
 
 from .launch import REPOSITORY
 
+# tests/unit_tests/test_gpu_proof.py runs the same program on toys.
+pytestmark = pytest.mark.slow
+
 ENGINE = [name.partition("==")[0] for name in TRANSFORMER_ENGINE]
 ENGINE += ["transformer-engine-cu13", "transformer-engine-torch"]
 

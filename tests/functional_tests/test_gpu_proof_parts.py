@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests import distributed_utils  # what the server of the forks has imported
@@ -113,6 +114,7 @@ def test_transformer_engine(tmp_path: Path) -> None:
     check_outcomes(findings, promised, dict.fromkeys(names, NEEDS_CUDA))
 
 
+@pytest.mark.slow  # test_fast times by the same means
 def test_hidden(tmp_path: Path) -> None:
     """Both processes, with their setting of the environment."""
     findings = rehearse("hidden", tmp_path)

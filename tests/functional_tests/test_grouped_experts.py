@@ -58,8 +58,8 @@ def test_choice_changes_no_curve_without_a_shortcut(experiment: Experiment) -> N
     ("saved", "loaded", "layout"),
     [
         ("sequential", "grouped", "EP2"),
-        ("sequential", "grouped", "ETP2xEP2"),
-        ("grouped", "sequential", "ETP2xEP2"),
+        pytest.param("sequential", "grouped", "ETP2xEP2", marks=pytest.mark.slow),
+        pytest.param("grouped", "sequential", "ETP2xEP2", marks=pytest.mark.slow),
         ("grouped", "sequential", "1"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from .layouts import LAYOUTS, TOLERANCE, Runs, compare_checkpoints, compare_layouts
 
+SLOW = pytest.mark.slow
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
@@ -17,12 +18,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize(
     ("name", "position"),
     [
-        ("TP 1, expert TP 2, EP 2", "pos1"),
-        ("TP 2, expert TP 2, EP 2, all-gather", "pos2"),
-        ("PP 2 interleaved, TP 2, EP 2, expert DP 2", "pos2"),
+        ("TP 2, expert TP 1, EP 2", "pos1"),
         ("PP 2, 2 + 6 layers", "pos2"),
-        ("EP 4, distributed optimizer", "pos3"),
-        ("PP 2, EP 2, untied embeddings", "pos3"),
+        # The parts of these have tests of their own in tests/distributed_tests.
+        pytest.param("TP 1, expert TP 2, EP 2", "pos1", marks=SLOW),
+        pytest.param("TP 2, expert TP 2, EP 2, all-gather", "pos2", marks=SLOW),
+        pytest.param("PP 2 interleaved, TP 2, EP 2, expert DP 2", "pos2", marks=SLOW),
+        pytest.param("EP 4, distributed optimizer", "pos3", marks=SLOW),
+        pytest.param("PP 2, EP 2, untied embeddings", "pos3", marks=SLOW),
     ],
 )
 def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> None:
@@ -30,6 +33,7 @@ def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> N
     assert max(loss, norm) <= TOLERANCE
 
 
+@pytest.mark.slow  # test_pretrain.py resumes at two other layouts
 @pytest.mark.parametrize(
     ("names", "options"),
     [

@@ -27,9 +27,14 @@ def print_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu_tests", "expected"), [(None, "sees ''"), ("0", "sees ''"), ("1", "sees '0,1'")]
+    ("module", "gpu_tests", "expected"),
+    [
+        ("tests", None, "sees ''"),
+        ("tests", "0", "sees ''"),
+        ("tests", "1", "sees '0,1'"),
+        ("tests.conftest", None, "sees ''"),
+    ],
 )
-@pytest.mark.parametrize("module", ["tests", "tests.conftest"])
 def test_devices_are_hidden_before_torch_is_imported(
     monkeypatch: pytest.MonkeyPatch, module: str, gpu_tests: str | None, expected: str
 ) -> None:

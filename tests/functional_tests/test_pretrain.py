@@ -1,6 +1,7 @@
 """The entry script trains, saves and resumes on the CPU backend.
 
-Resumed bitwise, with and without the distributed optimizer.
+Resumed bitwise, with and without the distributed optimizer. One run is under torchrun, the others
+are forked.
 """
 
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE, Run, launch, read_scalars
 
 CURVES = ("lm loss", "grad-norm")
@@ -21,9 +23,9 @@ def options(data: Path, folder: Path, *more: str) -> list[str]:
     return [*TINY_MODEL, *TINY_MOE, *data_options, *caches, *writer, *more]
 
 
-def succeeded(run: Run) -> Run:
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run
+def train(data: Path, folder: Path, *more: str, nproc: int = 1) -> None:
+    run = launch_forked(options(data, folder, *more), nproc, folder)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def curves(folder: Path, first: int = 1) -> dict[str, dict[int, float]]:
@@ -51,7 +53,8 @@ def distributed_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory)
     logging = ["--log-throughput", "--log-memory-to-tensorboard", "--log-timers-to-tensorboard"]
     save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
     run = launch(options(data_prefix, folder, *DISTRIBUTED, *logging, *save), nproc=2)
-    return succeeded(run), folder
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run, folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def single_run(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Six iterations on one rank, saved after three; no dropout, which differs by layout."""
     folder = tmp_path_factory.mktemp("single")
     save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
-    succeeded(launch(options(data_prefix, folder, *NO_DROPOUT, *save)))
+    train(data_prefix, folder, *NO_DROPOUT, *save)
     return folder
 
 
@@ -87,7 +90,7 @@ def test_resume_with_distributed_optimizer_is_exact(
 ) -> None:
     folder = distributed_run[1]
     load = ["--load", str(folder / "checkpoints"), "--ckpt-step", "3"]
-    succeeded(launch(options(data_prefix, tmp_path, *DISTRIBUTED, *load), nproc=2))
+    train(data_prefix, tmp_path, *DISTRIBUTED, *load, nproc=2)
     assert curves(tmp_path) == curves(folder, first=4)
 
 
@@ -95,7 +98,7 @@ def test_resume_without_distributed_optimizer_is_exact(
     single_run: Path, data_prefix: Path, tmp_path: Path
 ) -> None:
     load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
-    succeeded(launch(options(data_prefix, tmp_path, *NO_DROPOUT, *load)))
+    train(data_prefix, tmp_path, *NO_DROPOUT, *load)
     assert curves(tmp_path) == curves(single_run, first=4)
 
 
@@ -105,7 +108,7 @@ def test_two_pipeline_stages_continue_as_one(
     """The same checkpoint, with its optimizer, resharded over two stages."""
     load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3"]
     parallel = [*NO_DROPOUT, "--pipeline-model-parallel-size", "2"]
-    succeeded(launch(options(data_prefix, tmp_path, *load, *parallel), nproc=2))
+    train(data_prefix, tmp_path, *load, *parallel, nproc=2)
     expected = curves(single_run, first=4)
     for tag in CURVES:
         assert curves(tmp_path)[tag] == pytest.approx(expected[tag], rel=1e-5)
@@ -118,7 +121,7 @@ def test_two_expert_ranks_compute_as_one(
     in two (dense and expert) and cannot load the one that was saved (optimizer.py:1578)."""
     load = ["--load", str(single_run / "checkpoints"), "--ckpt-step", "3", "--no-load-optim"]
     parallel = [*NO_DROPOUT, "--expert-model-parallel-size", "2", "--exit-interval", "4"]
-    succeeded(launch(options(data_prefix, tmp_path, *load, *parallel), nproc=2))
+    train(data_prefix, tmp_path, *load, *parallel, nproc=2)
     expected = curves(single_run, first=4)
     for tag in CURVES:
         assert curves(tmp_path)[tag] == pytest.approx({4: expected[tag][4]}, rel=1e-5)

@@ -19,6 +19,7 @@ from .launch import read_scalars
 from .layouts import CURVES, EP2, EXPERT_BIAS, MODEL, PP2, TP2, Curves
 from .text import write_text
 
+SLOW = pytest.mark.slow  # other layouts of the same test
 BATCH = 16  # samples of an iteration
 # The expert bias is a buffer that training changes.
 TRAIN = shlex.split(
@@ -50,9 +51,9 @@ def train(folder: Path, ranks: int, *options: str, hook: Hook | None = None) -> 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (4, f"{EP2} --overlap-grad-reduce --overlap-param-gather"),
+        pytest.param(4, f"{EP2} --overlap-grad-reduce --overlap-param-gather", marks=SLOW),
         (2, INTERLEAVED),
-        (2, TP2_EP2),
+        pytest.param(2, TP2_EP2, marks=SLOW),
     ],
     ids=["EP 2, expert DP 2", "PP 2, interleaved", "TP 2, EP 2"],
 )
@@ -67,7 +68,7 @@ def test_twice_and_after_a_restart_bitwise(
     load = ["--load", checkpoints, "--ckpt-step", "3"]
     rest = {tag: {i: value for i, value in once[tag].items() if i > 3} for tag in CURVES}
     assert train(tmp_path / "resumed", ranks, *options, *load) == rest
-    if TP2 in layout:  # without the random state dropout drops something else
+    if layout == INTERLEAVED:  # without the random state dropout drops something else
         assert train(tmp_path / "fresh", ranks, *options, *load, "--no-load-rng") != rest
 
 
@@ -139,10 +140,10 @@ def one_process(
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "layout"),
     [
-        (1, 2, ""),
+        pytest.param(1, 2, "", marks=SLOW),
         (4, 2, EP2),
-        (2, 1, TP2_EP2),
-        (4, 2, f"{INTERLEAVED} {EP2}"),
+        pytest.param(2, 1, TP2_EP2, marks=SLOW),
+        pytest.param(4, 2, f"{INTERLEAVED} {EP2}", marks=SLOW),
     ],
     ids=["gradient accumulation", "DP 4, EP 2", "TP 2, EP 2", "PP 2, interleaved, DP 2"],
 )

@@ -5,11 +5,14 @@
 
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .launch import REPOSITORY, TINY_MODEL, TINY_MOE, Run, launch, read_scalars
+from . import stock_pretrain
+from .forked import launch_forked
+from .launch import REPOSITORY, TINY_MODEL, TINY_MOE, read_scalars
 from .text import write_text
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "license_pos2_ep2.txt"
@@ -39,12 +42,14 @@ def text_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-def train(folder: Path, *options: str, script: str | None = None) -> dict[str, dict[int, float]]:
+def train(
+    folder: Path, *options: str, main: Callable[[], None] | None = None
+) -> dict[str, dict[int, float]]:
     """Curves of a run on two ranks, in full float32, by name and iteration."""
     writer = ["--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"]
     arguments = [*options, "--data-cache-path", str(folder / "cache"), *writer]
-    run: Run = launch(arguments, 2, script) if script else launch(arguments, 2)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    run = launch_forked(arguments, 2, folder, main=main)
+    assert run.returncode == 0, run.stdout[-3000:]
     return {tag: read_scalars(folder, tag) for tag in CURVES}
 
 
@@ -99,7 +104,7 @@ def test_none_is_stock_megatron(data_prefix: Path, tmp_path: Path) -> None:
         "--attention-dropout 0.1 --hidden-dropout 0.1"
     )
     ours = train(tmp_path / "ours", *options, "--scmoe-shortcut-position", "none")
-    stock = train(tmp_path / "stock", *options, script="tests/functional_tests/stock_pretrain.py")
+    stock = train(tmp_path / "stock", *options, main=stock_pretrain.main)
     assert ours == stock
 
 

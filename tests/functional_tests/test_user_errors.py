@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from .launch import SCRIPT, TINY_MODEL, launch, launch_rank
+from .forked import launch_forked
+from .launch import SCRIPT, TINY_MODEL, launch
 
 MOCK = [*TINY_MODEL, "--mock-data"]
 
 
-def error_lines(stderr: str) -> list[str]:
-    return [line for line in stderr.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(f"{SCRIPT}: error: ")]
 
 
 @pytest.mark.parametrize(
@@ -35,24 +36,25 @@ def error_lines(stderr: str) -> list[str]:
         ),
     ],
 )
-def test_one_line(options: list[str], expected: str) -> None:
-    run = launch_rank(options)
-    assert run.returncode == 2, run.stderr
-    assert "Traceback" not in run.stderr
-    (line,) = error_lines(run.stderr)
+def test_one_line(options: list[str], expected: str, tmp_path: Path) -> None:
+    run = launch_forked(options, 1, tmp_path)
+    assert run.returncode == 2, run.stdout
+    assert "Traceback" not in run.stdout
+    (line,) = error_lines(run.stdout)
     assert expected in line
 
 
-def test_empty_split(data_prefix: Path) -> None:
+def test_empty_split(data_prefix: Path, tmp_path: Path) -> None:
     """The host would count epochs of nothing forever."""
-    run = launch_rank([*TINY_MODEL, "--data-path", str(data_prefix), "--split", "98,1,1"])
-    assert run.returncode == 2, run.stderr
-    (line,) = error_lines(run.stderr)
+    options = [*TINY_MODEL, "--data-path", str(data_prefix), "--split", "98,1,1"]
+    run = launch_forked(options, 1, tmp_path)
+    assert run.returncode == 2, run.stdout
+    (line,) = error_lines(run.stdout)
     assert "--split 98,1,1 leaves the" in line
 
 
 def test_too_few_ranks() -> None:
-    """Both ranks leave, one of them speaks."""
+    """Under torchrun: both ranks leave, one of them speaks."""
     run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)
     assert run.returncode != 0
     (line,) = error_lines(run.stderr)

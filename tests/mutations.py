@@ -1,0 +1,436 @@
+"""Break one line of the package at a time: `make test` has to see it.
+
+    python -m tests.mutations [--all] [NUMBER ...]
+
+Each mutation is made in a copy of this tree, and the tests that are named beside it run there, the
+cheapest that should fail. `--all` runs in their place all that `make test` runs: some minutes for
+each mutation. Numbers choose mutations, as `--list` prints them. Exit code 1 if one survives, which
+means that a test has lost its power, or if a text is not found once, which means that the code was
+changed: write the mutation anew, as bad as it was.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parents[1]
+FAILED = 1  # pytest's exit code; others mean that it could not do its work
+DEFAULT = ["-m", "not slow", "-p", "no:cacheprovider"]
+ALL = "-n 3 --dist loadfile --no-loadscope-reorder"
+
+
+class Mutation(NamedTuple):
+    """One line that is made wrong."""
+
+    file: str
+    old: str
+    """Occurs once in the file."""
+    new: str
+    tests: str
+    """Arguments of pytest."""
+
+
+UNIT, DISTRIBUTED, FUNCTIONAL = (
+    f"tests/{kind}_tests/test_" for kind in ("unit", "distributed", "functional")
+)
+
+MUTATIONS = (
+    # What is computed.
+    Mutation(
+        "megatron_scmoe/model/moe.py",
+        "return SharedOutput(output * shared_weight, routed_weight)",
+        "return SharedOutput(output * routed_weight, shared_weight)",
+        f"{UNIT}layer.py -k 'oracle and cg2'",
+    ),
+    Mutation(
+        "megatron_scmoe/model/moe.py",
+        "first, *others = [trip.restore(rows) for trip, rows in returned]",
+        "*others, first = [trip.restore(rows) for trip, rows in returned]",
+        f"{DISTRIBUTED}expert_parallel.py -k 'two and chunks'",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/grouped.py",
+        "stacked.partition_dim = weight.partition_dim + 1",
+        "stacked.partition_dim = weight.partition_dim",
+        f"{UNIT}experts.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/token_dispatcher.py",
+        "self._sort(rows, self._chunk_sizes.T, own.by_rank)",
+        "self._sort(rows, self._chunk_sizes.T, own.by_expert)",
+        f"{DISTRIBUTED}expert_parallel.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/token_dispatcher.py",
+        "rows = num_tokens * config.moe_router_topk",
+        "rows = num_tokens",
+        f"{UNIT}layer.py -k host_option",
+    ),
+    # Names on disk and layers of the block.
+    Mutation(
+        "megatron_scmoe/model/specs.py",
+        'names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"',
+        'names["pre_mlp_layernorm."] = "pre_mlp_layernorm."',
+        f"{UNIT}layer_specs.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/specs.py",
+        "replacements[WrappedTorchNorm] = SequenceParallelTorchNorm",
+        "replacements[WrappedTorchNorm] = WrappedTorchNorm",
+        f"{DISTRIBUTED}expert_parallel.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/specs.py",
+        "if len(stage) > 0 and stage.start in cuts:",
+        "if len(stage) > 1 and stage.start - 1 in cuts:",
+        f"{UNIT}layer_specs.py",
+    ),
+    # When it runs.
+    Mutation(
+        "megatron_scmoe/overlap/branch.py",
+        "own.transfer = Transfer(own.combine.mirrored(), [own.grad], log)",
+        "own.transfer = Transfer(own.combine, [own.grad], log)",
+        f"{DISTRIBUTED}branch.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/branch.py",
+        "if not self._overlap:",
+        "if self._overlap:",
+        f"{DISTRIBUTED}overlap_order.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/branch.py",
+        "whole[: grad.shape[0]] = grad",
+        "whole[-grad.shape[0] :] = grad",
+        f"{UNIT}layer.py -k 'routing_case and skewed and pos2'",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/streams.py",
+        "tensor.record_stream(compute)",
+        "tensor.record_stream(self._side)",
+        f"{UNIT}streams.py -k goes_back",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/streams.py",
+        "self._side.wait_event(ready or cuda.current_stream(self._device).record_event())",
+        "self._side.wait_event(cuda.current_stream(self._device).record_event())",
+        f"{UNIT}streams.py -k mistake",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/streams.py",
+        "self._works.clear()",
+        "self._works.copy()",
+        f"{UNIT}kept_bytes.py -k nothing_else",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/collectives.py",
+        "return AllToAll(self.group, self.output_splits, self.input_splits)",
+        "return AllToAll(self.group, self.input_splits, self.output_splits)",
+        f"{DISTRIBUTED}branch.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/collectives.py",
+        "return tensor[: sum(self.input_splits)]",
+        "return tensor[-sum(self.input_splits) :]",
+        f"{UNIT}layer.py -k 'routing_case and skewed and pos2'",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/schedule.py",
+        "ahead = min(operators_ahead, slots.forward)",
+        "ahead = operators_ahead",
+        f"{UNIT}schedule.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/schedule.py",
+        "middle = [*start, *wait, *early, *experts, *combine, *back, *late]",
+        "middle = [*start, *wait, *early, *experts, *combine, *late, *back]",
+        f"{UNIT}schedule.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/measure/cost.py",
+        "return min(fastest, key=lambda slot: (abs(2 * slot - operators), slot))",
+        "return min(fastest, key=lambda slot: slot)",
+        f"{UNIT}cost.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/measure/adaptive.py",
+        "means = [value / ranks for value in values]",
+        "means = [value for value in values]",
+        f"{UNIT}adaptive.py",
+    ),
+    # What is refused, and what is set.
+    Mutation(
+        "megatron_scmoe/config.py",
+        '(config.persist_layer_norm, "add --no-persist-layer-norm"),',
+        "",
+        f"{UNIT}config.py",
+    ),
+    Mutation(
+        "megatron_scmoe/config.py",
+        'and config.moe_router_score_function == "softmax"',
+        'and config.moe_router_score_function != "softmax"',
+        f"{UNIT}config.py",
+    ),
+    Mutation(
+        "megatron_scmoe/checks/layout.py",
+        "if heads % groups:",
+        "if groups % heads == heads:",
+        f"{FUNCTIONAL}refusals.py -k 'heads and groups'",
+    ),
+    Mutation(
+        "megatron_scmoe/checks/layout.py",
+        "if args.padded_vocab_size < tokens:",
+        "if args.padded_vocab_size <= tokens:",
+        f"{FUNCTIONAL}counts.py",
+    ),
+    Mutation(
+        "megatron_scmoe/arguments.py",
+        'if scmoe.scmoe_combine == "cg1" and not args.moe_shared_expert_gate:',
+        'if scmoe.scmoe_combine == "cg2" and not args.moe_shared_expert_gate:',
+        f"{UNIT}arguments.py",
+    ),
+    # Checkpoints.
+    Mutation(
+        "megatron_scmoe/run/checkpoint/contents.py",
+        "elif path.stat().st_size < size:",
+        "elif path.stat().st_size == 0:",
+        f"{FUNCTIONAL}checkpoints.py -k truncated",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/record.py",
+        'if not other.with_suffix("").is_dir():',
+        'if other.with_suffix("").is_dir():',
+        f"{FUNCTIONAL}checkpoints.py -k record_says",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/aside.py",
+        "if aside.is_dir() and whole(folder, iteration):",
+        "if aside.is_dir() and iteration_folder(folder, iteration).is_dir():",
+        f"{UNIT}aside.py",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/resume.py",
+        "args.global_batch_size = size",
+        "args.global_batch_size = None",
+        f"{FUNCTIONAL}checkpoints.py -k other_number_of_ranks",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/resume.py",
+        "if not set(changed) <= by_length:",
+        "if set(changed) <= by_length:",
+        f"{FUNCTIONAL}checkpoints.py -k 'longer_run or lr'",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/transfer.py",
+        "state_dict[chunk] |= {name: entry.data for name, entry in entries.items()}",
+        "state_dict[chunk] |= {name: None for name, entry in entries.items()}",
+        f"{FUNCTIONAL}checkpoints.py -k 'baseline and ours'",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/writer.py",
+        "if writer is not None and writer.exitcode is not None:",
+        "if writer is not None and writer.exitcode == 0:",
+        f"{FUNCTIONAL}checkpoints.py -k writer_of_async",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/writer.py",
+        "if received is not None and received.si_pid == rank.pid:",
+        "if received is not None:",
+        f"{UNIT}writer.py",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/writer.py",
+        "while rank.is_alive():",
+        "while True:",
+        f"{UNIT}writer.py",
+    ),
+    # Lost ranks and unfit machines.
+    Mutation(
+        "megatron_scmoe/run/watch/verdict.py",
+        "other.key == pending.key and other.number >= pending.number > 0",
+        "other.key == pending.key and other.number > pending.number > 0",
+        f"{UNIT}watch.py",
+    ),
+    Mutation(
+        "megatron_scmoe/run/watch/board.py",
+        'self._do(lambda store: store.multi_set(keys, ["alarm"] * len(keys)))',
+        'self._do(lambda store: store.multi_set(keys[:1], ["alarm"]))',
+        f"{FUNCTIONAL}lost_ranks.py -k 'test_stalled or test_killed'",
+    ),
+    Mutation(
+        "megatron_scmoe/run/watch/watch.py",
+        "limit = timeout - min(MARGIN_S, timeout / 10)",
+        "limit = 10 * timeout",
+        f"{FUNCTIONAL}lost_ranks.py -k 'test_stopped or test_stalled'",
+    ),
+    Mutation(
+        "megatron_scmoe/run/doctor/links.py",
+        "return Slowest(worst, own[worst] / statistics.median(own.values()))",
+        "return Slowest(worst, own[worst] / min(own.values()))",
+        f"{UNIT}doctor.py",
+    ),
+    Mutation(
+        "megatron_scmoe/run/doctor/findings.py",
+        "if runs and rank == runs[-1][-1] + 1:",
+        "if runs and rank >= runs[-1][-1] + 1:",
+        f"{UNIT}doctor.py",
+    ),
+    # Counting and planning.
+    Mutation(
+        "megatron_scmoe/planner/size.py",
+        "columns = (self.heads + gate + 2 * self.groups) * width",
+        "columns = (self.heads + gate + self.groups) * width",
+        f"{UNIT}counts.py",
+    ),
+    Mutation(
+        "megatron_scmoe/planner/memory.py",
+        "return [0] * min(training.num_microbatches, pp_size - pp_rank)",
+        "return [0] * min(training.num_microbatches, pp_size)",
+        f"{DISTRIBUTED}memory.py",
+    ),
+    Mutation(
+        "megatron_scmoe/planner/predict.py",
+        "hidden_share=1 - exposed / communication if communication else 1.0,",
+        "hidden_share=exposed / communication if communication else 1.0,",
+        f"{UNIT}plan_overlap.py",
+    ),
+    # What of Megatron is replaced.
+    Mutation(
+        "megatron_scmoe/host/cpu.py",
+        "return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])",
+        "return torch.cat([part[-n:] for part, n in zip(parts, output_split_sizes, strict=True)])",
+        f"{DISTRIBUTED}expert_parallel.py",
+    ),
+    Mutation(
+        "megatron_scmoe/host/cpu.py",
+        "torch.set_rng_state(state)",
+        "torch.get_rng_state()",
+        f"{FUNCTIONAL}reproducibility.py -k twice",
+    ),
+    Mutation(
+        "megatron_scmoe/host/optimizer.py",
+        'self.optimizer.state[param]["step"] = torch.tensor(float(group["step"]))',
+        'self.optimizer.state[param]["step"] = torch.tensor(0.0)',
+        f"{FUNCTIONAL}pretrain.py -k resume",
+    ),
+    # Data and reports.
+    Mutation(
+        "megatron_scmoe/data/encoding.py",
+        "lengths[-1] += 1",
+        "lengths[0] += 1",
+        "tests/unit_tests/preprocess_data/test_preprocess_data.py",
+    ),
+    Mutation(
+        "megatron_scmoe/data/dataset_writer.py",
+        "builder = self._builders[self.documents % len(self._builders)]",
+        "builder = self._builders[0]",
+        "tests/unit_tests/preprocess_data/test_preprocess_data.py",
+    ),
+    Mutation(
+        "tools/report/analysis.py",
+        "return self.hidden / self.in_flight if self.in_flight else 0.0",
+        "return self.exposed / self.in_flight if self.in_flight else 0.0",
+        f"{UNIT}overlap_report.py",
+    ),
+)
+
+
+def times_found(mutation: Mutation, tree: Path = REPOSITORY) -> int:
+    """How often the text that is to be made wrong occurs in its file, 0 without that file."""
+    path = tree / mutation.file
+    return path.read_text().count(mutation.old) if path.is_file() else 0
+
+
+@contextmanager
+def mutated(mutation: Mutation, tree: Path) -> Iterator[None]:
+    """Break a tree inside the block."""
+    path = tree / mutation.file
+    whole = path.read_text()
+    path.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        yield
+    finally:
+        path.write_text(whole)
+
+
+def copy_tree(folder: Path) -> Path:
+    """What git knows of this tree and what it does not ignore, as it is now."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    return folder
+
+
+def run_tests(tree: Path, tests: str) -> subprocess.CompletedProcess:
+    """pytest in a tree, whose package comes before an installed one."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    # Compiled code counts as new if time and size of its source do not change: a mutation's would
+    # outlive it.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *DEFAULT, *shlex.split(tests)]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+@cache
+def complaint(tree: Path, tests: str) -> str:
+    """What tests say of a whole tree; nothing if they pass."""
+    done = run_tests(tree, tests)
+    return "" if done.returncode == 0 else done.stdout[-2000:]
+
+
+def judge(mutation: Mutation, tree: Path, tests: str) -> str:
+    """What became of a mutation: "caught", or else why not."""
+    found = times_found(mutation, tree)
+    if found != 1:
+        return f"its text is there {found} times, not once: write it anew"
+    if text := complaint(tree, tests):
+        return f"its tests do not pass without it:\n{text}"
+    with mutated(mutation, tree):
+        broken = run_tests(tree, tests)
+    if broken.returncode == FAILED:
+        return "caught"
+    if broken.returncode == 0:
+        return "SURVIVES"
+    return f"its tests could not run:\n{broken.stdout[-2000:]}"
+
+
+def main() -> int:
+    """Run the program.
+
+    Returns:
+        the exit code.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="run all that make test runs")
+    parser.add_argument("--list", action="store_true", help="print the mutations and stop")
+    parser.add_argument("numbers", nargs="*", type=int, help="of mutations; all if there are none")
+    options = parser.parse_args()
+    chosen = options.numbers or range(1, len(MUTATIONS) + 1)
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = REPOSITORY if options.list else copy_tree(Path(folder))
+        for number in chosen:
+            mutation = MUTATIONS[number - 1]
+            print(f"{number:3} {mutation.file}: {mutation.old.strip()}", flush=True)
+            if not options.list:
+                outcome = judge(mutation, tree, ALL if options.all else mutation.tests)
+                bad += outcome != "caught"
+                print(f"    {outcome}", flush=True)
+    print(f"{len(chosen)} mutations" + ("" if options.list else f", {bad} not caught"))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
