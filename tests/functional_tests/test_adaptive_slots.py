@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import overlap_report
-from tools.report.text import percent
+from megatron_scmoe.commands import overlap_report
+from megatron_scmoe.commands.trace_report.words import percent
 
 from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE, Run, read_scalars

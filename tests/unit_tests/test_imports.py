@@ -30,8 +30,21 @@ ALLOWED = {
     "run.doctor": {"host", "run.checkpoint"},
     "arguments": {"say", "host", "config", "model", "checks", "run.checkpoint"},
     "planner": {"arguments", "config", "host", "model", "overlap", "overlap.measure"},
-    "data": set(),
     "start": {"host", "planner", "run.checkpoint"},
+    "commands.preprocess": set(),
+    "commands.trace_report": {"overlap", "overlap.measure"},
+    "commands": {
+        "commands.preprocess",
+        "commands.trace_report",
+        "start",
+        "arguments",
+        "say",
+        "host",
+        "model",
+        "checks",
+        "planner",
+        "run.doctor",
+    },
 }
 
 

@@ -2,22 +2,23 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_scmoe.commands import overlap_report
+from megatron_scmoe.commands.trace_report.advice import advise
+from megatron_scmoe.commands.trace_report.analysis import Figures, analyse
+from megatron_scmoe.commands.trace_report.page import render
+from megatron_scmoe.commands.trace_report.traces import Run, read_run
+from megatron_scmoe.commands.trace_report.words import change, duration, numbers, size, slot_name
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
-from tools import overlap_report
-from tools.report.advice import advise
-from tools.report.analysis import Figures, analyse
-from tools.report.page import render
-from tools.report.text import change, duration, numbers, size, slot_name
-from tools.report.traces import Run, read_run
 
 MS = 1e-3
 # A Pos-1 unit with its experts behind the QKV projection: name, begin, end in seconds.
@@ -515,6 +516,6 @@ def refuses(folder: Path, capsys: pytest.CaptureFixture[str], message: str, *opt
     assert overlap_report.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
-    assert printed.err.startswith("overlap_report.py: error: ")
+    assert printed.err.startswith(f"{Path(sys.argv[0]).name}: error: ")
     assert re.search(message, printed.err), printed.err
     assert not output.exists()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
+from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
@@ -34,7 +35,6 @@ from megatron_scmoe.planner.predict import (
     stock_seconds,
 )
 from megatron_scmoe.planner.times import exchange_bytes
-from tools import plan_overlap
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_scmoe.data.quiet import quiet_imports
+from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 with quiet_imports():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megatron_scmoe.data.interrupt import STOP_SIGNALS
+from megatron_scmoe.commands.preprocess.interrupt import STOP_SIGNALS
 
 ITEMS_PER_WORKER = 4  # encoded or being encoded: enough to work on while one item takes long
 

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 
-from megatron_scmoe.data import DataError
+from megatron_scmoe.commands.preprocess import DataError
 
 # Punkt sees a text in pieces of this many characters; Megatron-LM's choice, kept because a piece's
 # end is a sentence's end.

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
+from megatron_scmoe.commands.trace_report.traces import Pass, Place, Run, TraceError
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.measure.trace import EXCHANGES
 from megatron_scmoe.overlap.recorder import Direction, Exchange
 from megatron_scmoe.overlap.schedule import Step, window
-from tools.report.traces import Pass, Place, Run, TraceError
 
 
 class Communication(NamedTuple):

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.data import DataError
-from megatron_scmoe.data.quiet import quiet_imports
+from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 VOCAB_FILE_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scmoe.data.corpus import Batch
+from megatron_scmoe.commands.preprocess.json_lines import Batch
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -9,15 +9,30 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from megatron_scmoe import __version__
+from megatron_scmoe.commands.trace_report.advice import advise
+from megatron_scmoe.commands.trace_report.analysis import Communication, DirectionFigures, Figures
+from megatron_scmoe.commands.trace_report.drawing import (
+    LANE_GAP,
+    bar,
+    lane_heights,
+    spread,
+    timeline,
+)
+from megatron_scmoe.commands.trace_report.traces import Run
+from megatron_scmoe.commands.trace_report.words import (
+    change,
+    duration,
+    numbers,
+    percent,
+    size,
+    slot_name,
+    speed,
+    step_name,
+)
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS
 from megatron_scmoe.overlap.measure.trace import LANES
 from megatron_scmoe.overlap.recorder import Direction
 from megatron_scmoe.overlap.schedule import window
-from tools.report.advice import advise
-from tools.report.analysis import Communication, DirectionFigures, Figures
-from tools.report.drawing import LANE_GAP, bar, lane_heights, spread, timeline
-from tools.report.text import change, duration, numbers, percent, size, slot_name, speed, step_name
-from tools.report.traces import Run
 
 RANKS_SHOWN = 16
 _OPTION = re.compile(r"(--[a-z][a-z-]*(?: \d+(?:,\d+)?)?)")

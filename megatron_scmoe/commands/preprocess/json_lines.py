@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_scmoe.data import DataError
+from megatron_scmoe.commands.preprocess import DataError
 
 DIRECTORY_SUFFIXES = tuple(
     text + packed for text in (".jsonl", ".json") for packed in ("", ".gz", ".zst")

@@ -9,11 +9,11 @@ from math import floor, log, log10
 
 from markupsafe import Markup
 
+from megatron_scmoe.commands.trace_report.traces import Pass
+from megatron_scmoe.commands.trace_report.words import duration, step_name
 from megatron_scmoe.overlap.measure.trace import EXCHANGES, LANES
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
-from tools.report.text import duration, step_name
-from tools.report.traces import Pass
 
 LANE_HEIGHT, LANE_GAP, AXIS_HEIGHT = 26, 10, 22
 CHUNK_HEIGHT, STRIP = 20, 6
