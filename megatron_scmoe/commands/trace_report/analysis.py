@@ -1,4 +1,4 @@
-"""What the records of a run say about its overlap: every number of the page, in seconds and bytes.
+"""What the records of a run say about its overlap: the report's numbers, in seconds and bytes.
 
 in flight   from the start of an exchange to its completion
 exposed     the part of it for which compute stood still in the wait
@@ -104,7 +104,7 @@ class DirectionFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything that the page shows.
+    """Everything that the report shows.
 
     Attributes:
         total: an iteration, mean over ranks and iterations.

@@ -1,8 +1,9 @@
-"""Numbers and names as a reader wants them."""
+"""Numbers, options and tables as a reader wants them, and files that are whole or not there."""
 
+import os
+from collections.abc import Sequence
 from math import log10
-
-from megatron_scmoe.overlap.schedule import window
+from pathlib import Path
 
 
 def duration(seconds: float) -> str:
@@ -37,24 +38,7 @@ def _three_digits(number: float) -> str:
     return f"{number:.{0 if rounded >= 100 else 1 if rounded >= 10 else 2}f}"
 
 
-def step_name(step: str) -> str:
-    """A step in words; attention of the dense layer is told from that of the MoE layer."""
-    if step.startswith("dense_") and step != "dense_mlp":
-        return f"dense {step_name(step.removeprefix('dense_'))}"
-    return {"qkv": "QKV", "dense_mlp": "MLP"}.get(step, step.replace("_", " "))
-
-
-def slot_name(position: str, slot: int) -> str:
-    """Where a slot is, in the words of the window; true of both directions."""
-    operators = [step_name(step.value) for step in window(position)]
-    if slot == 0:
-        return f"before {operators[0]}"
-    if slot == len(operators):
-        return f"after {operators[-1]}"
-    return f"between {operators[slot - 1]} and {operators[slot]}"
-
-
-def numbers(values: tuple[int, ...]) -> str:
+def numbers(values: Sequence[int]) -> str:
     """1, 2, 3, 5 as 1-3, 5."""
     runs: list[list[int]] = []
     for value in sorted(values):
@@ -63,3 +47,27 @@ def numbers(values: tuple[int, ...]) -> str:
         else:
             runs.append([value])
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def flag(dest: str) -> str:
+    """The option of an attribute of the parsed arguments."""
+    return "--" + dest.replace("_", "-")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of a terminal, names to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under another name first, so that it is whole or not there."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
