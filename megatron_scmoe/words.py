@@ -1,7 +1,7 @@
 """Numbers, options and tables as a reader wants them, and files that are whole or not there."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import log10
 from pathlib import Path
 
@@ -33,6 +33,11 @@ def change(value: float, reference: float) -> str:
     return f"{share:+.1%}" if abs(share) >= 0.0005 else "0.0%"
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
 def _three_digits(number: float) -> str:
     rounded = float(f"{number:.3g}")  # 9.999 is 10.0
     return f"{number:.{0 if rounded >= 100 else 1 if rounded >= 10 else 2}f}"
@@ -54,12 +59,14 @@ def flag(dest: str) -> str:
     return "--" + dest.replace("_", "-")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of a terminal, names to the left and numbers to the right."""
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], words: Container[int] = (0,)
+) -> str:
+    """Columns of a terminal: `words`, by their numbers, to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in (header, *rows)
@@ -68,6 +75,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under another name first, so that it is whole or not there."""
-    partial = path.with_name(f"{path.name}.tmp")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)

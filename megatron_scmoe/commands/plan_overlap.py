@@ -40,6 +40,7 @@ from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.planner.plan import Source, make_plan
 from megatron_scmoe.planner.plan_text import as_json, as_text
+from megatron_scmoe.words import flag
 
 GIGA, TERA = 1e9, 1e12
 
@@ -97,7 +98,7 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     _apply_preset(args)
     for name in ("cluster_nodes", "cluster_gpus_per_node"):
         if getattr(args, name) is None or getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} is missing or not positive: it makes the layout.")
+            raise ValueError(f"{flag(name)} is missing or not positive: it makes the layout.")
     args.rank, args.world_size = 0, args.cluster_nodes * args.cluster_gpus_per_node
     # Validated for this machine; the memory is that of the cluster's kernels.
     transformer_impl = args.transformer_impl
@@ -124,10 +125,6 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     return args, config, notes
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _apply_preset(args: Namespace) -> None:
     """Fill in what the command line leaves open."""
     if args.cluster_preset is None:
@@ -150,7 +147,7 @@ def source_from_args(args: Namespace) -> Source:
     needed = [] if measurement else compute
     if measurement is None or not measurement.has_exchanges or args.extrapolate:
         needed += network
-    missing = [_flag(name) for name in needed if getattr(args, name) is None]
+    missing = [flag(name) for name in needed if getattr(args, name) is None]
     if missing:
         advice = "" if args.measured else ", or give measured times with --measured"
         raise ValueError(f"missing: {', '.join(missing)}{advice} (no default would be honest).")

@@ -21,7 +21,6 @@ from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
-from megatron_scmoe.planner import paper
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
 from megatron_scmoe.planner.plan import Plan, make_plan
 from megatron_scmoe.planner.predict import (
@@ -35,6 +34,7 @@ from megatron_scmoe.planner.predict import (
     stock_seconds,
 )
 from megatron_scmoe.planner.times import exchange_bytes
+from tools.benchmarks import paper_table as paper
 
 DOCS = Path(__file__).parents[2] / "docs"
 

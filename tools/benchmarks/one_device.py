@@ -42,6 +42,7 @@ from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, window
+from megatron_scmoe.words import markdown_table
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.paper_shapes import (
@@ -55,7 +56,7 @@ from tools.benchmarks.paper_shapes import (
     measure_block,
     seconds,
 )
-from tools.benchmarks.report import markdown_table, write_pair
+from tools.benchmarks.report import write_pair
 
 
 @dataclass

@@ -41,8 +41,9 @@ from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_loca
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import default_slot, window
+from megatron_scmoe.words import markdown_table
 from tools.benchmarks.environment import as_markdown, describe
-from tools.benchmarks.report import markdown_table, write_pair
+from tools.benchmarks.report import write_pair
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from megatron_scmoe.words import numbers
+
 Severity = Literal["ok", "warning", "error"]
 
 
@@ -50,11 +52,4 @@ def _name(places: list[Place]) -> str:
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """'rank 3', 'ranks 0-7', 'ranks 0, 2, 4-6': runs of neighbours are joined."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers(ranks)}"
