@@ -39,7 +39,7 @@ from megatron.training.arguments import parse_args
 from megatron_scmoe import __version__
 from megatron_scmoe.arguments import add_scmoe_args, validate
 from megatron_scmoe.run.doctor import gpu, links, machine
-from megatron_scmoe.run.doctor.findings import Finding, Place, merge, name_ranks
+from megatron_scmoe.run.doctor.findings import Finding, RankOfHost, merge, name_ranks
 from pretrain_gpt_scmoe import prepare
 
 TIMEOUT_MINUTES = 2
@@ -60,7 +60,7 @@ def main() -> int:
     is_sound = all(finding.severity != "error" for finding in layout)
     of_machine = machine.examine(args if is_sound else None)
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        here = Place(0, socket.gethostname())
+        here = RankOfHost(0, socket.gethostname())
         return report({"machine": merge([(here, of_machine)]), "layout": merge([(here, layout)])})
     try:
         return examine_job(args, of_machine, layout)
@@ -118,7 +118,7 @@ def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Fin
     )
     # What is not measured goes over gloo, which names the ranks that do not come.
     control = torch.distributed.new_group(backend="gloo", timeout=timeout)
-    here = Place(rank, socket.gethostname())
+    here = RankOfHost(rank, socket.gethostname())
     everyone = gather((here, machine, layout), control, timeout)
     parts = {
         "machine": merge([(place, findings) for place, findings, _ in everyone]),

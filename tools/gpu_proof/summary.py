@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.words import markdown_table
-from tools.benchmarks.environment import as_markdown
+from tools.benchmarks.provenance import as_markdown
 from tools.gpu_proof.results import OUTCOMES, Finding
 
 

@@ -43,7 +43,7 @@ def communication(exchanges: Iterable[Exchange], divisor: int = 1) -> Communicat
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """Bytes/s of one exchange in one direction, over all that sent something.
 
     Attributes:
@@ -117,7 +117,7 @@ class Figures:
     layers: dict[tuple[int, Direction, str], Communication]
     ranks: dict[int, RankFigures]
     directions: dict[Direction, DirectionFigures]
-    links: dict[tuple[Direction, str], Link | None]
+    links: dict[tuple[Direction, str], LinkSpeed | None]
     example: dict[Direction, Pass]
 
 
@@ -212,7 +212,7 @@ def _rank_figures(run: Run, rank: int, starts: dict[_Key, dict[int, float]]) -> 
 
 def _link(
     run: Run, direction: Direction, name: str, starts: dict[_Key, dict[int, float]]
-) -> Link | None:
+) -> LinkSpeed | None:
     sizes, speeds, together = [], [], []
     for one in run.passes:
         for exchange in one.exchanges:
@@ -229,7 +229,7 @@ def _link(
                 together.append(exchange.bytes / (exchange.end - max(ranks.values())))
     if not speeds:
         return None
-    return Link(
+    return LinkSpeed(
         size=median(sizes),
         least=min(speeds),
         median=median(speeds),

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.calibration import LayerTime
-from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import Goal
-from tools.benchmarks.results import Ratio, Row, Turn
+from tools.benchmarks.provenance import as_markdown
+from tools.benchmarks.turns import Ratio, Row, Turn
 
 
 def write_report(
