@@ -1,4 +1,4 @@
-"""Predicts what a shortcut is worth on a cluster, without one.
+"""Predict what a shortcut is worth on a cluster, without one.
 
     python tools/plan_overlap.py <Megatron options> --cluster-preset h100-infiniband \\
         --cluster-nodes 8 --cluster-flops-efficiency 0.4 --cluster-bandwidth-efficiency 0.6

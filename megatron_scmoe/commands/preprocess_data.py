@@ -1,4 +1,4 @@
-"""Turns JSON lines into the .bin and .idx files that Megatron trains on.
+"""Turn JSON lines into the .bin and .idx files that Megatron trains on.
 
     python tools/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/tokenizer --append-eod
@@ -72,7 +72,11 @@ def _cores() -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options; raises DataError for those that cannot work, importing nothing large."""
+    """Read the options, importing nothing large.
+
+    Raises:
+        DataError: they cannot work.
+    """
     parser = _Parser(
         description="JSON lines to Megatron's .bin and .idx, byte for byte as Megatron-LM's tool.",
         epilog="Nothing appears under a final name before it is whole. "
@@ -167,7 +171,11 @@ def output_names(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Raises DataError if the output cannot be written or, without --overwrite, exists."""
+    """Look whether the output can be written.
+
+    Raises:
+        DataError: it cannot or, without --overwrite, it exists.
+    """
     if os.path.isdir(args.output_prefix) or args.output_prefix.endswith(("/", ".")):
         raise DataError(
             f"--output-prefix {args.output_prefix}: is a folder; add the beginning of a file name"
@@ -233,9 +241,12 @@ class Progress:
 
 
 def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuard) -> None:
-    """Encodes `files` and publishes the output; says on stderr what was done.
+    """Encode `files` and publish the output; say on stderr what was done.
 
-    Raises DataError for wrong input, WorkerDied, OSError where the disk fails.
+    Raises:
+        DataError: the input is wrong.
+        WorkerDied: a worker was killed.
+        OSError: the disk failed.
     """
     from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder, optimal_dtype
     from megatron_scmoe.commands.preprocess.encoding import Encoder
@@ -322,7 +333,7 @@ def _say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the tool and returns its exit code."""
+    """Run the program and return its exit code."""
     try:
         with InterruptGuard() as guard:
             args = parse_arguments(argv)

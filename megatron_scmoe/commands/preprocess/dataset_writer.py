@@ -47,7 +47,7 @@ class DatasetWriter:
         self._builders = [IndexedDatasetBuilder(f"{part}.bin", dtype) for part in self._parts]
 
     def add(self, tokens: np.ndarray, lengths: Sequence[list[int]]) -> None:
-        """Adds documents: their ids, and the number of ids of each sequence of each document."""
+        """Add documents: their ids, and the number of ids of each sequence of each document."""
         start = 0
         for document in lengths:
             size = sum(document)

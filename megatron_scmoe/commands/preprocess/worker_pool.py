@@ -33,7 +33,9 @@ def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: i
 
     The processes inherit `function`, so it may hold what cannot be pickled; items and results are
     pickled. Close the iterator (contextlib.closing) to stop early: workers are then killed.
-    Raises WorkerDied if a worker is killed, and whatever `function` raises.
+
+    Raises:
+        WorkerDied: a worker was killed. Whatever `function` raises is raised too.
     """
     source = enumerate(items)
     team: list[_Worker] = []
