@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_scmoe.words import flag
+
 USER_ERRORS = (
     AssertionError,
     ImportError,
@@ -90,5 +92,5 @@ def one_line(error: BaseException) -> str:
     names = dict.fromkeys(re.findall(r"args\.(\w+)", condition))
     if not names:
         return f"{type(error).__name__}: {frame.line} {where}"
-    flags = ", ".join("--" + name.replace("_", "-") for name in names)
+    flags = ", ".join(map(flag, names))
     return f"Megatron requires `{condition}` {where}: check {flags}"

@@ -12,7 +12,7 @@ documentation come first; the standard library's own tests only fill up to --max
 
 Held-out documents are drawn by a hash of their name, so the same Python version always gives
 the same two files. A held-out document that shares text with the training set is left out, and
-what overlap remains is measured and printed (see `window_hashes`).
+what overlap remains is measured and printed (see `shared_windows`).
 """
 
 import argparse
@@ -22,7 +22,6 @@ import importlib.machinery
 import importlib.util
 import inspect
 import json
-import os
 import platform
 import re
 import sys
@@ -33,8 +32,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from megatron_scmoe.say import one_line, say
+from megatron_scmoe.words import write_whole
 
 WINDOW_CHARS = 200
 """Length of the text windows compared between the splits, white space collapsed."""
@@ -215,26 +214,10 @@ def without_duplicates(documents: Iterator[Document]) -> Iterator[Document]:
             yield document
 
 
-def window_hashes(text: str, stride: int) -> npt.NDArray[np.uint64]:
-    """One 64-bit hash for each window of `WINDOW_CHARS` characters, every `stride` characters.
-
-    A polynomial rolling hash modulo 2**64 from one cumulative sum: with P the prefix sums of
-    c_j * B**j, the window at i hashes to (P[i + W] - P[i]) * B**-i.
-    """
-    base = 0x9E3779B97F4A7C15
-    codes = np.frombuffer(normalise(text).encode("utf-32-le"), dtype=np.uint32)
-    if len(codes) < WINDOW_CHARS:
-        return np.empty(0, dtype=np.uint64)
-
-    def powers(factor: int) -> npt.NDArray[np.uint64]:
-        factors = np.full(len(codes), factor % 2**64, dtype=np.uint64)
-        factors[0] = 1
-        return np.cumprod(factors, dtype=np.uint64)
-
-    prefix = np.zeros(len(codes) + 1, dtype=np.uint64)
-    np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * powers(base), out=prefix[1:])
-    starts = np.arange(0, len(codes) - WINDOW_CHARS + 1, stride)
-    return (prefix[starts + WINDOW_CHARS] - prefix[starts]) * powers(pow(base, -1, 2**64))[starts]
+def windows(text: str, stride: int) -> Iterator[str]:
+    """Passages of `WINDOW_CHARS` characters, one every `stride` characters."""
+    flat = normalise(text)
+    return (flat[at : at + WINDOW_CHARS] for at in range(0, len(flat) - WINDOW_CHARS + 1, stride))
 
 
 def shared_windows(train: list[Document], held_out: list[Document]) -> list[tuple[int, int]]:
@@ -243,42 +226,15 @@ def shared_windows(train: list[Document], held_out: list[Document]) -> list[tupl
     Held-out windows are sampled; training windows are taken at every offset, so a shared
     passage of `WINDOW_CHARS + WINDOW_STRIDE` characters cannot be missed.
     """
-    windows = [window_hashes(document.text, WINDOW_STRIDE) for document in held_out]
-    wanted = np.unique(np.concatenate(windows)) if windows else np.empty(0, dtype=np.uint64)
-    found = np.zeros(len(wanted), dtype=bool)
-    for document in train:
-        present = window_hashes(document.text, 1)
-        if len(wanted) and len(present):
-            at = np.minimum(np.searchsorted(wanted, present), len(wanted) - 1)
-            found[at[wanted[at] == present]] = True
-    hits = [int(found[np.searchsorted(wanted, own)].sum()) for own in windows]
-    return list(zip(hits, map(len, windows), strict=True))
+    own = [list(windows(document.text, WINDOW_STRIDE)) for document in held_out]
+    wanted = {window for listed in own for window in listed}
+    found = {
+        window for document in train for window in windows(document.text, 1) if window in wanted
+    }
+    return [(sum(window in found for window in listed), len(listed)) for listed in own]
 
 
 # ---- the corpus ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Both splits and the counts printed about them."""
-
-    train: list[Document]
-    valid: list[Document]
-    num_leaky_dropped: int
-    shared_window_share: float
-
-    def counts(self) -> dict[str, int | float | str]:
-        """What corpus.json records."""
-        return {
-            "train_documents": len(self.train),
-            "train_bytes": num_bytes(self.train),
-            "valid_documents": len(self.valid),
-            "valid_bytes": num_bytes(self.valid),
-            "valid_documents_dropped_for_overlap": self.num_leaky_dropped,
-            "valid_windows_in_train_share": self.shared_window_share,
-            "window_chars": WINDOW_CHARS,
-            "python_version": platform.python_version(),
-        }
 
 
 def num_bytes(documents: list[Document]) -> int:
@@ -286,8 +242,17 @@ def num_bytes(documents: list[Document]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
-def build_corpus(max_bytes: int, valid_fraction: float, seed: int) -> Corpus:
-    """Collect, deduplicate and split; `max_bytes` limits both splits together."""
+def build_corpus(
+    max_bytes: int, valid_fraction: float, seed: int
+) -> tuple[dict[str, list[Document]], dict[str, int | float | str]]:
+    """Collect, deduplicate and split; `max_bytes` limits both splits together.
+
+    Returns:
+        The documents of train and valid, and what corpus.json records about them.
+
+    Raises:
+        ValueError: a split is empty.
+    """
     train: list[Document] = []
     held_out: list[Document] = []
     total = 0
@@ -299,63 +264,60 @@ def build_corpus(max_bytes: int, valid_fraction: float, seed: int) -> Corpus:
         is_held_out = drawn and len(document.text) <= MAX_HELD_OUT_CHARS
         (held_out if is_held_out else train).append(document)
 
-    clean: list[Document] = []
-    shared = windows = 0
+    valid: list[Document] = []
+    shared = sampled = 0
     for document, (hits, count) in zip(held_out, shared_windows(train, held_out), strict=True):
         if hits <= MAX_SHARED_WINDOWS * count:
-            clean.append(document)
-            shared, windows = shared + hits, windows + count
-    if not train or not clean:
+            valid.append(document)
+            shared, sampled = shared + hits, sampled + count
+    if not train or not valid:
         raise ValueError(
-            f"{len(train)} training and {len(clean)} held-out documents: "
+            f"{len(train)} training and {len(valid)} held-out documents: "
             "raise --max-megabytes or change --valid-fraction"
         )
-    return Corpus(train, clean, len(held_out) - len(clean), shared / max(1, windows))
+    return {"train": train, "valid": valid}, {
+        "train_documents": len(train),
+        "train_bytes": num_bytes(train),
+        "valid_documents": len(valid),
+        "valid_bytes": num_bytes(valid),
+        "valid_documents_dropped_for_overlap": len(held_out) - len(valid),
+        "valid_windows_in_train_share": shared / max(1, sampled),
+        "window_chars": WINDOW_CHARS,
+        "python_version": platform.python_version(),
+    }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def write_corpus(corpus: Corpus, output_dir: Path) -> None:
-    """Write train.jsonl, valid.jsonl and the counts in corpus.json."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, documents in (("train", corpus.train), ("valid", corpus.valid)):
-        lines = (
-            json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
-            for document in documents
-        )
-        write_text(output_dir / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-    write_text(output_dir / "corpus.json", json.dumps(corpus.counts(), indent=2) + "\n")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="corpus.py", description=(__doc__ or "").split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    """Write train.jsonl, valid.jsonl and corpus.json, and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="receives the .jsonl files")
     parser.add_argument("--max-megabytes", type=float, default=24, help="train + valid, 10**6 B")
     parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of documents")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling and the split")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         if not 0 < args.valid_fraction < 1:
             raise ValueError(f"--valid-fraction {args.valid_fraction} is not between 0 and 1")
-        corpus = build_corpus(int(args.max_megabytes * 1e6), args.valid_fraction, args.seed)
-        write_corpus(corpus, args.output_dir)
+        splits, counts = build_corpus(int(args.max_megabytes * 1e6), args.valid_fraction, args.seed)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name, documents in splits.items():
+            lines = (
+                json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False)
+                for document in documents
+            )
+            write_whole(args.output_dir / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+        write_whole(args.output_dir / "corpus.json", json.dumps(counts, indent=2) + "\n")
     except (OSError, ValueError) as error:
-        print(f"corpus.py: error: {error}", file=sys.stderr)
+        say(one_line(error))
         return 2
+    said = [
+        f"{name} {len(documents)} documents, {num_bytes(documents) / 1e6:.2f} MB; "
+        for name, documents in splits.items()
+    ]
     print(
-        f"corpus: train {len(corpus.train)} documents, {num_bytes(corpus.train) / 1e6:.2f} MB; "
-        f"valid {len(corpus.valid)} documents, {num_bytes(corpus.valid) / 1e6:.2f} MB; "
-        f"{corpus.shared_window_share:.3%} of the held-out {WINDOW_CHARS}-character windows "
-        f"occur in train ({corpus.num_leaky_dropped} overlapping documents left out)"
+        f"corpus: {''.join(said)}{counts['valid_windows_in_train_share']:.3%} of the held-out "
+        f"{WINDOW_CHARS}-character windows occur in train "
+        f"({counts['valid_documents_dropped_for_overlap']} overlapping documents left out)"
     )
     return 0
 

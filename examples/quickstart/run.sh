@@ -104,6 +104,6 @@ launch --exit-interval "$TRAIN_ITERS"
 launch --load "$RUN_DIR/checkpoints"
 
 echo "== 5/5 report"
-python examples/quickstart/report.py --run-dir "$RUN_DIR" \
+python examples/quickstart/loss_report.py --run-dir "$RUN_DIR" \
     --tokens-per-iteration "$((GLOBAL_BATCH_SIZE * SEQ_LENGTH))" \
     --resumed-from-iteration "$TRAIN_ITERS"

@@ -9,12 +9,14 @@ pad with None (megatron/core/datasets/megatron_dataset.py:75, 0.19.2).
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_scmoe.say import one_line, say
+from megatron_scmoe.words import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -69,15 +71,11 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: Path) -> None:
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = output_dir / f"{name}.tmp"
-        temporary.write_text(content + "\n", encoding="utf-8", newline="\n")
-        os.replace(temporary, output_dir / name)
+        write_whole(output_dir / name, content + "\n")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tokenizer.py", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", type=Path, required=True, help='.jsonl with a "text" per line')
     parser.add_argument("--output-dir", type=Path, required=True, help="Megatron --tokenizer-model")
     parser.add_argument(
@@ -92,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = train_tokenizer(read_texts(args.input), args.vocab_size)
         save_tokenizer(tokenizer, args.output_dir)
     except (OSError, ValueError) as error:
-        print(f"tokenizer.py: error: {error}", file=sys.stderr)
+        say(one_line(error))
         return 2
     size = tokenizer.get_vocab_size()
     shortfall = "" if size == args.vocab_size else f" ({args.vocab_size} asked: too little text)"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_scmoe.host import cpu, wheel
+from megatron_scmoe.words import table
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
@@ -62,13 +63,9 @@ def restore() -> None:
 
 def format_table(rows: Sequence[Replacement]) -> str:
     """The rows as aligned columns."""
-    cells = [("symbol", "condition", "host file", "reason")] + [row[:4] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
+    return table(
+        ("symbol", "condition", "host file", "reason"), [row[:4] for row in rows], {0, 1, 2, 3}
     )
-    return "\n".join(lines)
 
 
 def _locate(symbol: str) -> tuple[Any, str]:

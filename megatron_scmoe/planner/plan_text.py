@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,8 +13,9 @@ from megatron_scmoe.planner.cluster import PRESETS
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
-from megatron_scmoe.planner.predict import Model, Prediction, Routed
+from megatron_scmoe.planner.predict import Model, Prediction
 from megatron_scmoe.planner.times import tokens_per_rank
+from megatron_scmoe.words import table
 
 GIB = 2**30
 
@@ -47,8 +49,8 @@ def as_json(
         "seconds": {
             name: {
                 **{step.value: times.dense[step] for step in plan.model.operators},
-                **_routed(times.routed),
-                "wider": _routed(times.wider),
+                **asdict(times.routed),
+                "wider": asdict(times.wider),
             }
             for name, times in (("forward", forward), ("backward", backward))
         },
@@ -65,7 +67,7 @@ def as_json(
             {
                 "expert_model_parallel_size": degree.ranks,
                 "leaving_node": degree.leaving_node,
-                **_routed(degree.times.routed),
+                **asdict(degree.times.routed),
                 "best": [_prediction(prediction, True) for prediction in degree.best.values()],
             }
             for degree in plan.degrees
@@ -77,7 +79,7 @@ def as_json(
                 "num_experts": larger.experts,
                 "parameters": larger.parameters,
                 "leaving_node": larger.degree.leaving_node,
-                **_routed(larger.degree.times.routed),
+                **asdict(larger.degree.times.routed),
                 "best": [_prediction(value, True) for value in larger.degree.best.values()],
                 "memory": _memory(larger.memory),
             }
@@ -174,7 +176,7 @@ def _parts_table(config: TransformerConfig, model: Model) -> str:
         rows.append([name, *(_ms(getattr(times.routed, name)) for times in passes)])
     return (
         "Times of one pair of layers, one micro-batch (ms)\n"
-        + _table(["", "forward", "backward"], rows)
+        + table(["", "forward", "backward"], rows)
         + f"\ncommunication is {communication_share(model):.0%} of the MoE's time with "
         f"{_wider(config)}"
     )
@@ -211,7 +213,7 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
     return (
         "Positions and slots, forward and backward together (ms; window before | after the "
         "experts, dispatch | combine)\n"
-        + _table(header, rows)
+        + table(header, rows)
         + f"\n* default slot, + best slots; model: over {_wider(config)} with all other layers"
         + refused
     )
@@ -234,7 +236,7 @@ def _degrees_table(plan: Plan) -> str:
     header = ["EP", "leaves node", "dispatch", "combine"]
     lines = [
         "EP degrees: one all-to-all (ms), and the share that the best slots hide",
-        _table([*header, *positions], rows),
+        table([*header, *positions], rows),
     ]
     largest = plan.degrees[-1].ranks
     for position in positions:
@@ -270,7 +272,7 @@ def _larger_table(plan: Plan) -> str:
     header = ["GPUs", "EP", "experts", "B params", "leaves node", "dispatch", *positions, "GiB/GPU"]
     return (
         "Extrapolated, not measured: hidden share and speed-up of the pair at the best slots (ms)\n"
-        + _table(header, rows)
+        + table(header, rows)
     )
 
 
@@ -289,7 +291,7 @@ def _comparison_table(source: Source, plan: Plan) -> str:
     agree = sum(comparison.agrees for comparison in plan.comparisons)
     return (
         "Predicted against measured (ms)\n"
-        + _table(["run", "predicted", "measured", "deviation"], rows)
+        + table(["run", "predicted", "measured", "deviation"], rows)
         + f"\n{agree} of {len(rows)} within {TOLERANCE:.0%}"
     )
 
@@ -302,7 +304,7 @@ def _memory_table(args: Namespace, plan: Plan) -> str:
     ]
     text = (
         f"Memory of a GPU (GiB), pipeline stage {memory.pipeline_rank}, which needs most; "
-        f"{memory.parameters / 1e9:.3g} B parameters\n" + _table(["", "GiB"], rows)
+        f"{memory.parameters / 1e9:.3g} B parameters\n" + table(["", "GiB"], rows)
     )
     if args.cluster_memory_gib is not None:
         fits = memory.total_bytes <= args.cluster_memory_gib * GIB
@@ -346,22 +348,7 @@ def _ms(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )
-
-
 # JSON. --------------------------------------------------------------------------------------------
-
-
-def _routed(routed: Routed) -> dict[str, float]:
-    return {"experts": routed.experts, "dispatch": routed.dispatch, "combine": routed.combine}
 
 
 def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:

@@ -9,12 +9,12 @@ SEQUENCE, BATCH = 8, 2
 
 
 def _operators() -> dict:
+    from tools.benchmarks.contenders import contenders
     from tools.benchmarks.paper_shapes import (
         Inputs,
         Operators,
         Shape,
         build,
-        contenders,
         measure_block,
         measured_file,
     )
@@ -47,10 +47,11 @@ def test_every_operator_of_a_unit_is_timed() -> None:
 def _stock_layer(timed: bool) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from tools.benchmarks.meter_moe_layer import Clock, timed_forward
-    from tools.benchmarks.paper_shapes import Contender, Inputs, Shape, build
+    from tools.benchmarks.contenders import Contender
+    from tools.benchmarks.meter_moe_layer import LayerClock, timed_forward
+    from tools.benchmarks.paper_shapes import Inputs, Shape, build
 
-    clock = Clock()
+    clock = LayerClock()
     if timed:
         MoELayer.forward = timed_forward(MoELayer.forward, clock)
         torch.distributed.all_to_all_single = clock.exchange(torch.distributed.all_to_all_single)

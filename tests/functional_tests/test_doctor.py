@@ -24,7 +24,7 @@ SHORT_MINUTES = 0.15
 
 
 def doctor() -> int:
-    from tools.doctor import main
+    from megatron_scmoe.commands.doctor import main
 
     return main()
 
@@ -48,7 +48,7 @@ def doctor_of_a_hanging_rank() -> int:
     """One rank does not come back from an exchange; time is short."""
     import torch
 
-    from tools import doctor
+    from megatron_scmoe.commands import doctor
 
     exchange = links.exchange_with
 
@@ -66,7 +66,7 @@ def doctor_of_a_missing_rank() -> int:
     """One rank never starts. It keeps the job's store meanwhile, as torchrun's agent does."""
     import torch
 
-    from tools import doctor
+    from megatron_scmoe.commands import doctor
 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if os.environ["RANK"] == "1":

@@ -18,13 +18,13 @@ from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import window
 from tools.benchmarks import job, network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
+from tools.benchmarks.cluster_report import write_pair, write_report
 from tools.benchmarks.contenders import Contender, Sizes, contenders, fixed_slots
-from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import judge
 from tools.benchmarks.paper_shapes import communication_share, operator_times
-from tools.benchmarks.report import write_pair, write_report
-from tools.benchmarks.results import Turn, hidden_share, spread, summarize
-from tools.benchmarks.step_log import Step, StepReader
+from tools.benchmarks.provenance import as_markdown
+from tools.benchmarks.step_log import StepReader, TrainingStep
+from tools.benchmarks.turns import Turn, hidden_share, spread, summarize
 
 # What the last rank of a run prints, shortened.
 LOG = """\
@@ -149,22 +149,22 @@ class OneRun:
     def resume(self) -> None:
         self.machine.running.add(self.name)
 
-    def take(self, count: int) -> list[Step]:
+    def take(self, count: int) -> list[TrainingStep]:
         assert self.machine.running == {self.name}
         first = len(self.machine.taken)
         self.machine.taken += [(self.name, self.machine.rate, first + i) for i in range(count)]
         timers = {"forward-backward": 2.0, "all-grads-sync": 1.0, "evaluate": 1.0}
         # The time of a step is its place in `taken`.
         fields = "elapsed time per iteration (ms)"
-        return [Step(i, {fields: 1e3 * (first + i)}, timers) for i in range(count)]
+        return [TrainingStep(i, {fields: 1e3 * (first + i)}, timers) for i in range(count)]
 
 
 def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One runs at a time, with the link's limit and without; the step of a change is dropped."""
     machine = OneAtATime()
     hosts: Any = machine
-    bench = overlap_cluster.Bench(hosts, Sizes(), tmp_path, tmp_path, [])
-    monkeypatch.setattr(overlap_cluster.Bench, "job", lambda _, *options: machine.job(*options))
+    bench = overlap_cluster.TwoHostBench(hosts, Sizes(), tmp_path, tmp_path, [])
+    monkeypatch.setattr(type(bench), "job", lambda _, *options: machine.job(*options))
     settings = overlap_cluster.Settings((0.6,), 2, warmup=3, steps=2, calibration_steps=1)
     turns = bench.measure(ROWS, 0.6, layer(4e8), settings)
     names = [row.name for row in ROWS]
@@ -278,7 +278,9 @@ def test_a_turn_has_what_its_steps_say() -> None:
     stock = {"elapsed time per iteration (ms)": 800.0}
     shortcut = stock | {"a2a (ms)": 91.5, "a2a exposed (ms)": 0.5}
     one, other = (
-        Turn.of("pos2", 0.6, True, 3, [Step(number, fields, timers, slots) for number in (7, 8)])
+        Turn.of(
+            "pos2", 0.6, True, 3, [TrainingStep(number, fields, timers, slots) for number in (7, 8)]
+        )
         for fields, slots in ((shortcut, "1,3"), (stock, None))
     )
     assert one.train == [0.8, 0.8] and one.inference == [0.2, 0.2]
@@ -422,6 +424,11 @@ def test_contenders() -> None:
     assert chosen("--only", "pos2", "--slots", "pos2")[2] == "pos2/slot0"
     names = chosen("--quick", "--contender", "pos2/add=pos2 --scmoe-combine add")
     assert names == ["top2", "shared", "pos1", "pos2", "pos2/add"]
+    top2, *_, pos3 = contenders(Sizes())
+    line = ["--moe-router-topk", "2", "--scmoe-shortcut-position", "none"]
+    assert top2.command_line(Sizes()) == line
+    line = ["--moe-router-topk", "1", "--scmoe-shortcut-position", "pos3"]
+    assert pos3.command_line(Sizes()) == [*line, *Sizes().shared_expert()]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_scmoe.host import version
 from megatron_scmoe.run.doctor import gpu, links, machine
-from megatron_scmoe.run.doctor.findings import Finding, Place, merge, name_ranks
+from megatron_scmoe.run.doctor.findings import Finding, RankOfHost, merge, name_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def only(check: machine.Check, args: Namespace | None = None) -> Finding:
 
 def test_what_all_ranks_see_is_said_once() -> None:
     same, other = Finding("ok", "torch 2.11"), Finding("warning", "torch 2.10", "install one")
-    places = [Place(0, "a"), Place(1, "a"), Place(2, "b"), Place(3, "b")]
+    places = [RankOfHost(0, "a"), RankOfHost(1, "a"), RankOfHost(2, "b"), RankOfHost(3, "b")]
     assert merge([(place, [same]) for place in places]) == [(same, "")]
     found = [(places[0], [same]), (places[1], [same]), *((place, [other]) for place in places[2:])]
     assert merge(found) == [(same, "a: ranks 0-1"), (other, "b: ranks 2-3")]
@@ -85,7 +85,7 @@ def test_of_two_ranks_nobody_can_tell() -> None:
 
 def test_judgement_names_group_host_and_ratio() -> None:
     ranks = (0, 1, 2)
-    measured = [links.AllToAll(ranks, 1e-3, 2e-3)]
+    measured = [links.MeasuredAllToAll(ranks, 1e-3, 2e-3)]
     hosts = {0: "a", 1: "a", 2: "b"}
     (slow,) = links.judge(measured, [exchanges(ranks, {2: 4.0})], hosts)
     assert slow.severity == "warning"

@@ -25,7 +25,8 @@ from megatron_scmoe.overlap.recorder import (
 )
 from megatron_scmoe.overlap.schedule import Slots
 from megatron_scmoe.planner.size import model_size
-from tools.benchmarks.paper_shapes import NO_OPTIONS, Contender, Shape, build
+from tools.benchmarks.contenders import Contender
+from tools.benchmarks.paper_shapes import NO_OPTIONS, Shape, build
 from tools.gpu_proof import fast, hidden, layers, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
@@ -55,7 +56,7 @@ from tools.gpu_proof.layers import (
     on_disk,
 )
 from tools.gpu_proof.results import Finding, Results, read_findings
-from tools.gpu_proof.timing import Rates, Step, Timing, do_steps, in_turns, judge
+from tools.gpu_proof.timing import PartStep, Rates, Timing, do_steps, in_turns, judge
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -188,10 +189,10 @@ def test_steps_end_with_the_time(results: Results) -> None:
         raise RuntimeError("broken")
 
     steps = [
-        Step("without a GPU", lambda: done.append("gpu"), 1, missing="CUDA"),
-        Step("broken", fail, 1),
-        Step("too long", lambda: done.append("long"), 60),
-        Step("short", lambda: done.append("short"), 1),
+        PartStep("without a GPU", lambda: done.append("gpu"), 1, missing="CUDA"),
+        PartStep("broken", fail, 1),
+        PartStep("too long", lambda: done.append("long"), 60),
+        PartStep("short", lambda: done.append("short"), 1),
     ]
     do_steps(results, steps, deadline=time.monotonic() + 30)
     assert done == ["short"]

@@ -1,23 +1,24 @@
-"""Traces with known times -> the numbers on the page; what cannot be read is one line."""
+"""Traces with known times -> the numbers of the report; what cannot be read is one line."""
 
 import json
 import re
-from html.parser import HTMLParser
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_scmoe.commands import overlap_report
+from megatron_scmoe.commands.trace_report.advice import advise
+from megatron_scmoe.commands.trace_report.analysis import Figures, analyse
+from megatron_scmoe.commands.trace_report.picture import draw
+from megatron_scmoe.commands.trace_report.report_text import render, slot_name
+from megatron_scmoe.commands.trace_report.traces import Run, read_run
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
-from tools import overlap_report
-from tools.report.advice import advise
-from tools.report.analysis import Figures, analyse
-from tools.report.page import render
-from tools.report.text import change, duration, numbers, size, slot_name
-from tools.report.traces import Run, read_run
+from megatron_scmoe.words import change, duration, numbers, size
 
 MS = 1e-3
 # A Pos-1 unit with its experts behind the QKV projection: name, begin, end in seconds.
@@ -282,7 +283,7 @@ def test_advice_without_overlap(tmp_path: Path) -> None:
     run, figures = figures_of(tmp_path, facts={"scmoe_overlap": False})
     text = "\n".join(advise(run, figures))
     assert "--no-scmoe-overlap" in text and "--scmoe-expert-slot" not in text
-    assert re.search(r'<tr class="mark">\s*<th scope="row">without overlap', render(run, figures))
+    assert "without overlap (chosen)" in render(run, figures)
 
 
 def test_advice_on_what_the_formula_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,72 +310,67 @@ def test_advice_on_row_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "Forward: compute stands still for 10.0 ms a pass before" in advice_of(tmp_path)
 
 
-# The page. --------------------------------------------------------------------------------------
+# Text and picture. ------------------------------------------------------------------------------
 
 
-class Structure(HTMLParser):
-    """Tags that close, addresses, texts."""
-
-    VOID = ("meta", "link", "img", "br", "input")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [f"{name}={value}" for name, value in attrs if name in ("href", "src")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def test_page_is_whole_and_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "report.html"
-    write_run(tmp_path / "traces")
-    assert overlap_report.main([str(tmp_path / "traces"), "--output", str(output)]) == 0
-    said = "75.0% of the communication is hidden, 32.0 ms an iteration are exposed"
-    assert said in capsys.readouterr().out
-    page = output.read_text()
-    structure = Structure(page)
-    assert structure.open == [] and structure.addresses == []
-    assert structure.tags.isdisjoint({"script", "link", "img", "iframe"})
-    assert "://" not in page and set(re.findall(r"url\([^)]*\)", page)) == {"url(#stripes)"}
-    assert "<dd>75.0%\n" in page and "<dd>32.0 ms\n" in page
-    text = " ".join(structure.texts)
-    for number in ("1 forward, 1 backward", "8-9", "17.0 ms", "36.0 ms", "+20.0%", "2.00 MB/s"):
-        assert number in text, number
-    assert "<dd>1.062 x\n" in page
+def test_text_has_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    assert overlap_report.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "Hidden      75.0% of the communication, 96.0 ms of 128 ms an iteration, mean over ranks",
+        "Exposed     32.0 ms an iteration",
+        "Unit        forward 17.0 ms, 4.00 ms of it exposed, backward 30.0 ms, 4.00 ms of it",
+        "Slots       1 forward, 1 backward",
+        "Iterations  8-9",
+        "Compute     1.062 x its time alone",
+    ):
+        assert f"\n{line}" in f"\n{text}", line
+    rows = {tuple(re.split(r"\s{2,}", line)) for line in text.splitlines()}
+    assert ("layer 2 forward dispatch", "8.00 ms", "6.00 ms", "2.00 ms", "75.0%") in rows
+    assert ("2: between core attention and projection (least time)", "27.0 ms") in {
+        row[:2] for row in rows
+    }
+    assert ("1: between QKV and core attention (chosen)", "30.0 ms", "4.00 ms", "0.0%") in rows
+    assert ("dispatch forward", "8.00 kB", *4 * ("2.00 MB/s",)) in rows
 
 
 def test_a_slow_down_that_was_not_measured(tmp_path: Path) -> None:
     run, figures = figures_of(tmp_path, facts={"compute_slow_down": None})
-    assert "Compute beside exchanges" not in render(run, figures)
+    assert "Compute  " not in render(run, figures)
 
 
-def test_timeline_is_to_scale(tmp_path: Path) -> None:
+def test_text_timeline_is_to_scale(tmp_path: Path) -> None:
+    """20 ms are 72 columns."""
     run, figures = figures_of(tmp_path)
-    forward = render(run, figures).split("<figcaption>")[1]
+    lanes = dict(
+        re.findall(r"^(\w[\w ]+?) *\|(.*)\|$", render(run, figures).split("\n\nBackward")[0], re.M)
+    )
+    assert lanes["experts"] == " " * 22 + "#" * 14 + " " * 36  # 6-10 ms
+    assert lanes["dispatch"] == " " * 7 + "#" * 11 + "!" * 4 + " " * 50  # 2-5, exposed to 6
+    assert lanes["combine"] == " " * 36 + "#" * 22 + "!" * 10 + " " * 4  # 10-16, exposed to 19
 
-    def rectangles(class_: str) -> list[tuple[float, float]]:
-        pattern = rf'<rect x="([\d.]+)%" width="([\d.]+)%"[^>]*class="{class_}"'
-        return [(float(x), float(width)) for x, width in re.findall(pattern, forward)]
 
-    assert rectangles("work experts") == [pytest.approx((30, 20), abs=0.05)]  # 6-10 of 20 ms
-    assert rectangles("work combine") == [pytest.approx((50, 45), abs=0.05)]
-    standstill = sorted(rectangles("standstill"))
-    assert standstill == [pytest.approx((25, 5), abs=0.05), pytest.approx((80, 15), abs=0.05)]
-    # In the lane of the exchange, and where compute would have run.
-    assert sorted(rectangles("exposed")) == sorted(2 * standstill)
+def test_picture_is_to_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shades lie where compute stood still, in ms from the begin of the pass."""
+    from matplotlib.axes import Axes
+
+    shaded = []
+    monkeypatch.setattr(Axes, "axvspan", lambda _, begin, end, **look: shaded.append((begin, end)))
+    _, figures = figures_of(tmp_path / "traces")
+    picture = tmp_path / "overlap.png"
+    draw(figures, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    expected = [(5, 6), (16, 19), (26, 30)]
+    assert sorted(shaded) == [pytest.approx(pair, abs=2e-3) for pair in expected]
+
+
+def test_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_run(tmp_path / "traces")
+    refuses(tmp_path, capsys, r"--picture needs matplotlib: pip install 'megatron-scmoe\[plot\]'")
 
 
 def test_words() -> None:
@@ -494,7 +490,8 @@ def test_errors_are_one_line(
     [
         (["--rank", "7"], r"--rank 7 is not in the traces; there are \[0, 1\]"),
         (["--rank", "x"], "argument --rank: invalid int value: 'x' .see --help"),
-        (["--output", "nowhere/report.html"], "nowhere/report.html"),
+        (["--picture", "nowhere/overlap.png"], "nowhere/overlap.png"),
+        (["--picture", "overlap.doc"], "--picture overlap.doc: Format 'doc' is not supported"),
     ],
 )
 def test_options_are_refused_in_one_line(
@@ -510,11 +507,11 @@ def test_options_are_refused_in_one_line(
 
 
 def refuses(folder: Path, capsys: pytest.CaptureFixture[str], message: str, *options: str) -> None:
-    output = folder / "report.html"
-    arguments = [str(folder / "traces"), "--output", str(output), *options]
+    output = folder / "overlap.png"
+    arguments = [str(folder / "traces"), "--picture", str(output), *options]
     assert overlap_report.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
-    assert printed.err.startswith("overlap_report.py: error: ")
+    assert printed.err.startswith(f"{Path(sys.argv[0]).name}: error: ")
     assert re.search(message, printed.err), printed.err
     assert not output.exists()

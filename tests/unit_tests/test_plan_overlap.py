@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
+from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
-from megatron_scmoe.planner import paper
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
 from megatron_scmoe.planner.plan import Plan, make_plan
 from megatron_scmoe.planner.predict import (
@@ -34,7 +34,7 @@ from megatron_scmoe.planner.predict import (
     stock_seconds,
 )
 from megatron_scmoe.planner.times import exchange_bytes
-from tools import plan_overlap
+from tools.benchmarks import paper_table as paper
 
 DOCS = Path(__file__).parents[2] / "docs"
 

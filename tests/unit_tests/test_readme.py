@@ -15,7 +15,7 @@ import torch.distributed.run
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args
-from tools import plan_overlap, preprocess_data
+from megatron_scmoe.commands import plan_overlap, preprocess_data
 
 ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"

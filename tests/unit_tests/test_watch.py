@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from megatron_scmoe.run.watch import lost_peer
-from megatron_scmoe.run.watch.account import Collective, Report
+from megatron_scmoe.run.watch.account import CollectiveCall, Report
 from megatron_scmoe.run.watch.peers import is_late
 from megatron_scmoe.run.watch.verdict import Alarm, culprits, verdict
 
 EP, DP, PP = "EXPERT_MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_MODEL_PARALLEL_GROUP"
 
 
-def waits(group: str, ranks: list[int], number: int, seconds: float = 5.0) -> Collective:
-    return Collective("all_to_all", group, f"{group}{ranks}", ranks, number, seconds, False)
+def waits(group: str, ranks: list[int], number: int, seconds: float = 5.0) -> CollectiveCall:
+    return CollectiveCall("all_to_all", group, f"{group}{ranks}", ranks, number, seconds, False)
 
 
-def entered(group: str, ranks: list[int], number: int) -> Collective:
-    return Collective("all_to_all", group, f"{group}{ranks}", ranks, number, 60.0, True)
+def entered(group: str, ranks: list[int], number: int) -> CollectiveCall:
+    return CollectiveCall("all_to_all", group, f"{group}{ranks}", ranks, number, 60.0, True)
 
 
-def report(*collectives: Collective) -> Report:
+def report(*collectives: CollectiveCall) -> Report:
     return Report("somewhere.py:7 (work)", 12, collectives)
 
 

@@ -1,4 +1,4 @@
-"""Who is compared: one Megatron command line each, as a table.
+"""Who is compared, as a table: layers, and the Megatron command line that makes them.
 
 All have the data, the sizes and the expert FLOPs of the group that they stand in:
 
@@ -10,11 +10,12 @@ tests/functional_tests/test_scmoe.py::test_none_is_stock_megatron).
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_scmoe.overlap.schedule import window
-from tools.benchmarks.text import VOCABULARY
+from tools.benchmarks.real_text import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -71,50 +72,77 @@ class Sizes:
         return ["--moe-shared-expert-intermediate-size", size, "--moe-shared-expert-gate"]
 
 
+class Layout(Protocol):
+    """Where a model has MoE layers."""
+
+    @property
+    def moe_every_layer(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Contender:
-    """One row of the comparison."""
+    """One row of the comparison; its first fields are those of the planner's measured runs."""
 
     name: str
-    options: tuple[str, ...]
+    position: str
+    topk: int
+    shared_expert: bool
+    slot: int | None = None
+    """The experts' in a block that is built; a run of the entry script chooses its own."""
     baseline: str = "top2"
     """Whose time it is compared with."""
+    options: tuple[str, ...] = ()
+    """More of the entry script's."""
+
+    def command_line(self, sizes: Sizes) -> list[str]:
+        """What distinguishes its run from those of the others."""
+        own = ["--moe-router-topk", str(self.topk), "--scmoe-shortcut-position", self.position]
+        return [*own, *(sizes.shared_expert() if self.shared_expert else ()), *self.options]
+
+    def as_run(self, seconds: float) -> dict[str, Any]:
+        """A row of `runs` in the planner's file."""
+        run: dict[str, Any] = {"position": self.position, "topk": self.topk, "seconds": seconds}
+        if self.position == "none":
+            return run | {"shared_expert": self.shared_expert}
+        return run | {"slot": self.slot, "overlap": True}
 
 
-def contenders(sizes: Sizes) -> list[Contender]:
-    """Everybody that this layout allows, baselines first."""
-    none = ("--scmoe-shortcut-position", "none")
-    shared = tuple(sizes.shared_expert())
-    one, two, three = (("--moe-router-topk", str(count)) for count in (1, 2, 3))
-    positions = positions_of(sizes)
-    last = "pos2" if "pos2" in positions else positions[0]
+def contenders(layout: Layout) -> list[Contender]:
+    """Two experts a token: everybody that this layout allows, baselines first."""
     return [
-        Contender("top2", (*two, *none)),
-        Contender("shared", (*one, *none, *shared)),
+        Contender("top2", "none", 2, False),
+        Contender("shared", "none", 1, True),
         *(
-            Contender(position, (*one, *shared, "--scmoe-shortcut-position", position))
-            for position in positions
+            Contender(position, position, 1, True, POSITIONS[position].default_slot)
+            for position in positions_of(layout)
         ),
-        Contender("top3", (*three, *none), baseline="top3"),
-        Contender("scmoe2", (*two, *shared, "--scmoe-shortcut-position", last), baseline="top3"),
     ]
 
 
-def positions_of(sizes: Sizes) -> tuple[str, ...]:
+def wider_contenders(layout: Layout) -> list[Contender]:
+    """Three experts a token."""
+    positions = positions_of(layout)
+    last = "pos2" if "pos2" in positions else positions[0]
+    return [
+        Contender("top3", "none", 3, False, baseline="top3"),
+        Contender("scmoe2", last, 2, True, POSITIONS[last].default_slot, baseline="top3"),
+    ]
+
+
+def positions_of(layout: Layout) -> tuple[str, ...]:
     """Shortcut positions that this layout allows; Pos-2 and Pos-3 need a dense layer in front."""
-    return ("pos1",) if sizes.moe_every_layer else ("pos1", "pos2", "pos3")
+    return ("pos1",) if layout.moe_every_layer else ("pos1", "pos2", "pos3")
 
 
 def fixed_slots(contender: Contender) -> list[Contender]:
     """A contender with a shortcut, once for every expert slot that its window allows."""
-    position = contender.options[contender.options.index("--scmoe-shortcut-position") + 1]
     return [
-        Contender(
-            f"{contender.name}/slot{slot}",
-            (*contender.options, "--scmoe-expert-slot", str(slot)),
-            contender.baseline,
+        replace(
+            contender,
+            name=f"{contender.name}/slot{slot}",
+            options=(*contender.options, "--scmoe-expert-slot", str(slot)),
         )
-        for slot in range(len(window(position)) + 1)
+        for slot in range(len(window(contender.position)) + 1)
     ]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tools.benchmarks.results import Row
+from tools.benchmarks.turns import Row
 
 # Communication share of the top-2 MoE layer: training and inference speed against top-2, best
 # position (arXiv:2404.05019v3, table 1, Pos-3; table 2, LLaMA2-MoE).

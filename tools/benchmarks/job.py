@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tools.benchmarks.network import ADDRESSES, INTERFACE, JOB_VARIABLE, TwoHosts
-from tools.benchmarks.step_log import Step, StepReader
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.real_text import REPOSITORY
+from tools.benchmarks.step_log import StepReader, TrainingStep
 
 MASTER_PORT = 29500
 KEPT_LINES = 40
@@ -58,7 +58,7 @@ class Job:
         for node in self._nodes:
             node.wait()
 
-    def take(self, count: int) -> list[Step]:
+    def take(self, count: int) -> list[TrainingStep]:
         """The next steps.
 
         Raises:
@@ -83,7 +83,7 @@ class Job:
     def resume(self) -> None:
         self._hosts.signal_job(self._number, signal.SIGCONT)
 
-    def _follow(self, output: IO[str]) -> Iterator[Step]:
+    def _follow(self, output: IO[str]) -> Iterator[TrainingStep]:
         reader = StepReader()
         self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         with open(f"{self._log}.1", "w") as file:

@@ -29,7 +29,7 @@ LAYER_INFERENCE, ALL_TO_ALL_INFERENCE = "moe layer inference", "moe a2a inferenc
 FIELDS = (LAYER, ALL_TO_ALL, LAYER_INFERENCE, ALL_TO_ALL_INFERENCE)
 
 
-class Clock:
+class LayerClock:
     """Seconds by field, since the last reading."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class _Mark(torch.autograd.Function):
         return grad, None
 
 
-def timed_forward(forward: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+def timed_forward(forward: Callable[..., Any], clock: LayerClock) -> Callable[..., Any]:
     """`MoELayer.forward` between two readings of the clock, forward and backward."""
 
     @functools.wraps(forward)
@@ -96,7 +96,7 @@ def timed_forward(forward: Callable[..., Any], clock: Clock) -> Callable[..., An
 class ClockTracker(MoEMetricsTracker):
     """The host's tracker of MoE losses, which reports once an iteration, and the clock."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: LayerClock) -> None:
         super().__init__()
         self._clock = clock
 
@@ -112,7 +112,7 @@ class ClockTracker(MoEMetricsTracker):
 
 
 if __name__ == "__main__":
-    the_clock = Clock()
+    the_clock = LayerClock()
     MoELayer.forward = timed_forward(MoELayer.forward, the_clock)
     torch.distributed.all_to_all_single = the_clock.exchange(torch.distributed.all_to_all_single)
     set_moe_metrics_tracker(ClockTracker(the_clock))

@@ -42,20 +42,20 @@ from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, window
+from megatron_scmoe.words import markdown_table
+from tools.benchmarks.cluster_report import write_pair
+from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
-from tools.benchmarks.environment import as_markdown, describe
 from tools.benchmarks.paper_shapes import (
     SHAPES,
-    Contender,
     Inputs,
     Shape,
     build,
-    contenders,
     host_config,
     measure_block,
     seconds,
 )
-from tools.benchmarks.report import markdown_table, write_pair
+from tools.benchmarks.provenance import as_markdown, describe
 
 
 @dataclass

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
+from tools.benchmarks.cluster_report import link_name, rate_name, write_report
 from tools.benchmarks.contenders import (
     Contender,
     Sizes,
@@ -29,15 +30,15 @@ from tools.benchmarks.contenders import (
     fixed_slots,
     positions_of,
     run_options,
+    wider_contenders,
 )
-from tools.benchmarks.environment import describe
 from tools.benchmarks.goals import judge
 from tools.benchmarks.job import Job, JobError
 from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
-from tools.benchmarks.report import link_name, rate_name, write_report
-from tools.benchmarks.results import Turn, summarize
-from tools.benchmarks.step_log import Step
-from tools.benchmarks.text import write_text
+from tools.benchmarks.provenance import describe
+from tools.benchmarks.real_text import write_text
+from tools.benchmarks.step_log import TrainingStep
+from tools.benchmarks.turns import Turn, summarize
 
 SCRIPT = ["pretrain_gpt_scmoe.py"]
 METER = ["-m", "tools.benchmarks.meter_moe_layer"]
@@ -72,7 +73,7 @@ QUICK_CONTENDERS = ("top2", "shared", "pos1", "pos2")
 
 
 @dataclass(frozen=True)
-class Bench:
+class TwoHostBench:
     """What all runs share."""
 
     hosts: TwoHosts
@@ -83,7 +84,8 @@ class Bench:
 
     def job(self, number: int, contender: Contender, log: str, script: list[str]) -> Job:
         run = run_options(self.prefix, self.folder / "cache", ITERATIONS)
-        options = [*self.sizes.options(), *run, *self.megatron_options, *contender.options]
+        options = [*self.sizes.options(), *run, *self.megatron_options]
+        options += contender.command_line(self.sizes)
         return Job(self.hosts, number, script, options, self.folder / f"{log}.log")
 
     def calibrate(
@@ -138,7 +140,7 @@ class Bench:
         return turns
 
 
-def layer_time(rate: float | None, steps: list[Step]) -> LayerTime:
+def layer_time(rate: float | None, steps: list[TrainingStep]) -> LayerTime:
     """Medians of the fields that meter_moe_layer.py adds to the loss line."""
 
     def median(field: str) -> float:
@@ -159,7 +161,7 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
     Raises:
         UsageError: a name that does not exist.
     """
-    table = contenders(sizes)
+    table = contenders(sizes) + wider_contenders(sizes)
     added: list[Contender] = []
     for text in args.contender:
         added.append(_derived(text, table + added))
@@ -188,7 +190,8 @@ def _derived(text: str, rows: list[Contender]) -> Contender:
         raise UsageError(
             f"--contender {text!r}: write 'NAME=BASE OPTIONS', BASE one of {', '.join(known)}."
         )
-    return Contender(name.strip(), (*known[base].options, *options), known[base].baseline)
+    options = [*known[base].options, *options]
+    return replace(known[base], name=name.strip(), options=tuple(options))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -251,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
         folder = args.output.resolve()
         print("== text", flush=True)
         prefix = write_text(folder / "text")
-        bench = Bench(hosts, sizes, prefix, folder, shlex.split(args.megatron_options))
+        bench = TwoHostBench(hosts, sizes, prefix, folder, shlex.split(args.megatron_options))
         print("== rates of the link", flush=True)
         unlimited, links = bench.calibrate(rows[0], settings)
         turns: list[Turn] = []

@@ -42,8 +42,10 @@ from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_loca
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, window
-from tools.benchmarks.environment import as_markdown, describe
-from tools.benchmarks.report import markdown_table, write_pair
+from megatron_scmoe.words import markdown_table
+from tools.benchmarks.cluster_report import write_pair
+from tools.benchmarks.contenders import Contender, contenders
+from tools.benchmarks.provenance import as_markdown, describe
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -71,37 +73,6 @@ SHAPES = {
     # Not the paper's: the default sizes of overlap_cluster.
     "overlap-cluster": Shape(256, 1024, 4, 4, 8, False, False),
 }
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A pair of layers; the names of the planner's file of measured runs."""
-
-    name: str
-    position: str
-    topk: int
-    shared_expert: bool
-    slot: int | None = None
-
-    def as_run(self, seconds: float) -> dict[str, Any]:
-        """A row of `runs` in SHAPE.measured.json."""
-        run: dict[str, Any] = {"position": self.position, "topk": self.topk, "seconds": seconds}
-        if self.position == "none":
-            return run | {"shared_expert": self.shared_expert}
-        return run | {"slot": self.slot, "overlap": True}
-
-
-def contenders(shape: Shape) -> list[Contender]:
-    """Equal expert FLOPs; experts at the slot that a run begins with."""
-    positions = ("pos1",) if shape.moe_every_layer else ("pos1", "pos2", "pos3")
-    return [
-        Contender("top2", "none", 2, False),
-        Contender("shared", "none", 1, True),
-        *(
-            Contender(position, position, 1, True, POSITIONS[position].default_slot)
-            for position in positions
-        ),
-    ]
 
 
 def host_config(

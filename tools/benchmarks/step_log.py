@@ -23,7 +23,7 @@ _END = re.compile(r"^ validation loss at iteration (\d+) \|")
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One training step and the forward-only pass behind it; all times in seconds."""
 
     iteration: int
@@ -72,7 +72,7 @@ class StepReader:
         self._timers: dict[str, float] = {}
         self._slots: str | None = None
 
-    def feed(self, line: str) -> Step | None:
+    def feed(self, line: str) -> TrainingStep | None:
         """The step that this line completes, if it does."""
         if match := _LOSS_LINE.search(line):
             self._iteration = int(match[1])
@@ -83,7 +83,7 @@ class StepReader:
         elif match := _TIMER.search(line):
             self._timers[match[1]] = float(match[3]) / 1e3
         elif (match := _END.search(line)) and self._iteration == int(match[1]):
-            step = Step(self._iteration, self._fields, self._timers, self._slots)
+            step = TrainingStep(self._iteration, self._fields, self._timers, self._slots)
             # The pass at the end of a run says the same once more.
             self._iteration, self._timers = None, {}
             return step

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from tools.benchmarks.environment import describe
+from tools.benchmarks.provenance import describe
 from tools.gpu_proof.parts import PACKAGE, PARTS, Part, read_part
 from tools.gpu_proof.processes import adopt_orphans, kill_descendants
 from tools.gpu_proof.results import FINDINGS, Finding, Results, read_findings

@@ -17,8 +17,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.benchmarks.environment import commit
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.provenance import commit
+from tools.benchmarks.real_text import REPOSITORY
 
 LIMIT_BYTES = 60 * 2**20
 COMMIT_FILE = "commit"

@@ -40,9 +40,10 @@ import torch
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
+from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, Result, unit_of
-from tools.benchmarks.paper_shapes import SHAPES, Contender, Inputs, contenders
+from tools.benchmarks.paper_shapes import SHAPES, Inputs
 from tools.gpu_proof import timing
 from tools.gpu_proof.kernels import (
     Kernel,
@@ -89,13 +90,13 @@ def run(results: Results, device: torch.device, deadline: float) -> None:
         proof = Proof(results, device, at)
         steps = [
             *(
-                timing.Step(f"{position}, {at}", partial(proof.position, position), 8)
+                timing.PartStep(f"{position}, {at}", partial(proof.position, position), 8)
                 for position in positions
             ),
-            timing.Step(f"slow-down, {at}", proof.slow_down, 6),
-            timing.Step(f"trace, {at}", proof.trace, 6, missing),
-            timing.Step(f"hole behind the route, {at}", proof.hole, 3),
-            timing.Step(f"experts inside attention, {at}", proof.inside_attention, 3),
+            timing.PartStep(f"slow-down, {at}", proof.slow_down, 6),
+            timing.PartStep(f"trace, {at}", proof.trace, 6, missing),
+            timing.PartStep(f"hole behind the route, {at}", proof.hole, 3),
+            timing.PartStep(f"experts inside attention, {at}", proof.inside_attention, 3),
         ]
         do_steps(results, steps, deadline)
 

@@ -34,17 +34,10 @@ from torch import Tensor
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.planner.memory import MEBIBYTE, Training, memory_of_ranks
 from megatron_scmoe.planner.size import model_size
+from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, expert_kinds, unit_of
-from tools.benchmarks.paper_shapes import (
-    SHAPES,
-    Contender,
-    Inputs,
-    Shape,
-    configs,
-    contenders,
-    host_config,
-)
+from tools.benchmarks.paper_shapes import SHAPES, Inputs, Shape, configs, host_config
 from tools.gpu_proof.layers import (
     BFLOAT16,
     RANKS,
@@ -58,8 +51,8 @@ from tools.gpu_proof.layers import (
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import (
     BFLOAT16_FLOPS_PER_S,
+    PartStep,
     Rates,
-    Step,
     Timing,
     do_steps,
     in_turns,
@@ -91,10 +84,10 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         )
         proof = Proof(results, device, rates)
         steps = [
-            *(Step(f"{name}: units", partial(proof.units, name), 12) for name in MODELS),
-            *(Step(f"{name}: experts", partial(proof.experts, name), 6) for name in MODELS),
-            Step("memory, local spec", partial(proof.memory, "local"), 12),
-            Step(
+            *(PartStep(f"{name}: units", partial(proof.units, name), 12) for name in MODELS),
+            *(PartStep(f"{name}: experts", partial(proof.experts, name), 6) for name in MODELS),
+            PartStep("memory, local spec", partial(proof.memory, "local"), 12),
+            PartStep(
                 "memory, Transformer Engine",
                 partial(proof.memory, "transformer_engine"),
                 12,

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
 
 LIMIT_S: float = 110

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.runs import ENVIRONMENT, LOCAL, MODEL, Job, Run, difference, rank_variables
 

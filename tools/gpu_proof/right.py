@@ -48,8 +48,9 @@ from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
+from tools.benchmarks.contenders import Contender
 from tools.benchmarks.emulated_link import sleep_on_stream
-from tools.benchmarks.paper_shapes import Contender, Inputs, Shape, build
+from tools.benchmarks.paper_shapes import Inputs, Shape, build
 from tools.gpu_proof.layers import errors, largest, one_rank, seed
 from tools.gpu_proof.results import Results
 

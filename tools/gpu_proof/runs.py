@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
 
 Curves = Mapping[str, Mapping[int, float]]

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.environment import as_markdown
-from tools.benchmarks.report import markdown_table
+from megatron_scmoe.words import markdown_table
+from tools.benchmarks.provenance import as_markdown
 from tools.gpu_proof.results import OUTCOMES, Finding
 
 

@@ -101,7 +101,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Step:
+class PartStep:
     """A piece of a part; its findings begin with its name."""
 
     name: str
@@ -112,7 +112,7 @@ class Step:
     """What it needs and this machine has not."""
 
 
-def do_steps(results: Results, steps: Sequence[Step], deadline: float) -> None:
+def do_steps(results: Results, steps: Sequence[PartStep], deadline: float) -> None:
     """One after the other, the valuable ones first, until the time is up.
 
     Args:

@@ -33,13 +33,8 @@ from torch import Tensor
 
 from megatron_scmoe.model.experts.grouped import GroupedMatmul, why_no_grouped_mm
 from megatron_scmoe.overlap.schedule import POSITIONS
-from tools.benchmarks.paper_shapes import (
-    Contender,
-    Inputs,
-    Shape,
-    build,
-    host_config,
-)
+from tools.benchmarks.contenders import Contender
+from tools.benchmarks.paper_shapes import Inputs, Shape, build, host_config
 from tools.gpu_proof.layers import (
     BFLOAT16,
     copy_weights,
@@ -54,7 +49,7 @@ from tools.gpu_proof.layers import (
     seed,
 )
 from tools.gpu_proof.results import Results
-from tools.gpu_proof.timing import Step, do_steps
+from tools.gpu_proof.timing import PartStep, do_steps
 
 LIMIT_S: float = 75
 CORRECTNESS = True
@@ -102,14 +97,16 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
     with one_rank(device):
         blocks = Blocks(results, device)
         steps = [
-            Step("grouped_mm", partial(check_grouped_mm, results, device), 3),
-            Step(LOCAL_CASE.name, partial(blocks.check, LOCAL_CASE), 5),
-            Step(LINEAR, partial(check_linear, results, device), 5, None if installed else missing),
-            *(Step(case.name, partial(blocks.check, case), 5, missing) for case in CASES),
-            Step("FP8", blocks.check_fp8, 8, missing),
-            Step("FP8, delayed scaling", blocks.check_delayed_scaling, 10, missing),
+            PartStep("grouped_mm", partial(check_grouped_mm, results, device), 3),
+            PartStep(LOCAL_CASE.name, partial(blocks.check, LOCAL_CASE), 5),
+            PartStep(
+                LINEAR, partial(check_linear, results, device), 5, None if installed else missing
+            ),
+            *(PartStep(case.name, partial(blocks.check, case), 5, missing) for case in CASES),
+            PartStep("FP8", blocks.check_fp8, 8, missing),
+            PartStep("FP8, delayed scaling", blocks.check_delayed_scaling, 10, missing),
             # Older versions crash or hang here: last.
-            Step(
+            PartStep(
                 "experts without tokens", partial(check_empty_experts, results, device), 5, missing
             ),
         ]

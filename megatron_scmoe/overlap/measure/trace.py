@@ -6,7 +6,6 @@ machines they are as good as the machines' clocks.
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_scmoe.overlap.recorder import Activity, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
+from megatron_scmoe.words import write_whole
 
 # What a trace says about the run: options, layout, and the expert slots of every iteration.
 TRACED_OPTIONS = (
@@ -88,10 +88,7 @@ class TraceWriter:
                     bytes=exchange.bytes,
                 )
         facts = self._facts | {"expert_slots": self._slots}
-        text = json.dumps({"traceEvents": self._events, "otherData": facts})
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(text)
-        os.replace(partial, self._path)
+        write_whole(self._path, json.dumps({"traceEvents": self._events, "otherData": facts}))
 
     def _add(
         self, iteration: int, layer: int, activity: Activity, begin: float, end: float, **more: Any

@@ -3,6 +3,8 @@
 from argparse import Namespace
 from typing import Any
 
+from megatron_scmoe import words
+
 # Ours; only the last three decide which tensors there are.
 SCMOE = (
     "scmoe_shortcut_position",
@@ -172,7 +174,7 @@ _FLAGS = {
 
 def flag(dest: str) -> str:
     """The option as it is written on the command line."""
-    return _FLAGS.get(dest, "--" + dest.replace("_", "-"))
+    return _FLAGS.get(dest, words.flag(dest))
 
 
 def differences(saved: Namespace, args: Namespace, dests: tuple[str, ...]) -> list[str]:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from megatron_scmoe.words import numbers
+
 Severity = Literal["ok", "warning", "error"]
 
 
@@ -19,20 +21,20 @@ class Finding(NamedTuple):
         return f"{self.seen}: {self.remedy}" if self.remedy else self.seen
 
 
-class Place(NamedTuple):
+class RankOfHost(NamedTuple):
     """Where a finding was made."""
 
     rank: int
     host: str
 
 
-def merge(found: Sequence[tuple[Place, list[Finding]]]) -> list[tuple[Finding, str]]:
+def merge(found: Sequence[tuple[RankOfHost, list[Finding]]]) -> list[tuple[Finding, str]]:
     """Findings of all ranks, each once, with where it was made; nothing where all agree.
 
     Args:
         found: by rank.
     """
-    places: defaultdict[Finding, list[Place]] = defaultdict(list)
+    places: defaultdict[Finding, list[RankOfHost]] = defaultdict(list)
     for place, findings in found:
         for finding in dict.fromkeys(findings):
             places[finding].append(place)
@@ -40,7 +42,7 @@ def merge(found: Sequence[tuple[Place, list[Finding]]]) -> list[tuple[Finding, s
     return [(f, "" if len(where) == everywhere else _name(where)) for f, where in places.items()]
 
 
-def _name(places: list[Place]) -> str:
+def _name(places: list[RankOfHost]) -> str:
     """'node1: ranks 8, 9; node2: rank 16'."""
     by_host: defaultdict[str, list[int]] = defaultdict(list)
     for place in places:
@@ -50,11 +52,4 @@ def _name(places: list[Place]) -> str:
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """'rank 3', 'ranks 0-7', 'ranks 0, 2, 4-6': runs of neighbours are joined."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers(ranks)}"

@@ -26,7 +26,7 @@ Group = torch.distributed.ProcessGroup
 PairTimes = dict[tuple[int, int], float]
 
 
-class AllToAll(NamedTuple):
+class MeasuredAllToAll(NamedTuple):
     """One group's all-to-all, median of the repetitions."""
 
     ranks: tuple[int, ...]
@@ -48,7 +48,7 @@ class Slowest(NamedTuple):
 
 def measure(
     group: Group, gather: Callable[[object], list], timeout: timedelta
-) -> tuple[list[AllToAll], list[PairTimes]]:
+) -> tuple[list[MeasuredAllToAll], list[PairTimes]]:
     """Call it on every rank of the job with its own group.
 
     Args:
@@ -66,11 +66,11 @@ def measure(
         if members not in groups:
             made = torch.distributed.new_group(list(members), timeout)
             of_block = made if torch.distributed.get_rank() in members else of_block
-    all_to_alls: dict[tuple[int, ...], AllToAll] = {}
+    all_to_alls: dict[tuple[int, ...], MeasuredAllToAll] = {}
     pairs = {members: PairTimes() for members in every_block}
     for exchange, of_rank in gather((measure_all_to_all(group), measure_pairs(of_block))):
         slower = all_to_alls.get(exchange.ranks, exchange)
-        all_to_alls[exchange.ranks] = AllToAll(
+        all_to_alls[exchange.ranks] = MeasuredAllToAll(
             exchange.ranks,
             max(exchange.latency, slower.latency),
             max(exchange.seconds, slower.seconds),
@@ -82,7 +82,7 @@ def measure(
 
 
 def judge(
-    all_to_alls: list[AllToAll], pairs: list[PairTimes], hosts: dict[int, str]
+    all_to_alls: list[MeasuredAllToAll], pairs: list[PairTimes], hosts: dict[int, str]
 ) -> list[Finding]:
     """A finding for every group, a warning where a rank or a pair is slow."""
     findings = []
@@ -154,7 +154,7 @@ def slowest(pairs: PairTimes, ranks: tuple[int, ...]) -> Slowest | None:
     return Slowest(worst, own[worst] / statistics.median(own.values()))
 
 
-def measure_all_to_all(group: Group) -> AllToAll:
+def measure_all_to_all(group: Group) -> MeasuredAllToAll:
     """Call it on every rank of the group; each gets its own times."""
     ranks = torch.distributed.get_process_group_ranks(group)
     times = []
@@ -165,7 +165,7 @@ def measure_all_to_all(group: Group) -> AllToAll:
             torch.distributed.all_to_all_single(received, sent, group=group)
 
         times.append(_median(exchange, group))
-    return AllToAll(tuple(ranks), *times)
+    return MeasuredAllToAll(tuple(ranks), *times)
 
 
 def measure_pairs(block: Group) -> PairTimes:

@@ -27,7 +27,7 @@ RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # gloo's, NCCL's
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveCall:
     """One collective that a rank has entered."""
 
     name: str
@@ -58,7 +58,7 @@ class Report:
     """The main thread's innermost line that is neither torch's nor Python's own."""
     iteration: int | None
     """The iteration as the log counts it, None before the first."""
-    collectives: Sequence[Collective]
+    collectives: Sequence[CollectiveCall]
     """The pending ones and the newest of each group with more than one rank, oldest first."""
 
     def to_json(self) -> str:
@@ -67,7 +67,9 @@ class Report:
     @classmethod
     def from_json(cls, text: str | bytes) -> "Report":
         fields = json.loads(text)
-        fields["collectives"] = [Collective(**collective) for collective in fields["collectives"]]
+        fields["collectives"] = [
+            CollectiveCall(**collective) for collective in fields["collectives"]
+        ]
         return cls(**fields)
 
 
@@ -122,7 +124,7 @@ def _iteration() -> int | None:
     return None if iteration is None else iteration + 1
 
 
-def _pipeline_wait(seconds: float) -> list[Collective]:
+def _pipeline_wait(seconds: float) -> list[CollectiveCall]:
     """gloo: a wait for pipeline neighbours; from the stack alone it is not known for which."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if torch.distributed.get_backend(group) != "gloo":
@@ -130,12 +132,12 @@ def _pipeline_wait(seconds: float) -> list[Collective]:
     ranks, place = torch.distributed.get_process_group_ranks(group), group.rank()
     neighbours = sorted({ranks[place - 1], ranks[place], ranks[(place + 1) % len(ranks)]})
     name, key = group.group_desc, group.group_name
-    return [Collective("send/recv", name, key, neighbours, 0, seconds, False)]
+    return [CollectiveCall("send/recv", name, key, neighbours, 0, seconds, False)]
 
 
-def _recorded() -> list[Collective]:
+def _recorded() -> list[CollectiveCall]:
     """What the flight recorders hold: pending entries and the newest of each group."""
-    kept: dict[Any, tuple[int, Collective]] = {}
+    kept: dict[Any, tuple[int, CollectiveCall]] = {}
     now = time.time_ns()
     for recorder in RECORDERS:
         dump = getattr(torch._C._distributed_c10d, recorder, None)
@@ -150,7 +152,7 @@ def _recorded() -> list[Collective]:
     return [collective for _, collective in sorted(kept.values(), key=lambda pair: pair[0])]
 
 
-def _collective(entry: dict[str, Any], now: int) -> Collective:
+def _collective(entry: dict[str, Any], now: int) -> CollectiveCall:
     key, description = entry["process_group"]
     name = entry["profiling_name"].split(":", 1)[-1]
     try:
@@ -163,4 +165,4 @@ def _collective(entry: dict[str, Any], now: int) -> Collective:
         ranks = [ranks[int(end)] for end in message.groups()]
     number = 0 if entry["is_p2p"] else entry["collective_seq_id"]
     seconds = (now - entry["time_created_ns"]) / 1e9
-    return Collective(name, description, key, ranks, number, seconds, entry["retired"])
+    return CollectiveCall(name, description, key, ranks, number, seconds, entry["retired"])

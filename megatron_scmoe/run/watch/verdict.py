@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_scmoe.run.watch.account import Collective, Report
+from megatron_scmoe.run.watch.account import CollectiveCall, Report
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _blockers(rank: int, reports: Mapping[int, Report]) -> set[int]:
     return found
 
 
-def _entered(report: Report, pending: Collective) -> bool:
+def _entered(report: Report, pending: CollectiveCall) -> bool:
     """Whether a rank has entered the collective too. Messages have no number: never."""
     return any(
         other.key == pending.key and other.number >= pending.number > 0
@@ -109,7 +109,7 @@ def _witness(lost: Sequence[int], reports: Mapping[int, Report]) -> int | None:
     return next(iter(direct + others), None)
 
 
-def _concerns(collective: Collective, lost: Sequence[int]) -> bool:
+def _concerns(collective: CollectiveCall, lost: Sequence[int]) -> bool:
     return not set(lost).isdisjoint(collective.ranks)
 
 

@@ -176,7 +176,7 @@ def preloaded() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import transformers  # noqa: F401
 
-    from megatron_scmoe.data import dataset_writer  # noqa: F401
+    from megatron_scmoe.commands.preprocess import dataset_writer  # noqa: F401
 
 
 @pytest.fixture

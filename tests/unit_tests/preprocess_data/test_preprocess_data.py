@@ -186,7 +186,7 @@ def test_options_are_megatrons(preloaded, monkeypatch):
 
     from megatron.training.arguments import _add_tokenizer_args
 
-    from megatron_scmoe.data.tokenizer import add_tokenizer_arguments
+    from megatron_scmoe.commands.preprocess.host_tokenizer import add_tokenizer_arguments
 
     ours, theirs = argparse.ArgumentParser(), argparse.ArgumentParser()
     add_tokenizer_arguments(ours)

@@ -1,4 +1,4 @@
-"""Which files and lines megatron_scmoe.data.corpus finds."""
+"""Which files and lines megatron_scmoe.commands.preprocess.json_lines finds."""
 
 import gzip
 import random
@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.data import DataError, corpus
+from megatron_scmoe.commands.preprocess import DataError, json_lines
 
 LINES = [b'{"text": "%d"}\n' % number for number in range(5000)]
 
@@ -30,7 +30,7 @@ def pack(path: Path, data: bytes) -> Path:
 def read(*files: Path) -> list[tuple[str, int, bytes]]:
     return [
         (Path(batch.path).name, number, line)
-        for batch in corpus.read_batches(files)
+        for batch in json_lines.read_batches(files)
         for number, line in enumerate(batch.lines, batch.first_line)
     ]
 
@@ -39,7 +39,7 @@ def read(*files: Path) -> list[tuple[str, int, bytes]]:
 def test_lines_and_numbers(tmp_path: Path, suffix):
     path = pack(tmp_path / f"c{suffix}", b"".join(LINES))
     assert read(path) == [(path.name, number, line) for number, line in enumerate(LINES, 1)]
-    assert sum(batch.disk_bytes for batch in corpus.read_batches([path])) == path.stat().st_size
+    assert sum(batch.disk_bytes for batch in json_lines.read_batches([path])) == path.stat().st_size
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -72,15 +72,15 @@ def test_directory_and_glob_by_name(tmp_path: Path):
         pack(tmp_path / name, LINES[0])
     (tmp_path / "e.jsonl").mkdir()
     wanted = ["a.jsonl", "b.jsonl.gz", "c.json.zst", "d.jsonl"]
-    assert [path.name for path in corpus.find_files([str(tmp_path)])] == wanted
-    assert [path.name for path in corpus.find_files([str(tmp_path / "?.json*")])] == wanted
+    assert [path.name for path in json_lines.find_files([str(tmp_path)])] == wanted
+    assert [path.name for path in json_lines.find_files([str(tmp_path / "?.json*")])] == wanted
     given_order = [str(tmp_path / "d.jsonl"), str(tmp_path / "a.jsonl")]
-    assert list(map(str, corpus.find_files(given_order))) == given_order
+    assert list(map(str, json_lines.find_files(given_order))) == given_order
 
 
 def test_file_whose_name_is_a_glob(tmp_path: Path):
     path = pack(tmp_path / "a[1].jsonl", LINES[0])
-    assert corpus.find_files([str(path)]) == [path]
+    assert json_lines.find_files([str(path)]) == [path]
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,8 +91,8 @@ def test_batches_lose_nothing(tmp_path_factory, parts, batch_bytes, batch_lines)
     path = tmp_path_factory.mktemp("h") / "c.jsonl"
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "BATCH_BYTES", batch_bytes)
-        patch.setattr(corpus, "BATCH_LINES", batch_lines)
+        patch.setattr(json_lines, "BATCH_BYTES", batch_bytes)
+        patch.setattr(json_lines, "BATCH_LINES", batch_lines)
         lines = read(path)
     assert b"".join(line for _, _, line in lines) == data.removeprefix(b"\xef\xbb\xbf")
     assert [number for _, number, _ in lines] == list(range(1, len(lines) + 1))

@@ -1,4 +1,4 @@
-"""megatron_scmoe.data.worker_pool: order, errors, and workers that die at the worst moment."""
+"""The worker pool of preprocessing: order, errors, and workers that die at the worst moment."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.data.worker_pool import ITEMS_PER_WORKER, WorkerDied, ordered_map
+from megatron_scmoe.commands.preprocess.worker_pool import ITEMS_PER_WORKER, WorkerDied, ordered_map
 
 
 @settings(max_examples=15, deadline=None)

@@ -2,15 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_scmoe.words import markdown_table
 from tools.benchmarks.calibration import LayerTime
-from tools.benchmarks.environment import as_markdown
 from tools.benchmarks.goals import Goal
-from tools.benchmarks.results import Ratio, Row, Turn
+from tools.benchmarks.provenance import as_markdown
+from tools.benchmarks.turns import Ratio, Row, Turn
 
 
 def write_report(
@@ -156,9 +157,3 @@ def _times(ratio: Ratio) -> str:
 
 def _over(ratio: Ratio) -> str:
     return f"{ratio.median:.3f} ({ratio.low:.2f}-{ratio.high:.2f})"
-
-
-def markdown_table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table."""
-    rows = [head, tuple("---" for _ in head), *body]
-    return ["| " + " | ".join(row) + " |" for row in rows]

@@ -1,4 +1,4 @@
-"""What the records of a run say about its overlap: every number of the page, in seconds and bytes.
+"""What the records of a run say about its overlap: the report's numbers, in seconds and bytes.
 
 in flight   from the start of an exchange to its completion
 exposed     the part of it for which compute stood still in the wait
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
+from megatron_scmoe.commands.trace_report.traces import Pass, Place, Run, TraceError
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.measure.trace import EXCHANGES
 from megatron_scmoe.overlap.recorder import Direction, Exchange
 from megatron_scmoe.overlap.schedule import Step, window
-from tools.report.traces import Pass, Place, Run, TraceError
 
 
 class Communication(NamedTuple):
@@ -43,7 +43,7 @@ def communication(exchanges: Iterable[Exchange], divisor: int = 1) -> Communicat
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """Bytes/s of one exchange in one direction, over all that sent something.
 
     Attributes:
@@ -104,7 +104,7 @@ class DirectionFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything that the page shows.
+    """Everything that the report shows.
 
     Attributes:
         total: an iteration, mean over ranks and iterations.
@@ -117,7 +117,7 @@ class Figures:
     layers: dict[tuple[int, Direction, str], Communication]
     ranks: dict[int, RankFigures]
     directions: dict[Direction, DirectionFigures]
-    links: dict[tuple[Direction, str], Link | None]
+    links: dict[tuple[Direction, str], LinkSpeed | None]
     example: dict[Direction, Pass]
 
 
@@ -212,7 +212,7 @@ def _rank_figures(run: Run, rank: int, starts: dict[_Key, dict[int, float]]) -> 
 
 def _link(
     run: Run, direction: Direction, name: str, starts: dict[_Key, dict[int, float]]
-) -> Link | None:
+) -> LinkSpeed | None:
     sizes, speeds, together = [], [], []
     for one in run.passes:
         for exchange in one.exchanges:
@@ -229,7 +229,7 @@ def _link(
                 together.append(exchange.bytes / (exchange.end - max(ranks.values())))
     if not speeds:
         return None
-    return Link(
+    return LinkSpeed(
         size=median(sizes),
         least=min(speeds),
         median=median(speeds),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tools.benchmarks.contenders import Contender
-from tools.benchmarks.step_log import Step
+from tools.benchmarks.step_log import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Turn:
 
     @classmethod
     def of(
-        cls, contender: str, share: float, limited: bool, repetition: int, steps: list[Step]
+        cls, contender: str, share: float, limited: bool, repetition: int, steps: list[TrainingStep]
     ) -> "Turn":
         return cls(
             contender,

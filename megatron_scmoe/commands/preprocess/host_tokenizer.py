@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.data import DataError
-from megatron_scmoe.data.quiet import quiet_imports
+from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 VOCAB_FILE_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
@@ -26,7 +26,7 @@ _FOLDER_PATTERNS = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktok
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds Megatron's tokenizer options, as far as they decide the ids of a text."""
+    """Add Megatron's tokenizer options, as far as they decide the ids of a text."""
     group = parser.add_argument_group("tokenizer, as in Megatron-LM")
     group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     group.add_argument(
@@ -55,7 +55,11 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_tokenizer_arguments(args: argparse.Namespace) -> None:
-    """Finds the mistakes that can be seen without importing anything; raises DataError."""
+    """Find the mistakes that can be seen without importing anything.
+
+    Raises:
+        DataError: a mistake.
+    """
     kind = args.tokenizer_type
     if kind == "NullTokenizer" and (args.vocab_size is None or args.vocab_size < 1):
         raise DataError("--tokenizer-type NullTokenizer needs --vocab-size, at least 1")
@@ -80,7 +84,11 @@ def _is_missing_path(name: str) -> bool:
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:
-    """Megatron's tokenizer for the options; raises DataError if they name none that loads."""
+    """Build Megatron's tokenizer for the options.
+
+    Raises:
+        DataError: they name none that loads.
+    """
     # Read when transformers and tokenizers are imported: no advice on stderr, and no threads in
     # a process that is about to fork.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -104,7 +112,11 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def find_eod(tokenizer: Any) -> int:
-    """The end-of-document id; raises DataError if the tokenizer has none."""
+    """The end-of-document id.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
     try:
         eod = tokenizer.eod
     except (AttributeError, NotImplementedError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megatron_scmoe.data.interrupt import STOP_SIGNALS
+from megatron_scmoe.commands.preprocess.interrupt import STOP_SIGNALS
 
 ITEMS_PER_WORKER = 4  # encoded or being encoded: enough to work on while one item takes long
 
@@ -33,7 +33,9 @@ def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: i
 
     The processes inherit `function`, so it may hold what cannot be pickled; items and results are
     pickled. Close the iterator (contextlib.closing) to stop early: workers are then killed.
-    Raises WorkerDied if a worker is killed, and whatever `function` raises.
+
+    Raises:
+        WorkerDied: a worker was killed. Whatever `function` raises is raised too.
     """
     source = enumerate(items)
     team: list[_Worker] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scmoe.data.corpus import Batch
+from megatron_scmoe.commands.preprocess.json_lines import Batch
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -46,16 +46,18 @@ class EncodedBatch:
 
 
 class Encoder:
-    """Turns batches of lines into batches of ids; Megatron-LM's rules, ours only where it stops.
+    """Turn batches of lines into batches of ids; Megatron-LM's rules, ours only where it stops.
 
     Megatron-LM's: a document is one sequence, or with `split` one for each sentence that has ids;
     the end-of-document id goes to the last sequence, and an empty document gets none.
     Ours: blank lines are skipped; unpaired surrogates, which no tokenizer accepts, become U+FFFD;
     a text that is empty has no ids where the tokenizer cannot read it (NullTokenizer).
 
-    keys: the strings of the JSON object that are encoded; a line bad in one is bad in all.
-    eod: id to append to documents, or None. split: text to sentences, or None.
-    dtype: of the ids on disk.
+    Args:
+        keys: the strings of the JSON object that are encoded; a line bad in one is bad in all.
+        dtype: of the ids on disk.
+        eod: id to append to documents, or None.
+        split: text to sentences, or None.
     """
 
     def __init__(

@@ -237,7 +237,11 @@ def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tupl
 
 
 def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float) -> None:
-    """Raises KeyError, TypeError: the event is not one of this version."""
+    """Add a step or an exchange to its record.
+
+    Raises:
+        KeyError, TypeError: the event is not one of this version.
+    """
     args = event["args"]
     record = records[Place(event["pid"], args["iteration"], args["layer"])]
     activity = Activity(args["step"], event["cat"], args["chunk"], args["pass"])

@@ -2,10 +2,10 @@
 
 from statistics import fmean
 
+from megatron_scmoe.commands.trace_report.analysis import DirectionFigures, Figures
+from megatron_scmoe.commands.trace_report.traces import Run
 from megatron_scmoe.overlap.recorder import Direction
-from tools.report.analysis import DirectionFigures, Figures
-from tools.report.text import duration, percent
-from tools.report.traces import Run
+from megatron_scmoe.words import duration, percent
 
 ALL_HIDDEN = 0.97  # share of the communication beyond which there is nothing to gain
 MATTERS = 0.03  # exposed time / a pass

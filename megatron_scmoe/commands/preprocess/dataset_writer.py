@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_scmoe.data.quiet import quiet_imports
+from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 with quiet_imports():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -47,7 +47,7 @@ class DatasetWriter:
         self._builders = [IndexedDatasetBuilder(f"{part}.bin", dtype) for part in self._parts]
 
     def add(self, tokens: np.ndarray, lengths: Sequence[list[int]]) -> None:
-        """Adds documents: their ids, and the number of ids of each sequence of each document."""
+        """Add documents: their ids, and the number of ids of each sequence of each document."""
         start = 0
         for document in lengths:
             size = sum(document)

@@ -16,7 +16,7 @@ class Interrupted(BaseException):
 
 
 class InterruptGuard:
-    """Raises `Interrupted` in the main thread at the first stop signal and ignores later ones,
+    """Raise `Interrupted` in the main thread at the first stop signal and ignore later ones,
     so that cleaning up is not cut short.
 
     Python drops an exception that a handler raises inside a finalizer, so a long loop should also
@@ -42,7 +42,7 @@ class InterruptGuard:
                 raise Interrupted(signum)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a stop signal has come."""
+        """Raise `Interrupted` if a stop signal has come."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.text import REPOSITORY
+from tools.benchmarks.real_text import REPOSITORY
 
 MAX_LOAD_PER_CORE = 0.25
 """With more than this beside it a timing says nothing."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_scmoe.data import DataError
+from megatron_scmoe.commands.preprocess import DataError
 
 DIRECTORY_SUFFIXES = tuple(
     text + packed for text in (".jsonl", ".json") for packed in ("", ".gz", ".zst")
@@ -37,9 +37,12 @@ class Batch:
 def find_files(inputs: Sequence[str]) -> list[Path]:
     """The files that `inputs` name, in reading order.
 
-    inputs: paths of files, of directories (their `*.jsonl` and `*.json` files, also .gz and .zst,
-    sorted by name, subdirectories left out), or globs (`**` allowed, sorted).
-    Raises DataError for an input without a file, a file named twice, or .zst without zstandard.
+    Args:
+        inputs: paths of files, of directories (their `*.jsonl` and `*.json` files, also .gz and
+            .zst, sorted by name, subdirectories left out), or globs (`**` allowed, sorted).
+
+    Raises:
+        DataError: an input without a file, a file named twice, or .zst without zstandard.
     """
     files: list[Path] = []
     for name in inputs:
@@ -77,7 +80,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 def read_batches(files: Iterable[Path]) -> Iterator[Batch]:
     """The lines of `files`, in order, a batch never crossing a file.
 
-    Raises DataError, naming file and line, where a file cannot be read or is cut short.
+    Raises:
+        DataError: a file cannot be read or is cut short; names file and line.
     """
     for path in files:
         number = 1  # of the next batch's first line

@@ -1,6 +1,6 @@
 """The formula against the speed-ups that the paper reports (arXiv:2404.05019v3).
 
-    python -m megatron_scmoe.planner.paper
+    python -m tools.benchmarks.paper_table
 
 The paper states which share of the MoE's time is communication, not the times of the operators. Two
 ways to a prediction, neither of which looks at a row of ScMoE:
@@ -31,9 +31,10 @@ from megatron_scmoe.planner.predict import (
 )
 from megatron_scmoe.planner.size import model_size
 from megatron_scmoe.planner.times import step_flops
+from megatron_scmoe.words import markdown_table
 
 
-class Row(NamedTuple):
+class Claim(NamedTuple):
     """A predicted speed-up and those that are reported for it."""
 
     where: str
@@ -89,7 +90,7 @@ def pair_by_flops(architecture: Architecture, share: float, topk: int = 1) -> Mo
     return Model([PassTimes(dense, routed(topk), routed(topk + 1))], paired=True)
 
 
-def rows_by_flops() -> list[Row]:
+def rows_by_flops() -> list[Claim]:
     """Speed-ups of pairs."""
     pcie = pair_by_flops(SWIN_STAGE_3, 0.6)
     sequential = stock_seconds(pcie, wider=False, shared_expert=True)
@@ -101,39 +102,39 @@ def rows_by_flops() -> list[Row]:
     xl_top_2 = stock_seconds(xl, wider=True, shared_expert=False)
     xl_top_3 = stock_seconds(xl_2, wider=True, shared_expert=False)
     return [
-        Row(
+        Claim(
             "Fig. 8, 8xA30, 60 %",
             "Pos-2 over shared expert",
             predict_best(pcie, "pos2").over_shared,
             (1.27,),
         ),
-        Row(
+        Claim(
             "Fig. 8, 8xA30, 60 %",
             "the same with 70 % hidden, as stated",
             sequential / (sequential - hidden),
             (1.27,),
         ),
-        Row("Fig. 8, 16xA800, 50 %", "Pos-2 over shared expert", two_nodes.over_shared, (1.24,)),
-        Row(
+        Claim("Fig. 8, 16xA800, 50 %", "Pos-2 over shared expert", two_nodes.over_shared, (1.24,)),
+        Claim(
             "Table 2, 8xA800, 15 %",
             "shared expert over top-2",
             over_top_2.over_wider / over_top_2.over_shared,
             (1.04, 1.06),
         ),
-        Row("Table 2, 8xA800, 15 %", "Pos-2 over top-2", over_top_2.over_wider, (1.12, 1.17)),
-        Row(
+        Claim("Table 2, 8xA800, 15 %", "Pos-2 over top-2", over_top_2.over_wider, (1.12, 1.17)),
+        Claim(
             "Table 4, 8xA800, share not stated, 15 %",
             "ScMoE over top-2",
             predict_best(xl, "pos2").over_wider,
             (1.12, 1.18),
         ),
-        Row(
+        Claim(
             "Table 4, 8xA800, share not stated, 15 %",
             "top-3 over top-2",
             xl_top_2 / xl_top_3,
             (0.94, 0.92),
         ),
-        Row(
+        Claim(
             "Table 4, 8xA800, share not stated, 15 %",
             "ScMoE-2 over top-2",
             xl_top_2 / predict_best(xl_2, "pos2").seconds,
@@ -185,10 +186,10 @@ TABLE_1_REPORTED = {
 }
 
 
-def rows_by_table() -> list[Row]:
+def rows_by_table() -> list[Claim]:
     """Pos-2 with the stated 70 % hidden, and Pos-3 with everything hidden."""
     return [
-        Row(
+        Claim(
             f"Table 1, 8xA30, 60 %, {what}",
             f"{position}, {hidden:.0%} hidden",
             model.speedup(hidden),
@@ -201,25 +202,21 @@ def rows_by_table() -> list[Row]:
 
 def format_table() -> str:
     """The tables of docs/planner.md, in Markdown."""
-    lines = [
-        "| reported in | row | predicted | reported | deviation |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for row in [*rows_by_flops(), *rows_by_table()]:
         reported = " / ".join(f"{value:.2f}x" for value in row.reported)
         deviations = " / ".join(f"{value:+.1%}" for value in row.deviations)
-        lines.append(
-            f"| {row.where} | {row.what} | {row.predicted:.3f}x | {reported} | {deviations} |"
-        )
-    lines += ["", "| Table 1 | nothing .. everything hidden | Pos-1 | Pos-2 | Pos-3 |"]
-    lines.append("|---|---|---|---|---|")
+        rows.append((row.where, row.what, f"{row.predicted:.3f}x", reported, deviations))
+    bounds = []
     for what, model in TABLE_1.items():
-        shares = " | ".join(
+        shares = [
             f"{value:.2f}x: {model.hidden(value):.0%}" for value in TABLE_1_REPORTED[what].values()
-        )
-        bounds = f"{model.speedup(0):.2f}x .. {model.speedup(1):.2f}x"
-        lines.append(f"| {what} | {bounds} | {shares} |")
-    return "\n".join(lines)
+        ]
+        bounds.append((what, f"{model.speedup(0):.2f}x .. {model.speedup(1):.2f}x", *shares))
+    head = ("reported in", "row", "predicted", "reported", "deviation")
+    lines = markdown_table(head, rows)
+    head = ("Table 1", "nothing .. everything hidden", "Pos-1", "Pos-2", "Pos-3")
+    return "\n".join([*lines, "", *markdown_table(head, bounds)])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 
-from megatron_scmoe.data import DataError
+from megatron_scmoe.commands.preprocess import DataError
 
 # Punkt sees a text in pieces of this many characters; Megatron-LM's choice, kept because a piece's
 # end is a sentence's end.
@@ -15,17 +15,24 @@ _KEEP_SPACE = r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>
 
 
 def check_nltk() -> None:
-    """Raises DataError if nltk is not installed; does not import it."""
+    """Look for nltk without importing it.
+
+    Raises:
+        DataError: it is not installed.
+    """
     if importlib.util.find_spec("nltk") is None:
         raise DataError("--split-sentences needs nltk: pip install 'megatron-scmoe[data]'")
 
 
 def load_splitter(lang: str, keep_newlines: bool) -> Callable[[str], list[str]]:
-    """A function from a text to its sentences.
+    """Make a function from a text to its sentences; downloads nothing.
 
-    lang: name of a model in nltk's punkt_tab data, such as english.
-    keep_newlines: leave the white space between two sentences at the end of the first.
-    Raises DataError if nltk or its data is missing. Downloads nothing.
+    Args:
+        lang: name of a model in nltk's punkt_tab data, such as english.
+        keep_newlines: leave the white space between two sentences at the end of the first.
+
+    Raises:
+        DataError: nltk or its data is missing.
     """
     check_nltk()
     from nltk.tokenize import punkt

@@ -1,0 +1,80 @@
+"""Numbers, options and tables as a reader wants them, and files that are whole or not there."""
+
+import os
+from collections.abc import Container, Iterable, Sequence
+from math import log10
+from pathlib import Path
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds with three significant digits or, from 100 ms, none behind the point."""
+    return f"{_three_digits(seconds * 1e3)} ms"
+
+
+def speed(bytes_per_second: float) -> str:
+    return f"{size(bytes_per_second)}/s"
+
+
+def size(number: float) -> str:
+    """Bytes in powers of 1000."""
+    if number < 1000:
+        return f"{number:.0f} B"
+    power = min(int(log10(number) / 3), 4)
+    return f"{_three_digits(number / 1000**power)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def change(value: float, reference: float) -> str:
+    """How much more a value is, with its sign."""
+    share = value / reference - 1 if reference else 0.0
+    return f"{share:+.1%}" if abs(share) >= 0.0005 else "0.0%"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _three_digits(number: float) -> str:
+    rounded = float(f"{number:.3g}")  # 9.999 is 10.0
+    return f"{number:.{0 if rounded >= 100 else 1 if rounded >= 10 else 2}f}"
+
+
+def numbers(values: Sequence[int]) -> str:
+    """1, 2, 3, 5 as 1-3, 5."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def flag(dest: str) -> str:
+    """The option of an attribute of the parsed arguments."""
+    return "--" + dest.replace("_", "-")
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], words: Container[int] = (0,)
+) -> str:
+    """Columns of a terminal: `words`, by their numbers, to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under another name first, so that it is whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
