@@ -21,12 +21,8 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.combine import COMBINES, SharedOutput
-from megatron_scmoe.model.dispatch.token_dispatcher import (
-    Chunk,
-    ExpertInput,
-    Trip,
-    build_dispatcher,
-)
+from megatron_scmoe.model.dispatch import build_dispatcher
+from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput, Trip
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import group
 
 from megatron_scmoe.model.dispatch import token_dispatcher
-from megatron_scmoe.model.dispatch.token_dispatcher import AllToAllDispatcher, AllToAllTrip
+from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher, AllToAllTrip
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
