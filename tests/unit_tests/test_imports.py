@@ -24,6 +24,7 @@ ALLOWED = {
     "config": {"overlap"},
     "model": {"config", "overlap", "overlap.measure"},
     "checks": set(),
+    "checks.refusal": set(),
     "run": set(),
     "run.watch": {"host", "say"},
     "run.checkpoint": {"host", "say", "run.watch"},
