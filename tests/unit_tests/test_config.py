@@ -21,11 +21,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": None
     },
     "Leaving out --disable-bias-linear": {"add_bias_linear": True},
-    "--moe-flex-dispatcher-backend ncclep": {"moe_flex_dispatcher_backend": "ncclep"},
-    "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather": {
-        "moe_router_padding_for_quantization": True,
-        "moe_token_dispatcher_type": "allgather",
-    },
     "--moe-shared-expert-overlap": {"moe_shared_expert_overlap": True},
     "--overlap-moe-expert-parallel-comm": {"overlap_moe_expert_parallel_comm": True},
     "--delay-wgrad-compute": {"delay_wgrad_compute": True},
@@ -51,6 +46,17 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--log-max-attention-logit": {"log_max_attention_logit": True},
     "--mlp-chunks-for-training": {"mlp_chunks_for_training": 2},
     "CPU offloading": {"cpu_offloading": True},
+}
+# By the dispatcher that refuses it.
+REFUSED_BY_DISPATCHER: dict[str, dict[str, Any]] = {
+    "--moe-flex-dispatcher-backend ncclep": {
+        "moe_flex_dispatcher_backend": "ncclep",
+        "moe_token_dispatcher_type": "flex",
+    },
+    "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather": {
+        "moe_router_padding_for_quantization": True,
+        "moe_token_dispatcher_type": "allgather",
+    },
 }
 
 
@@ -92,9 +98,30 @@ def test_unsupported_option_is_refused(row: Any, position: str) -> None:
     check(host_config(), scmoe_shortcut_position=position)
 
 
-@pytest.mark.parametrize("option", REFUSED)
+@pytest.mark.parametrize("option", REFUSED_BY_DISPATCHER)
+def test_dispatcher_refuses(option: str) -> None:
+    message = refusal(host_config(**REFUSED_BY_DISPATCHER[option]))
+    assert message.startswith(f"{option} does not work with a shortcut: ")
+
+
+@pytest.mark.parametrize("option", [*REFUSED, *REFUSED_BY_DISPATCHER])
 def test_without_a_shortcut_nothing_is_refused(option: str) -> None:
-    check(host_config(**REFUSED[option]), scmoe_shortcut_position="none")
+    changes = {**REFUSED, **REFUSED_BY_DISPATCHER}[option]
+    check(host_config(**changes), scmoe_shortcut_position="none")
+
+
+@pytest.mark.parametrize(
+    ("host", "scmoe", "line"),
+    [
+        ({"moe_token_dispatcher_type": "post"}, {}, "none of allgather, alltoall, flex."),
+        ({}, {"scmoe_combine": "gate"}, "--scmoe-combine gate is none of add, cg1, cg2."),
+        ({}, {"scmoe_router": "dice"}, "--scmoe-router dice is none of topk."),
+        ({}, {"scmoe_experts_at_home": {"cat": 1}}, "A kind of experts at home: cat is none of"),
+    ],
+)
+def test_values_that_are_in_no_table(host: dict, scmoe: dict, line: str) -> None:
+    """From Python: the command line knows no such values."""
+    assert line in refusal(host_config(**host), **scmoe)
 
 
 # Our own options. -------------------------------------------------------------------------------

@@ -5,19 +5,43 @@ experts, R rows for this rank's experts
 """
 
 from collections.abc import Callable
+from typing import Self
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
-from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput
+from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllGather, Collective, ReduceScatter
 
 
-class AllGatherDispatcher:
-    """Sends every token to all ranks, which pick those of their experts (`allgather`)."""
+class AllGatherDispatcher(Dispatcher):
+    """Every token is sent to all ranks, which pick those of their experts."""
+
+    host_type = "allgather"
+    refusals = (
+        Refusal(
+            lambda config, scmoe: config.moe_router_padding_for_quantization,
+            "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather does "
+            "not work with a shortcut",
+            "use alltoall, or drop the padding",
+            "the host pads the rows of the other dispatchers only",
+        ),
+    )
+
+    @classmethod
+    def build(
+        cls,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        local_experts: slice,
+        host: MoETokenDispatcher,
+    ) -> Self:
+        return cls(config, pg_collection, local_experts)
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice

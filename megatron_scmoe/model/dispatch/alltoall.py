@@ -6,7 +6,7 @@ experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's exp
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,16 +22,27 @@ from megatron.core.transformer.moe.moe_utils import (
     sort_chunks_by_idxs,
     unpermute,
 )
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
-from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput
+from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllToAll, Collective
 
 
-class AllToAllDispatcher:
-    """Sends each token to the ranks of its experts (`alltoall`)."""
+class AllToAllDispatcher(Dispatcher):
+    """Each token is sent to the ranks of its experts."""
+
+    @classmethod
+    def build(
+        cls,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        local_experts: slice,
+        host: MoETokenDispatcher,
+    ) -> Self:
+        return cls(config, pg_collection, local_experts)
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice
@@ -70,14 +81,13 @@ class AllToAllDispatcher:
             counts = RowCounts(maps, self.tp_ep_group, host_waited)
         return [AllToAllTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
 
-    def most_rows(self, routing_map: Tensor) -> int:
-        """Rows that a routing map, [T, E], may have; all that it has if they are padded to
-        capacity."""
+    def most_rows(self, chunk: Chunk) -> int:
+        """Rows that a chunk may have; all that it has if they are padded to capacity."""
         config = self.config
-        num_tokens, num_experts = routing_map.shape
+        num_tokens, num_experts = chunk.routing_map.shape
         if config.moe_pad_expert_input_to_capacity:
             return num_experts * self._capacity(num_tokens)
-        rows = num_tokens * config.moe_router_topk
+        rows = num_tokens * (chunk.rows_per_token or config.moe_router_topk)
         if config.moe_router_padding_for_quantization:
             rows += num_experts * (get_align_size_for_quantization(config) - 1)
         return min(rows, num_tokens * num_experts)
@@ -107,11 +117,12 @@ class AllToAllTrip:
         self._probs_dtype = chunk.probs.dtype
         self._routing_map = chunk.routing_map
         self._counts, self._index = counts, index
+        self._most_rows = dispatcher.most_rows(chunk)
         rows, row_probs, self._permutation, _, _ = permute(
             chunk.hidden_states,
             chunk.routing_map,
             probs=chunk.probs,
-            num_out_tokens=dispatcher.most_rows(chunk.routing_map),
+            num_out_tokens=self._most_rows,
             fused=self._config.moe_permute_fusion,
             drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
         )
@@ -135,9 +146,10 @@ class AllToAllTrip:
         counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
         sent = counts[own.ep_group.rank(), own.tp_group.rank()]
         self._num_rows = int(sent.sum())
-        most = own.most_rows(self._routing_map)
-        if self._num_rows > most:
-            raise RuntimeError(f"the router selected {self._num_rows} rows, {most} at most fit")
+        if self._num_rows > self._most_rows:
+            raise RuntimeError(
+                f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
+            )
         received = counts[:, :, own.local_experts]
         self._tokens_per_expert = received.sum(dim=(0, 1))
         # Rows from each (expert tensor parallel, expert parallel) rank for each local expert,

@@ -7,27 +7,55 @@ experts, K top-k, R rows for this rank's experts
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import Self
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
-from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEFlexTokenDispatcher,
+    MoETokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
-from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput
+from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import Collective, Fused
 
 
-class FlexDispatcher:
-    """DeepEP's and HybridEP's fused exchanges, through the host's managers (`flex`).
+class FlexDispatcher(Dispatcher):
+    """DeepEP's and HybridEP's fused exchanges, through the host's managers.
 
     Args:
         host: builds the manager of --moe-flex-dispatcher-backend and speaks to it.
     """
 
+    host_type = "flex"
+    refusals = (
+        Refusal(
+            lambda config, scmoe: config.moe_flex_dispatcher_backend == "ncclep",
+            "--moe-flex-dispatcher-backend ncclep does not work with a shortcut",
+            "use deepep or hybridep",
+            "its buffers are made for one exchange at a time",
+        ),
+    )
+
     def __init__(self, host: MoEFlexTokenDispatcher, local_experts: slice) -> None:
         self.host = host
         self.local_experts = local_experts
+
+    @classmethod
+    def build(
+        cls,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        local_experts: slice,
+        host: MoETokenDispatcher,
+    ) -> Self:
+        assert isinstance(host, MoEFlexTokenDispatcher)
+        return cls(host, local_experts)
 
     def prepare(
         self, chunks: list[Chunk], host_waited: Callable[[float], None]
@@ -55,7 +83,13 @@ class FlexTrip:
         manager._indices_to_multihot = partial(_multihot, manager.num_local_experts)
         # [T, TP * EP, e]: every rank of the group with its experts.
         by_rank, probs_by_rank = host._initialize_metadata(chunk.routing_map, chunk.probs)
+        if chunk.rows_per_token is not None:
+            manager.router_topk = host.tp_size * chunk.rows_per_token
         manager.setup_metadata(by_rank, probs_by_rank)
+        if (chosen := getattr(manager, "token_indices", None)) is not None:
+            # DeepEP's takes K experts of every token, those without weight too.
+            is_routed = by_rank.flatten(1).gather(1, chosen)
+            manager.token_indices = chosen.masked_fill(~is_routed, -1)
         visits = by_rank.any(dim=2)
         self._rows_leaving = visits.sum() - visits[:, manager.group.rank()].sum()
         self.counts: tuple[RowCounts, int] | None = None

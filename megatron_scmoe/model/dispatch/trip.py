@@ -13,10 +13,14 @@ experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's exp
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.collectives import Collective
 
 
@@ -30,6 +34,8 @@ class Chunk:
     """Router weights, zero where not routed, [T, E]."""
     routing_map: Tensor
     """[T, E], bool."""
+    rows_per_token: int | None = None
+    """The most rows that a token may have; None for K."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,27 @@ class Trip(Protocol):
         """Sum over the K experts of each token, [T, h], from what came back."""
 
 
-class Dispatcher(Protocol):
-    """One way of exchanging tokens."""
+class Dispatcher(Variant):
+    """One way of exchanging tokens, a value of --moe-token-dispatcher-type."""
+
+    host_type: ClassVar[str] = "alltoall"
+    """The host's value that stands for it where the host asks, which knows only its own."""
+
+    @classmethod
+    def build(
+        cls,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        local_experts: slice,
+        host: MoETokenDispatcher,
+    ) -> Self:
+        """Make one for a layer.
+
+        Args:
+            local_experts: the experts of this rank.
+            host: the host's own.
+        """
+        raise NotImplementedError
 
     def prepare(self, chunks: list[Chunk], host_waited: Callable[[float], None]) -> Sequence[Trip]:
         """Begin a trip with each chunk, and ask for the numbers of rows of all.
@@ -72,3 +97,4 @@ class Dispatcher(Protocol):
         Args:
             host_waited: told the seconds for which the host stands still until it knows them.
         """
+        raise NotImplementedError

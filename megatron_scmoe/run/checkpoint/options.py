@@ -3,10 +3,12 @@
 from argparse import Namespace
 from typing import Any
 
-# Ours; only the last three decide which tensors there are.
+# Ours; all but the first decide which tensors there are.
 SCMOE = (
     "scmoe_shortcut_position",
     "scmoe_combine",
+    "scmoe_router",
+    "scmoe_experts_at_home",
     "scmoe_shortcut_norm",
     "scmoe_post_norm",
 )
@@ -158,6 +160,7 @@ TIMES = (
 )
 
 _FLAGS = {
+    "scmoe_experts_at_home": "--scmoe-num-KIND-experts",
     "add_bias_linear": "--disable-bias-linear (off is True)",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
