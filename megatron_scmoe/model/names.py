@@ -11,6 +11,9 @@ from megatron_scmoe.model.combine import COMBINES
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS
 
+# SequentialMLP's name for a linear layer of all routed experts, which are an axis of its tensors.
+ROUTED_EXPERTS = "experts."
+
 # Norms that Transformer Engine has inside the next linear layer; the first two with latent
 # attention only, the third without. The norm in front of a MoE is never inside.
 LATENT_NORMS = {

@@ -25,7 +25,7 @@ ALLOWED = {
     "model.combine": {"checks.refusal", "model.variant"},
     "model.dispatch": {"checks.refusal", "model.variant", "overlap"},
     "model.routing": {"model.variant"},
-    "model.experts.grouped": set(),
+    "model.experts.grouped": {"model.names"},
     "model.experts": {"checks.refusal", "model.variant"},
     "model.names": {"model.combine", "model.experts", "model.routing"},
     "config": {

@@ -191,6 +191,24 @@ def test_a_router_may_choose_more_than_k(dispatcher: str) -> None:
     torch.testing.assert_close(tokens.output(), wanted.view_as(z), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("single_rank", "toys")
+def test_losses_and_the_expert_bias_are_those_of_all_columns() -> None:
+    """Balancing is among all that the router chooses from; the load is that of routed experts."""
+    balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1.0}
+    biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    block = toy_block(toy_case("alltoall", **balanced, **biased, moe_router_pre_softmax=False))
+    moe: Any = block.layers[0].mlp
+    run_block(block, hidden_states()).sum().backward()
+    columns = EXPERTS + AT_HOME_EXPERTS
+    assert moe.router.expert_bias.shape == moe.router.local_tokens_per_expert.shape == (columns,)
+    assert moe.router.local_tokens_per_expert.sum() == K * SEQUENCE * BATCH
+    assert moe.router.weight.grad.shape == (columns, HIDDEN)
+    assert moe.router.weight.grad[EXPERTS:].abs().max() > 0
+    with torch.no_grad():
+        rows = moe.choose_experts(hidden_states(), None).routing_map
+    assert rows.shape == (SEQUENCE * BATCH, EXPERTS) and moe.num_local_experts == EXPERTS
+
+
 # Options. ---------------------------------------------------------------------------------------
 
 TYPED = "--moe-token-dispatcher-type dense --scmoe-combine tanh --scmoe-num-fixed-experts 3"
