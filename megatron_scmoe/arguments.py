@@ -1,9 +1,10 @@
 """Command line: the host's, plus one group generated from ScMoEConfig."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.training import get_tokenizer
@@ -29,8 +30,12 @@ from megatron_scmoe.checks.shortcut import check_model, router_has_no_gradient
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.combine import COMBINES
+from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts, why_no_grouped_mm
 from megatron_scmoe.model.specs import block_config
+from megatron_scmoe.model.variant import values_help
 from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
@@ -112,8 +117,9 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the options of ScMoEConfig; an `extra_args_provider` of the host."""
     say.one_line_usage_errors(parser)
     options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
-    options.build_group(parser, title="scmoe")
-    parser.set_defaults(**dict.fromkeys(NO_OPTIONS))
+    group = options.build_group(parser, title="scmoe")
+    parser.set_defaults(scmoe_measured_slots=None, scmoe_experts_at_home={})
+    offer_variants(parser, group)
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
     checkpoints = parser.add_argument_group("scmoe checkpoints")
     checkpoints.add_argument(
@@ -132,6 +138,41 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
     say.printable_help(parser)
     return parser
+
+
+class _NumberOfKind(Action):
+    """N experts of one kind; all kinds are one dictionary, as in ScMoEConfig."""
+
+    def __init__(self, *args: Any, kind: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, parser: Any, args: Namespace, values: Any, _: str | None = None) -> None:
+        setattr(args, self.dest, {**getattr(args, self.dest), self.kind: values})
+
+
+def offer_variants(parser: ArgumentParser, group: _ArgumentGroup) -> None:
+    """Describe the values of options that come from a table, and let the host's take them too.
+
+    Args:
+        group: our options.
+    """
+    for action in group._group_actions:
+        if isinstance(table := action.choices, dict):
+            action.help = f"{(action.help or '').rstrip('.')}: {values_help(table)}."
+    if (dispatcher := parser._option_string_actions.get("--moe-token-dispatcher-type")) is not None:
+        dispatcher.choices = DISPATCHERS
+    for kind, experts in AT_HOME.items():
+        group.add_argument(
+            f"--scmoe-num-{kind}-experts",
+            dest="scmoe_experts_at_home",
+            type=int,
+            action=_NumberOfKind,
+            kind=kind,
+            metavar="N",
+            default=SUPPRESS,
+            help=f"Experts at home of the kind {values_help({kind: experts})}.",
+        )
 
 
 def restore_options(args: Namespace) -> list[str]:
@@ -189,9 +230,9 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
             "--moe-router-pre-softmax: with top-1 a softmax over the selected expert is always 1 "
             "and would leave the router no gradient"
         )
-    if scmoe.scmoe_combine == "cg1" and not args.moe_shared_expert_gate:
+    if COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
         args.moe_shared_expert_gate = True
-        notes.append("--moe-shared-expert-gate: this is --scmoe-combine cg1")
+        notes.append(f"--moe-shared-expert-gate: this is --scmoe-combine {scmoe.scmoe_combine}")
     return notes
 
 

@@ -5,13 +5,26 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 --multi-latent-attention (megatron/training/argument_utils.py:292).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scmoe.model.combine import COMBINES
+from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.experts.at_home import AT_HOME
+from megatron_scmoe.model.routing import ROUTERS
+from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots
 
 # Fields of ScMoEConfig that stand on no command line.
-NO_OPTIONS = ("scmoe_measured_slots",)
+NO_OPTIONS = ("scmoe_measured_slots", "scmoe_experts_at_home")
+
+
+def _of_table(table: Mapping[str, type[Variant]], default: str) -> Any:
+    """A field whose values are the keys of a table, also of those that are added to it later."""
+    return field(default=default, metadata={"argparse_meta": {"choices": table}})
 
 
 @dataclass
@@ -23,9 +36,11 @@ class ScMoEConfig:
     attention and MLP of the dense layer in front; pos3, the input of that dense layer; none, after
     the MoE layer's own attention, which is stock Megatron."""
 
-    scmoe_combine: Literal["add", "cg1", "cg2"] = "cg1"
-    """How shared and routed outputs meet: add; cg1, a sigmoid gate on the shared expert; cg2, a
-    softmax gate on both."""
+    scmoe_combine: str = _of_table(COMBINES, "cg1")
+    """How shared and routed outputs meet."""
+
+    scmoe_router: str = _of_table(ROUTERS, "topk")
+    """How experts are chosen."""
 
     scmoe_shortcut_norm: Literal["own", "shared"] = "own"
     """Norm of the tapped tensor: its own, or the norm that the main branch applies to the same
@@ -59,10 +74,41 @@ class ScMoEConfig:
     scmoe_measured_slots: list[int] | None = None
     """Slots that a run before this one has measured: from its checkpoint, not an option."""
 
+    scmoe_experts_at_home: dict[str, int] = field(default_factory=dict)
+    """Experts of every kind that are computed where their tokens are, by --scmoe-num-KIND-experts
+    for every key of AT_HOME."""
+
     @property
     def enabled(self) -> bool:
         """Whether there is a shortcut at all."""
         return self.scmoe_shortcut_position != "none"
+
+    @property
+    def at_home(self) -> dict[str, int]:
+        """Numbers of the kinds of experts at home that exist, in the order of their columns."""
+        numbers = {kind: self.scmoe_experts_at_home.get(kind, 0) for kind in AT_HOME}
+        return {kind: number for kind, number in numbers.items() if number > 0}
+
+    def variants(self, config: TransformerConfig) -> list[type[Variant]]:
+        """The classes of all that was chosen from a table.
+
+        Raises:
+            ValueError: a value is in no table; the command line knows no such values.
+        """
+        chosen: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
+            ("--moe-token-dispatcher-type", config.moe_token_dispatcher_type, DISPATCHERS),
+            ("--scmoe-combine", self.scmoe_combine, COMBINES),
+            ("--scmoe-router", self.scmoe_router, ROUTERS),
+            *(("A kind of experts at home:", kind, AT_HOME) for kind in self.scmoe_experts_at_home),
+        ]
+        for option, value, table in chosen:
+            if value not in table:
+                raise ValueError(f"{option} {value} is none of {', '.join(table) or 'them'}.")
+        for kind, number in self.scmoe_experts_at_home.items():
+            if number < 0:
+                raise ValueError(f"--scmoe-num-{kind}-experts {number} is not at least 0.")
+        at_home = [AT_HOME[kind] for kind in self.at_home]
+        return [*(table[value] for _, value, table in chosen if table is not AT_HOME), *at_home]
 
     @property
     def initial_slots(self) -> Slots:

@@ -26,7 +26,17 @@ def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
     if norm.is_torchs(config):
         refuse(norm.REFUSALS, config)
     if scmoe.enabled:
-        refuse(SHORTCUT, config, scmoe)
+        refuse(of_shortcut(config, scmoe), config, scmoe)
+
+
+def of_shortcut(config: TransformerConfig, scmoe: ScMoEConfig) -> list[Refusal]:
+    """Rows about any unit, and those of the variants that were chosen.
+
+    Raises:
+        ValueError: a value is in no table of variants.
+    """
+    of_variants = [row for variant in scmoe.variants(config) for row in variant.refusals]
+    return [*SHORTCUT, *of_variants]
 
 
 def router_has_no_gradient(config: TransformerConfig | Namespace) -> bool:
@@ -82,21 +92,6 @@ _UNSUPPORTED = (
         lambda config: config.add_bias_linear,
         "the host's shared and routed experts have no biases",
         "add it",
-    ),
-    _unsupported(
-        "--moe-flex-dispatcher-backend ncclep",
-        lambda config: config.moe_flex_dispatcher_backend == "ncclep",
-        "its buffers are made for one exchange at a time",
-        "use deepep or hybridep",
-    ),
-    _unsupported(
-        "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather",
-        lambda config: (
-            config.moe_router_padding_for_quantization
-            and config.moe_token_dispatcher_type == "allgather"
-        ),
-        "the host pads the rows of the other dispatchers only",
-        "use alltoall, or drop the padding",
     ),
     _unsupported(
         "--moe-shared-expert-overlap",
@@ -265,15 +260,6 @@ SHORTCUT = (
         "--scmoe-num-chunks > 1 does not work with --moe-pad-expert-input-to-capacity",
         "drop one of them",
         "the capacity is that of all tokens",
-    ),
-    Refusal(
-        lambda config, scmoe: config.moe_shared_expert_gate and scmoe.scmoe_combine != "cg1",
-        "--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use {scmoe_combine}",
-    ),
-    Refusal(
-        lambda config, scmoe: scmoe.scmoe_combine == "cg1" and not config.moe_shared_expert_gate,
-        "--scmoe-combine cg1 is the host's gate",
-        "add --moe-shared-expert-gate, or use --scmoe-combine add or cg2",
     ),
     Refusal(
         lambda config, scmoe: router_has_no_gradient(config),

@@ -18,6 +18,7 @@ from megatron.core.utils import get_pg_rank
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model import names
 from megatron_scmoe.model.specs import (
     block_config,
     scmoe_block_spec,
@@ -104,24 +105,13 @@ def agree_on_slots(scmoe: ScMoEConfig) -> None:
 
 
 class ShortcutBlock(TransformerBlock):
-    """A block whose checkpoints have the baseline's names.
-
-    On disk every attention layer is `layers.<its number - 1>`, in whichever unit, stage or
-    position it runs, so that a checkpoint loads at another pipeline split and at another shortcut
-    position. Norms have the names of Transformer Engine's layers (specs.py). In memory a
-    unit is one layer.
-    """
+    """A block whose checkpoints have the baseline's names (names.py); in memory a unit is one
+    layer."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        names: dict[str, str] = {}
-        for layer in self.layers:
-            block_name = f"{prefix}layers.{layer.layer_number - 1}."
-            number = layer.attention_number
-            # The longer prefix first: the first match wins.
-            names[f"{block_name}dense_layer."] = f"{prefix}layers.{number - 2}."
-            names[block_name] = f"{prefix}layers.{number - 1}."
-        apply_prefix_mapping(state_dict, names)
+        numbers = [(layer.layer_number, layer.attention_number) for layer in self.layers]
+        apply_prefix_mapping(state_dict, names.layers(prefix, numbers))
         return state_dict

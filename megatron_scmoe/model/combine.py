@@ -1,8 +1,5 @@
 """How shared and routed outputs meet: c_s * SE(x) + c_r * sum_i G(z)_i E_i(z).
 
-A value of --scmoe-combine is a class that says what it adds to the layer, to a checkpoint and to
-the count of parameters and FLOPs. COMBINES has them all.
-
 Shapes: s sequence / TP, b batch, h hidden
 """
 
@@ -13,6 +10,9 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.model.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,23 @@ class SharedOutput:
         return routed_output + self.output
 
 
-class Combine:
-    """A value of --scmoe-combine; the docstring's first line is its help text."""
+class Combine(Variant):
+    """A value of --scmoe-combine."""
 
-    name_on_disk: ClassVar[str | None] = None
-    """Its parameters, under the MoE layer's name; None if it has none."""
     host_gate: ClassVar[bool] = False
-    """Whether it is the host's gate on the shared expert, --moe-shared-expert-gate."""
+    """Whether it is the host's gate on the shared expert, --moe-shared-expert-gate: a part of the
+    shared expert, recomputed with it, and switched on by this value."""
+    refusals = (
+        Refusal(
+            lambda config, scmoe: config.moe_shared_expert_gate and vars(scmoe),
+            "--moe-shared-expert-gate is --scmoe-combine cg1; drop it to use {scmoe_combine}",
+        ),
+    )
 
     @classmethod
     def build(cls, config: TransformerConfig) -> "Gate | None":
         """What is called with x, [s, b, h], and SE(x), [s, b, h]; None where nothing is added."""
         return None
-
-    @classmethod
-    def weights(cls, hidden_size: int) -> int:
-        """Parameters of what `build` returns; each is used once a token, in one product and sum."""
-        return 0
 
 
 class Gate(MegatronModule):
@@ -59,28 +59,47 @@ class Gate(MegatronModule):
 
 
 class Add(Combine):
-    """c_s = c_r = 1 (section 5.2)"""
+    """Their sum (section 5.2)."""
 
 
 class SigmoidGate(Combine):
-    """c_s = Sigmoid(w x), c_r = 1 (14), (15); Megatron's --moe-shared-expert-gate"""
+    """A sigmoid gate on the shared expert, Megatron's --moe-shared-expert-gate (14), (15)."""
 
-    name_on_disk = "mlp.shared_experts.gate_weight"
+    names_on_disk = ("mlp.shared_experts.gate_weight",)
     host_gate = True
+    refusals = (
+        Refusal(
+            lambda config, scmoe: not config.moe_shared_expert_gate,
+            "--scmoe-combine cg1 is the host's gate",
+            "add --moe-shared-expert-gate, or use --scmoe-combine add or cg2",
+        ),
+    )
+
+    @classmethod
+    def weights(cls, config: TransformerConfig) -> int:
+        return config.hidden_size
+
+    @classmethod
+    def kept(cls, config: TransformerConfig) -> int:
+        return config.hidden_size
 
 
 class SoftmaxGate(Combine):
-    """c_s, c_r = Softmax(W x) (16), (17)"""
+    """A softmax gate on both (16), (17)."""
 
-    name_on_disk = "mlp.combine_gate."
+    names_on_disk = ("mlp.combine_gate.",)
 
     @classmethod
     def build(cls, config: TransformerConfig) -> "CombineGate":
         return CombineGate(config)
 
     @classmethod
-    def weights(cls, hidden_size: int) -> int:
-        return 2 * hidden_size
+    def weights(cls, config: TransformerConfig) -> int:
+        return 2 * config.hidden_size
+
+    @classmethod
+    def kept(cls, config: TransformerConfig) -> int:
+        return 2 * config.hidden_size
 
 
 class CombineGate(Gate):
@@ -103,3 +122,9 @@ class CombineGate(Gate):
 
 
 COMBINES: dict[str, type[Combine]] = {"add": Add, "cg1": SigmoidGate, "cg2": SoftmaxGate}
+
+
+def of_host(config: TransformerConfig) -> type[Combine]:
+    """How stock Megatron, without a shortcut, combines shared and routed experts."""
+    has_gate = config.moe_shared_expert_intermediate_size and config.moe_shared_expert_gate
+    return SigmoidGate if has_gate else Add

@@ -10,6 +10,8 @@ tokens holds what one stage hands to the next. Router, experts and shared expert
 Shapes: s sequence / TP, b batch, h hidden, T = s*b, E experts, R rows at this rank's experts
 """
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +23,11 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.combine import COMBINES, SharedOutput
-from megatron_scmoe.model.dispatch.token_dispatcher import (
-    Chunk,
-    ExpertInput,
-    Trip,
-    build_dispatcher,
-)
+from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput, Trip
+from megatron_scmoe.model.experts.at_home import AT_HOME
+from megatron_scmoe.model.routing import ROUTERS, wide_builder
+from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 
@@ -45,16 +46,31 @@ class ScMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
+        at_home = scmoe.at_home
+        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router)
+        dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
+        if config.moe_token_dispatcher_type != dispatcher.host_type:
+            # The host chooses its own with an if/elif on the type (moe_layer.py:298).
+            config = copy.copy(config)
+            config.moe_token_dispatcher_type = dispatcher.host_type
         super().__init__(
             config=config,
-            submodules=submodules,
+            submodules=replace(submodules, router=wide_builder(router, sum(at_home.values()))),
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
-        # The host chooses its dispatcher with an if/elif on the type (moe_layer.py:298).
-        self.token_dispatcher = build_dispatcher(
-            self.config, pg_collection, self.local_expert_indices, self.token_dispatcher
+        local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        self.token_dispatcher = dispatcher.build(
+            self.config, pg_collection, local, self.token_dispatcher
+        )
+        # An empty one would be in the way of whoever looks at the modules.
+        self.at_home = (
+            torch.nn.ModuleDict(
+                {kind: AT_HOME[kind](self.config, number) for kind, number in at_home.items()}
+            )
+            if at_home
+            else None
         )
         self.num_chunks = scmoe.scmoe_num_chunks
         self.recorder = UnitRecorder()
@@ -66,30 +82,58 @@ class ScMoELayer(MoELayer):
     def forward(self, *args, **kwargs):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
 
-    def depart(
-        self, z: Tensor, probs: Tensor, routing_map: Tensor, overlap: bool, route: int = 0
-    ) -> "RoutedTokens":
+    def choose_experts(self, z: Tensor, padding_mask: Tensor | None) -> Routing:
+        """G(z) and the experts of every token.
+
+        Args:
+            z: [s, b, h].
+            padding_mask: [s, b], True for padding.
+        """
+        experts = self.config.num_moe_experts
+        assert experts is not None
+        probs, routing_map = self.route(z, padding_mask)
+        return Routing.of_columns(probs, routing_map, experts)
+
+    def depart(self, z: Tensor, routing: Routing, overlap: bool, route: int = 0) -> "RoutedTokens":
         """Send tokens on their way to their experts: permute them, ask for the numbers of rows.
+
+        What they get from experts at home is computed here, while the others travel.
 
         Args:
             z: what the experts read, [s, b, h].
-            probs: router weights, [T, E].
-            routing_map: [T, E], bool.
+            routing: their experts.
             overlap: launch the exchanges of the backward pass early; otherwise wait at once.
             route: number of the routed branch.
         """
         flat = z.reshape(-1, z.shape[-1])
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
-        parts = zip(flat.split(sizes), probs.split(sizes), routing_map.split(sizes), strict=True)
+        parts = zip(
+            flat.split(sizes),
+            routing.probs.split(sizes),
+            routing.routing_map.split(sizes),
+            strict=True,
+        )
         # Evaluation is not recorded.
         recorder = self.recorder if self.training else None
         waited = self.recorder.host_waited if self.training else _forget
-        trips = self.token_dispatcher.prepare([Chunk(*part) for part in parts], waited)
+        trips = self.token_dispatcher.prepare(
+            [Chunk(*part, routing.rows_per_token) for part in parts], waited
+        )
         branch = RoutedBranch(overlap, recorder, route)
         legs = branch.depart([trip.cargo() for trip in trips])
         chunks = [RoutedChunk(self, *pair) for pair in zip(trips, legs, strict=True)]
-        return RoutedTokens(z.shape, branch, chunks)
+        return RoutedTokens(z.shape, branch, chunks, self.experts_at_home(flat, routing))
+
+    def experts_at_home(self, tokens: Tensor, routing: Routing) -> Tensor | None:
+        """sum_i G(z)_i E_i(z) over the experts at home, [T, h], from tokens, [T, h]; None without
+        such experts."""
+        if self.at_home is None or routing.at_home is None:
+            return None
+        kinds: list[Any] = list(self.at_home.values())
+        probs = routing.at_home.split([kind.number for kind in kinds], dim=1)
+        first, *others = [kind(tokens, p) for kind, p in zip(kinds, probs, strict=True)]
+        return sum(others, first).to(tokens.dtype)
 
     def weighted_experts(self, rows: ExpertInput) -> Tensor:
         """G(z)_i E_i(z) of every row, [R, h]."""
@@ -153,16 +197,25 @@ class RoutedTokens:
         chunks: their parts, which are exchanged one by one.
     """
 
-    def __init__(self, shape: torch.Size, branch: RoutedBranch, chunks: list[RoutedChunk]) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        branch: RoutedBranch,
+        chunks: list[RoutedChunk],
+        at_home: Tensor | None,
+    ) -> None:
         self._shape = shape
         self.branch = branch
         self.chunks = chunks
+        self._at_home = at_home
 
     def output(self) -> Tensor:
         """sum_i G(z)_i E_i(z), [s, b, h], back in the dense graph."""
         returned = zip(self.chunks, self.branch.arrive(), strict=True)
         first, *others = [chunk.restore(rows) for chunk, rows in returned]
         tokens = torch.cat([first, *others]) if others else first
+        if self._at_home is not None:
+            tokens = tokens + self._at_home
         return tokens.view(self._shape)
 
 

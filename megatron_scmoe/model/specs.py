@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model import names
 from megatron_scmoe.model.attention import LatentDotProductAttention
 from megatron_scmoe.model.experts.grouped import GroupedExperts, uses_grouped_experts
 from megatron_scmoe.model.moe import ScMoELayer
@@ -235,25 +236,13 @@ def _unfused(
 def _with_disk_names(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """Name every norm on disk as Transformer Engine's layers do, fused or not.
 
-    There most norms are a part of the next linear layer; the norm of a MoE layer is not, and the
-    input norm of latent attention is not. The host's local specs differ in the former, and with
-    latent attention they have no fused names at all.
+    The host's local specs differ in the norm of a MoE layer, and with latent attention they have no
+    fused names at all.
     """
     assert isinstance(layer.mlp, partial) and isinstance(layer.self_attention, ModuleSpec)
-    names = dict(layer.sharded_state_dict_keys_map)
-    if layer.mlp.func is MoELayer:
-        names.pop("pre_mlp_layernorm.", None)
-    else:
-        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    if isinstance(layer.self_attention.submodules, MLASelfAttentionSubmodules):
-        for norm, linear in (
-            ("q_layernorm", "linear_q_up_proj"),
-            ("kv_layernorm", "linear_kv_up_proj"),
-        ):
-            names[f"self_attention.{norm}."] = f"self_attention.{linear}.layer_norm_"
-    else:
-        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    return replace(layer, sharded_state_dict_keys_map=names)
+    is_latent = isinstance(layer.self_attention.submodules, MLASelfAttentionSubmodules)
+    on_disk = names.norms(layer.sharded_state_dict_keys_map, layer.mlp.func is MoELayer, is_latent)
+    return replace(layer, sharded_state_dict_keys_map=on_disk)
 
 
 def pipeline_stages(config: TransformerConfig) -> list[list[range]]:

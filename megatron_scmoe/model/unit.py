@@ -40,6 +40,7 @@ from torch.nn import Module
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.combine import SharedOutput
 from megatron_scmoe.model.moe import RoutedChunk, RoutedTokens
+from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
 from megatron_scmoe.overlap.runner import Runner
 from megatron_scmoe.overlap.schedule import (
@@ -106,10 +107,7 @@ class Tap:
 
     z: Tensor
     """Normed, [s, b, h]."""
-    probs: Tensor
-    """Router weights, [T, E]."""
-    routing_map: Tensor
-    """[T, E], bool."""
+    routing: Routing
 
 
 @dataclass
@@ -350,8 +348,7 @@ class ShortcutLayer(NumberedLayer):
         )
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        probs, routing_map = self.choose_experts(run, task, z, padding_mask)
-        run.taps[task.route] = Tap(z, probs, routing_map)
+        run.taps[task.route] = Tap(z, self.choose_experts(run, task, z, padding_mask))
 
     def tapped_norm(self, tapped: Tensor, route: int) -> Tensor:
         """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
@@ -364,19 +361,17 @@ class ShortcutLayer(NumberedLayer):
 
     def choose_experts(
         self, run: UnitPass, task: Task, z: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """G(z) and the experts of every token, each [T, E], from z, [s, b, h].
+    ) -> Routing:
+        """G(z) and the experts of every token, from z, [s, b, h].
 
         The taps of the routes before, and what the unit before has carried here, are in `run`.
         """
-        return self.mlp.route(z, padding_mask)
+        return self.mlp.choose_experts(z, padding_mask)
 
     def depart(self, run: UnitPass, task: Task) -> None:
         """The tokens leave the dense graph."""
         tap = run.taps[task.route]
-        run.routed[task.route] = self.mlp.depart(
-            tap.z, tap.probs, tap.routing_map, self.overlap, task.route
-        )
+        run.routed[task.route] = self.mlp.depart(tap.z, tap.routing, self.overlap, task.route)
         if task.route == len(self.further_routes):
             run.taps.clear()  # no route is left that could look at them
 

@@ -7,7 +7,8 @@ of it stands in memory.py.
 Conventions:
 
     parameters   of the whole model, tied embeddings once
-    activated    the parameters that one token meets: K of E experts, everything else
+    activated    the parameters that one token meets: K of E experts, fewer by the share of those at
+                 home, everything else
     FLOPs        forward, one token: matrix products only, 2 per multiply-add; causal attention
                  counts the half of the score matrix that is not masked. Backward takes twice as
                  many. Recomputation is not counted
@@ -19,6 +20,7 @@ Shapes: s sequence, b micro-batch, h hidden, E experts, K top-k
 """
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -26,6 +28,9 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.combine import COMBINES, of_host
+from megatron_scmoe.model.experts.at_home import AT_HOME
+from megatron_scmoe.model.routing import ROUTERS, with_columns
 from megatron_scmoe.model.specs import moe_layer_pattern
 
 # What Megatron leaves out of the FLOPs that --log-throughput divides: outputs of a few columns.
@@ -366,20 +371,23 @@ class _Counter:
     def _router(self) -> Operator:
         """Reads z. A tap is kept by the main branch, its normed copy z by the router. Without a
         shortcut the router reads the MoE layer's own normed input."""
-        experts = self.config.num_moe_experts
-        assert experts is not None
-        matrix = experts * self.hidden
+        config = with_columns(self.config, sum(self.scmoe.at_home.values()))
+        router = ROUTERS[self.scmoe.scmoe_router]
+        matrix = router.weights(config)
         norm = self._norm(self.hidden)
         own_norm = not self.scmoe.enabled or self.scmoe.scmoe_shortcut_norm == "own"
         weights = Weights(replicated=matrix + (norm if own_norm else 0))
-        scores = 4 * experts * self.outer_tokens  # fp32
+        assert config.num_moe_experts is not None
+        scores = 4 * config.num_moe_experts * self.outer_tokens  # fp32
         if not self.scmoe.enabled and self._recomputes("moe"):
             scores = 0
         kept = self.kept(outer=self.hidden if self.scmoe.enabled else self._normed_input())
-        return Operator(weights, weights.total, 2 * matrix, kept + scores)
+        kept += self.kept(outer=router.kept(config))
+        return Operator(weights, weights.total, router.flops(config), kept + scores)
 
     def _experts(self) -> Operator:
-        config = self.config
+        """Those at home too, which are on every rank and compute all tokens."""
+        config, at_home = self.config, self.scmoe.at_home
         experts, width = config.num_moe_experts, config.moe_ffn_hidden_size
         assert experts is not None and width is not None
         one = self._mlp_matrices(width)
@@ -389,14 +397,21 @@ class _Counter:
         if self._recomputes("moe"):
             # A unit repeats the experts only, from their rows; the host the exchanges too.
             kept = row if self.scmoe.enabled else 0
-        rows = config.moe_router_topk
+        # Of K rows of a token, those of experts at home are not sent.
+        share = Fraction(experts, experts + sum(at_home.values()))
+        rows = config.moe_router_topk * share
         capacity = config.moe_expert_capacity_factor
         filled = capacity if capacity and config.moe_pad_expert_input_to_capacity else 1
+        home = [(AT_HOME[kind], number) for kind, number in at_home.items()]
+        own = sum(number * kind.weights(config) for kind, number in home)
         return Operator(
-            Weights(expert=experts * one),
-            activated=rows * one,
-            flops=2 * rows * one,
-            kept_bytes=self.kept(outer=rows * filled * kept),
+            Weights(expert=experts * one, replicated=own),
+            activated=int(rows * one) + own,
+            flops=int(2 * rows * one) + sum(number * kind.flops(config) for kind, number in home),
+            kept_bytes=self.kept(
+                outer=float(rows) * filled * kept
+                + sum(number * kind.kept(config) for kind, number in home)
+            ),
         )
 
     def _shared_expert(self) -> Operator:
@@ -415,17 +430,21 @@ class _Counter:
     def _merge(self) -> Operator:
         """A gate keeps what it multiplies, the post-norm what it normalises."""
         config, scmoe = self.config, self.scmoe
-        shared = config.moe_shared_expert_intermediate_size is not None
-        cg1 = shared and config.moe_shared_expert_gate
-        cg2 = scmoe.enabled and scmoe.scmoe_combine == "cg2"
+        combine = COMBINES[scmoe.scmoe_combine] if scmoe.enabled else of_host(config)
         post_norm = scmoe.enabled and scmoe.scmoe_post_norm
-        gate = (cg1 + 2 * cg2) * self.hidden
-        weights = Weights(replicated=gate + (self._norm(self.hidden) if post_norm else 0))
-        # The host's gate is a part of the shared expert.
-        recomputed = self._recomputes("shared_experts") or self._recomputes("moe")
-        kept_rows = cg1 * (not recomputed) + 2 * cg2 + post_norm
-        kept = self.kept(outer=kept_rows * self.hidden)
-        return Operator(weights, weights.total, 2 * gate, kept + self._dropout_mask())
+        weights = Weights(
+            replicated=combine.weights(config) + (self._norm(self.hidden) if post_norm else 0)
+        )
+        recomputed = combine.host_gate and (
+            self._recomputes("shared_experts") or self._recomputes("moe")
+        )
+        kept = (0 if recomputed else combine.kept(config)) + post_norm * self.hidden
+        return Operator(
+            weights,
+            weights.total,
+            combine.flops(config),
+            self.kept(outer=kept) + self._dropout_mask(),
+        )
 
     # Pieces. ----------------------------------------------------------------------------------
 

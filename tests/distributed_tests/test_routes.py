@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
+from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec
 from megatron_scmoe.model.unit import ShortcutLayer, UnitPass
 from megatron_scmoe.overlap.schedule import POSITIONS, Route, Slots, Task
@@ -46,10 +47,10 @@ class TwoRoutes(ShortcutLayer):
 
     def choose_experts(
         self, run: UnitPass, task: Task, z: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Routing:
         logits = (z @ self.gates[task.route].T).flatten(0, 1)
         if task.route == 1:
-            logits = logits.masked_fill(run.taps[0].routing_map, -torch.inf)
+            logits = logits.masked_fill(run.taps[0].routing.routing_map, -torch.inf)
         return top_1(logits)
 
 
@@ -62,16 +63,16 @@ class Carrying(ShortcutLayer):
 
     def choose_experts(
         self, run: UnitPass, task: Task, z: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Routing:
         logits = z @ self.gates[0].T
         run.carried = logits if run.carried is None else logits + run.carried
         return top_1(run.carried.flatten(0, 1))
 
 
-def top_1(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and map of the expert with the largest logit, each [T, E]."""
+def top_1(logits: Tensor) -> Routing:
+    """The expert with the largest logit, from logits, [T, E]."""
     routing_map = nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).bool()
-    return logits.softmax(dim=-1) * routing_map, routing_map
+    return Routing(logits.softmax(dim=-1) * routing_map, routing_map)
 
 
 def build(kind: type[ShortcutLayer], case: Case) -> TransformerBlock:

@@ -42,6 +42,20 @@ def test_without_a_shortcut_nothing_is_refused(option: str) -> None:
     check(host_config(**UNSUPPORTED[option]), scmoe_shortcut_position="none")
 
 
+@pytest.mark.parametrize(
+    ("host", "scmoe", "line"),
+    [
+        ({"moe_token_dispatcher_type": "post"}, {}, "none of allgather, alltoall, flex."),
+        ({}, {"scmoe_combine": "gate"}, "--scmoe-combine gate is none of add, cg1, cg2."),
+        ({}, {"scmoe_router": "dice"}, "--scmoe-router dice is none of topk."),
+        ({}, {"scmoe_experts_at_home": {"cat": 1}}, "A kind of experts at home: cat is none of"),
+    ],
+)
+def test_values_that_are_in_no_table(host: dict, scmoe: dict, line: str) -> None:
+    """From Python: the command line knows no such values."""
+    assert line in refusal(host_config(**host), **scmoe)
+
+
 # Our own options. -------------------------------------------------------------------------------
 
 

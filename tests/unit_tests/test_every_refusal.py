@@ -36,7 +36,10 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": None
     },
     "Leaving out --disable-bias-linear": {"add_bias_linear": True},
-    "--moe-flex-dispatcher-backend ncclep": {"moe_flex_dispatcher_backend": "ncclep"},
+    "--moe-flex-dispatcher-backend ncclep": {
+        "moe_flex_dispatcher_backend": "ncclep",
+        "moe_token_dispatcher_type": "flex",
+    },
     "--moe-router-padding-for-quantization with --moe-token-dispatcher-type allgather": {
         "moe_router_padding_for_quantization": True,
         "moe_token_dispatcher_type": "allgather",
@@ -282,7 +285,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
     if line in UNSUPPORTED or line in OF_MODEL:
         host, own = OF_MODEL.get(line) or (UNSUPPORTED[line], {})
         scmoe = ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **own})
-        return next(complaints(shortcut.SHORTCUT, host_config(**host), scmoe))
+        config = host_config(**host)
+        return next(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
     if line not in OF_COMMAND_LINE:
@@ -339,4 +343,5 @@ def test_what_is_sound_is_refused_by_no_row(corpus: Path) -> None:
         assert list(complaints(rows, args)) == []
     assert list(complaints(data.DATA, args)) == list(complaints(data.VOCABULARY, args, 64)) == []
     scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
-    assert list(complaints(shortcut.SHORTCUT, host_config(), scmoe)) == []
+    config = host_config()
+    assert list(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe)) == []

@@ -18,8 +18,8 @@ from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from torch import Tensor, nn
 from torch.distributed import group
 
-from megatron_scmoe.model.dispatch import token_dispatcher
-from megatron_scmoe.model.dispatch.token_dispatcher import AllToAllDispatcher, AllToAllTrip
+from megatron_scmoe.model.dispatch import alltoall, flex
+from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher, AllToAllTrip
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
@@ -307,7 +307,7 @@ def test_the_host_waits_once_a_unit_and_not_before_dense_work(position: str, var
 
 
 def test_padding_for_quantisation_adds_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda _: 4)
+    monkeypatch.setattr(alltoall, "get_align_size_for_quantization", lambda _: 4)
     block = make("pos2").eval()
     for unit in units_of(block):
         unit.mlp.token_dispatcher.config.moe_router_padding_for_quantization = True
@@ -319,7 +319,7 @@ def test_deep_eps_indices_are_spread_without_a_wait() -> None:
     indices = torch.tensor([[2, 0], [-1, 1], [-1, -1], [1, -1]])
     host = SimpleNamespace(num_local_experts=3)
     spread = {
-        "ours": partial(token_dispatcher._multihot, 3),
+        "ours": partial(flex._multihot, 3),
         "the host's": partial(_DeepepManager._indices_to_multihot, host),
     }
     found = {}

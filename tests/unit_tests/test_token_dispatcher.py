@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_scmoe.model.dispatch import token_dispatcher
-from megatron_scmoe.model.dispatch.token_dispatcher import Chunk
+from megatron_scmoe.model.dispatch import alltoall
+from megatron_scmoe.model.dispatch.trip import Chunk
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
@@ -78,7 +78,7 @@ def test_padding_for_quantisation_changes_no_result(
     single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are added to every expert, with no weight: here to a multiple of 4."""
-    monkeypatch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda _: 4)
+    monkeypatch.setattr(alltoall, "get_align_size_for_quantization", lambda _: 4)
     block = build_block(Case())
     counts = []
     routed = UnitRecorder.routed

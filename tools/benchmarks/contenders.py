@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.real_text import VOCABULARY
 
 

@@ -35,6 +35,8 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_scmoe.model import names
+
 # (axis, rank, size) for every axis in front of a tensor's own.
 ShardedOffsets = tuple[tuple[int, int, int], ...]
 
@@ -220,7 +222,7 @@ class GroupedExperts(TEGroupedMLP):
         tp_rank, dp_rank = self.tp_group.rank(), self.dp_group.rank()
         state_dict: ShardedStateDict = {}
         for name, tp_axis in (("linear_fc1", 0), ("linear_fc2", 1)):
-            key = f"{prefix}experts.{name}"
+            key = f"{prefix}{names.ROUTED_EXPERTS}{name}"
             is_glu = name == "linear_fc1" and self.config.gated_linear_unit
             state_dict[f"{prefix}{name}.weight"] = ShardedTensorFactory(
                 f"{key}.weight",

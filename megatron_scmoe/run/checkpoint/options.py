@@ -5,10 +5,12 @@ from typing import Any
 
 from megatron_scmoe import words
 
-# Ours; only the last three decide which tensors there are.
+# Ours; all but the first decide which tensors there are.
 SCMOE = (
     "scmoe_shortcut_position",
     "scmoe_combine",
+    "scmoe_router",
+    "scmoe_experts_at_home",
     "scmoe_shortcut_norm",
     "scmoe_post_norm",
 )
@@ -160,6 +162,7 @@ TIMES = (
 )
 
 _FLAGS = {
+    "scmoe_experts_at_home": "--scmoe-num-KIND-experts",
     "add_bias_linear": "--disable-bias-linear (off is True)",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",

@@ -15,16 +15,13 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+from megatron_scmoe.model import names
 from megatron_scmoe.run.checkpoint.contents import iteration_folder
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.checkpoint.unpickle import read_metadata
 
-# What a baseline does not have (docs/architecture.md, "Layers, units and names").
-NEW = ("shortcut_layernorm.", "post_layernorm.", "mlp.combine_gate.", "shared_experts.gate_weight")
 # What is no weight of the model.
 OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chained_")
-# The local spec of stock Megatron gives the norm in front of a MoE the name of a fused one.
-LOCAL_NAMES = {".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
 
 
 def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +69,7 @@ def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
     for name, entry in list(entries.items()):
         if not isinstance(entry, ShardedBase) or entry.key in on_disk:
             continue
-        for ours, stock in LOCAL_NAMES.items():
+        for ours, stock in names.LOCAL_NAMES.items():
             entry.key = other if (other := entry.key.replace(ours, stock)) in on_disk else entry.key
         if entry.key not in on_disk:
             kept[name] = entries.pop(name)
@@ -89,7 +86,7 @@ def _report(checkpoint: Path, on_disk: set[str], taken: set[str], new: set[str])
     torch.distributed.all_gather_object(everywhere, (taken, new))
     taken = set().union(*(part for part, _ in everywhere))
     new = set().union(*(part for _, part in everywhere))
-    unknown = sorted(key for key in new if not any(known in key for known in NEW))
+    unknown = sorted(key for key in new if not any(known in key for known in names.added()))
     if unknown:
         raise CheckpointError(
             f"{checkpoint} lacks {len(unknown)} tensors of this model, the first is {unknown[0]}: "

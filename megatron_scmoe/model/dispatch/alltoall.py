@@ -1,0 +1,220 @@
+"""Each token goes to the ranks of its experts, as rows sorted by expert.
+
+Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E experts, e local
+experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's experts
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe.moe_utils import (
+    get_align_size_for_quantization,
+    get_capacity,
+    pad_routing_map,
+    permute,
+    sort_chunks_by_idxs,
+    unpermute,
+)
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
+from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
+from megatron_scmoe.overlap.collectives import AllToAll, Collective
+
+
+class AllToAllDispatcher(Dispatcher):
+    """Each token is sent to the ranks of its experts."""
+
+    @classmethod
+    def build(
+        cls,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        local_experts: slice,
+        host: MoETokenDispatcher,
+    ) -> Self:
+        return cls(config, pg_collection, local_experts)
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice
+    ) -> None:
+        self.config = config
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.tp_ep_group = pg_collection.tp_ep
+        self.local_experts = local_experts
+
+        # The fused permutation reads its order on the device.
+        device = torch.cuda.current_device() if config.moe_permute_fusion else "cpu"
+        num_local_experts = local_experts.stop - local_experts.start
+        chunks = torch.arange(self.tp_ep_group.size() * num_local_experts, device=device)
+        # Received chunks lie rank by rank, each rank's by expert; experts want the opposite.
+        self.by_expert = chunks.view(self.tp_ep_group.size(), -1).T.ravel()
+        self.by_rank = chunks.view(-1, self.tp_ep_group.size()).T.ravel()
+
+    def prepare(
+        self, chunks: list[Chunk], host_waited: Callable[[float], None]
+    ) -> "list[AllToAllTrip]":
+        """Permute the tokens by expert and ask the other ranks for their numbers of rows."""
+        config = self.config
+        if config.moe_router_padding_for_quantization:
+            multiple = get_align_size_for_quantization(config)
+            chunks = [
+                replace(chunk, routing_map=pad_routing_map(chunk.routing_map, multiple))
+                for chunk in chunks
+            ]
+        maps = [chunk.routing_map for chunk in chunks]
+        if config.moe_pad_expert_input_to_capacity:
+            num_tokens, num_experts = maps[0].shape
+            shape = (self.tp_ep_group.size(), len(maps), num_experts)
+            counts: RowCounts = KnownRowCounts(shape, self._capacity(num_tokens), maps[0].device)
+        else:
+            counts = RowCounts(maps, self.tp_ep_group, host_waited)
+        return [AllToAllTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
+
+    def most_rows(self, chunk: Chunk) -> int:
+        """Rows that a chunk may have; all that it has if they are padded to capacity."""
+        config = self.config
+        num_tokens, num_experts = chunk.routing_map.shape
+        if config.moe_pad_expert_input_to_capacity:
+            return num_experts * self._capacity(num_tokens)
+        rows = num_tokens * (chunk.rows_per_token or config.moe_router_topk)
+        if config.moe_router_padding_for_quantization:
+            rows += num_experts * (get_align_size_for_quantization(config) - 1)
+        return min(rows, num_tokens * num_experts)
+
+    def _capacity(self, num_tokens: int) -> int:
+        config = self.config
+        return get_capacity(
+            num_tokens=num_tokens * config.moe_router_topk,
+            num_experts=config.num_moe_experts,
+            capacity_factor=config.moe_expert_capacity_factor,
+        )
+
+
+class AllToAllTrip:
+    """Rows sorted by expert, sent to the ranks of the experts and back.
+
+    How many rows there are the host need not know to permute them: it permutes as many as there can
+    be, real ones first, and sends those.
+    """
+
+    def __init__(
+        self, dispatcher: AllToAllDispatcher, chunk: Chunk, counts: RowCounts, index: int
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._config = dispatcher.config
+        self._shape = chunk.hidden_states.shape
+        self._probs_dtype = chunk.probs.dtype
+        self._routing_map = chunk.routing_map
+        self._counts, self._index = counts, index
+        self._most_rows = dispatcher.most_rows(chunk)
+        rows, row_probs, self._permutation, _, _ = permute(
+            chunk.hidden_states,
+            chunk.routing_map,
+            probs=chunk.probs,
+            num_out_tokens=self._most_rows,
+            fused=self._config.moe_permute_fusion,
+            drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
+        )
+        # The small exchange first: with CUDA_DEVICE_MAX_CONNECTIONS=1 work that is enqueued behind
+        # a second exchange would wait for the first one.
+        self._cargo: tuple[Tensor, ...] = (row_probs, rows)
+
+    def cargo(self) -> tuple[Tensor, ...]:
+        """Router weights, [N], and rows, [N, h]."""
+        cargo, self._cargo = self._cargo, ()
+        return cargo
+
+    def collective(self) -> Collective:
+        """Splits from everybody's numbers of rows.
+
+        Raises:
+            RuntimeError: the router chose more than K experts for some token.
+        """
+        own = self._dispatcher
+        ranks = own.ep_group.size(), own.tp_group.size()
+        counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
+        sent = counts[own.ep_group.rank(), own.tp_group.rank()]
+        self._num_rows = int(sent.sum())
+        if self._num_rows > self._most_rows:
+            raise RuntimeError(
+                f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
+            )
+        received = counts[:, :, own.local_experts]
+        self._tokens_per_expert = received.sum(dim=(0, 1))
+        # Rows from each (expert tensor parallel, expert parallel) rank for each local expert,
+        # [ETP * EP, e]: the gather over expert tensor parallel ranks puts their blocks one after
+        # another. A fused permutation reads them on the device.
+        if self._config.moe_permute_fusion:
+            counts = self._counts.on_device()[:, self._index].unflatten(0, ranks)
+        self._chunk_sizes = counts[:, :, own.local_experts].transpose(0, 1).flatten(0, 1)
+        self._rows_per_tp_rank = received.sum(dim=(0, 2)).tolist()
+        self._collective = AllToAll(
+            group=own.ep_group,
+            input_splits=sent.view(own.ep_group.size(), -1).sum(dim=1).tolist(),
+            output_splits=received[:, own.tp_group.rank()].sum(dim=1).tolist(),
+        )
+        return self._collective
+
+    def expert_input(self, received: list[Tensor]) -> ExpertInput:
+        """The rows of all expert tensor parallel ranks, sorted by expert."""
+        probs, rows = received
+        own = self._dispatcher
+        if own.tp_group.size() > 1:
+            rows, probs = (
+                gather_from_sequence_parallel_region(
+                    tensor, group=own.tp_group, output_split_sizes=self._rows_per_tp_rank
+                )
+                for tensor in (rows, probs)
+            )
+        if self._several_experts():
+            rows, probs = self._sort(rows, self._chunk_sizes, own.by_expert, probs)
+        return ExpertInput(rows, probs, self._tokens_per_expert)
+
+    def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
+        """Each row to the rank it came from; expert tensor parallel parts are summed before, in
+        the router's precision."""
+        rows = expert_output
+        own = self._dispatcher
+        if self._several_experts():
+            rows, _ = self._sort(rows, self._chunk_sizes.T, own.by_rank)
+        if own.tp_group.size() > 1:
+            rows = reduce_scatter_to_sequence_parallel_region(
+                rows.to(self._probs_dtype),
+                group=own.tp_group,
+                input_split_sizes=self._rows_per_tp_rank,
+            ).to(rows.dtype)
+        return self._collective.mirrored(), rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Back in the order of the tokens."""
+        fused = self._config.moe_permute_fusion
+        return unpermute(
+            rows,
+            # A fused permutation lists places of tokens, another one tokens of rows.
+            self._permutation if fused else self._permutation[: self._num_rows],
+            restore_shape=self._shape,
+            routing_map=self._routing_map,
+            fused=fused,
+            drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
+        )
+
+    def _several_experts(self) -> bool:
+        return self._tokens_per_expert.numel() > 1
+
+    def _sort(
+        self, rows: Tensor, chunk_sizes: Tensor, order: Tensor, probs: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        return sort_chunks_by_idxs(
+            rows, chunk_sizes.ravel(), order, probs=probs, fused=self._config.moe_permute_fusion
+        )

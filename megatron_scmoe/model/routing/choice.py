@@ -1,0 +1,40 @@
+"""Which experts every token goes to.
+
+Shapes: T tokens, E routed experts, H experts at home
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router has chosen."""
+
+    probs: Tensor
+    """Weights of the experts that tokens are sent to, zero where not routed, [T, E]."""
+    routing_map: Tensor
+    """[T, E], bool. A token may have any number of rows, none too."""
+    at_home: Tensor | None = None
+    """Weights of the experts that are computed where the token is, zero where not chosen:
+    [T, H]."""
+    rows_per_token: int | None = None
+    """The most rows that a token may have; None for K."""
+
+    @classmethod
+    def of_columns(cls, probs: Tensor, routing_map: Tensor, num_experts: int) -> "Routing":
+        """Tell the experts at home, which are the last columns, from the routed ones.
+
+        Args:
+            probs: [T, E + H].
+            routing_map: [T, E + H], bool.
+            num_experts: E.
+        """
+        if probs.shape[1] == num_experts:
+            return cls(probs, routing_map)
+        return cls(
+            probs[:, :num_experts].contiguous(),
+            routing_map[:, :num_experts].contiguous(),
+            probs[:, num_experts:],
+        )
