@@ -7,7 +7,7 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -25,10 +25,18 @@ NO_OPTIONS = ("scmoe_measured_slots",)
 class ScMoEConfig:
     """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
 
-    scmoe_shortcut_position: Literal["none", "pos1", "pos2", "pos3"] = "none"
-    """Where the routed experts read: pos1, the input of the MoE layer's attention; pos2, between
-    attention and MLP of the dense layer in front; pos3, the input of that dense layer; none, after
-    the MoE layer's own attention, which is stock Megatron."""
+    scmoe_shortcut_position: str = field(
+        default="none",
+        metadata={
+            "argparse_meta": {
+                "choices": ("none", *POSITIONS),
+                "help": "Where the routed experts read: "
+                + "".join(f"{name}, {position.reads}; " for name, position in POSITIONS.items())
+                + "none, after the MoE layer's own attention, which is stock Megatron.",
+            }
+        },
+    )
+    """Where the routed experts read, a key of overlap.schedule.POSITIONS; or none."""
 
     scmoe_combine: Literal["add", "cg1", "cg2"] = "cg1"
     """How shared and routed outputs meet: add; cg1, a sigmoid gate on the shared expert; cg2, a
@@ -252,7 +260,7 @@ def _check_layer_pattern(position: str, config: TransformerConfig) -> None:
             "--moe-layer-freq lists no MoE layer, so there is nothing to connect: put a 1 behind a "
             "0, for example '([0,1]*12)'."
         )
-    if position == "pos1":
+    if not POSITIONS[position].is_pair:
         return
     for layer, (before, here) in enumerate(zip([1, *pattern[:-1]], pattern, strict=True)):
         if here and before:

@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.text import VOCABULARY
 
 
@@ -101,8 +101,10 @@ def contenders(sizes: Sizes) -> list[Contender]:
 
 
 def positions_of(sizes: Sizes) -> tuple[str, ...]:
-    """Shortcut positions that this layout allows; Pos-2 and Pos-3 need a dense layer in front."""
-    return ("pos1",) if sizes.moe_every_layer else ("pos1", "pos2", "pos3")
+    """Shortcut positions that this layout allows; some need a dense layer in front."""
+    return tuple(
+        name for name, at in POSITIONS.items() if not (sizes.moe_every_layer and at.is_pair)
+    )
 
 
 def fixed_slots(contender: Contender) -> list[Contender]:

@@ -92,7 +92,9 @@ class Contender:
 
 def contenders(shape: Shape) -> list[Contender]:
     """Equal expert FLOPs; experts at the slot that a run begins with."""
-    positions = ("pos1",) if shape.moe_every_layer else ("pos1", "pos2", "pos3")
+    positions = [
+        name for name, at in POSITIONS.items() if not (shape.moe_every_layer and at.is_pair)
+    ]
     return [
         Contender("top2", "none", 2, False),
         Contender("shared", "none", 1, True),

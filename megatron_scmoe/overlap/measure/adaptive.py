@@ -78,7 +78,7 @@ class FirstIterations:
     """Watches the first iterations of a run; see `observe`.
 
     Args:
-        position: pos1, pos2 or pos3.
+        position: a key of POSITIONS.
     """
 
     def __init__(self, position: str) -> None:
