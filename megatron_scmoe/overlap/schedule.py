@@ -159,9 +159,12 @@ def build_schedule(
         further: routed branches beside that of the position, each with a tap and slots of its own.
 
     Raises:
-        ValueError: a slot lies outside the window of its route.
+        ValueError: a slot lies outside the window of its route, or a further route taps in front
+            of the first.
     """
     first = POSITIONS[position]
+    if any(route.tap < first.tap for route in further):
+        raise ValueError(f"a further route taps in front of {position}, outside what is measured")
     routes = [Route(first.tap, slots), *further]
     # What stands between the operators: places[p] in front of the operator p of the pair.
     places: list[list[Task]] = [[] for _ in range(len(PAIR) + 1)]
@@ -217,12 +220,13 @@ def _routed(
 
 
 def format_schedule(tasks: tuple[Task, ...]) -> str:
-    """The steps with arrows between them; chunks are numbered if there are several."""
+    """The steps with arrows between them; chunks are numbered if there are several, and so are the
+    routes after the first."""
     several = any(task.number for task in tasks)
     return " > ".join(
-        f"{task.step.value}[{task.number}]"
-        if several and task.step in PER_CHUNK
-        else task.step.value
+        task.step.value
+        + (f"[{task.number}]" if several and task.step in PER_CHUNK else "")
+        + (f"/{task.route}" if task.route else "")
         for task in tasks
     )
 
