@@ -72,7 +72,8 @@ class ScMoEConfig:
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
 
     scmoe_measured_slots: list[int] | None = None
-    """Slots that a run before this one has measured: from its checkpoint, not an option."""
+    """Slots that a run before this one has measured, two of each route: from its checkpoint, not an
+    option."""
 
     @property
     def enabled(self) -> bool:
@@ -95,7 +96,7 @@ class ScMoEConfig:
                 )
             return Slots(int(numbers[0]), int(numbers[-1]))
         if self.scmoe_measured_slots is not None:
-            return Slots(*self.scmoe_measured_slots)
+            return Slots(*self.scmoe_measured_slots[:2])
         slot = POSITIONS[self.scmoe_shortcut_position].default_slot
         return Slots(slot, slot)
 
