@@ -31,10 +31,18 @@ def _of_table(table: Mapping[str, type[Variant]], default: str) -> Any:
 class ScMoEConfig:
     """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
 
-    scmoe_shortcut_position: Literal["none", "pos1", "pos2", "pos3"] = "none"
-    """Where the routed experts read: pos1, the input of the MoE layer's attention; pos2, between
-    attention and MLP of the dense layer in front; pos3, the input of that dense layer; none, after
-    the MoE layer's own attention, which is stock Megatron."""
+    scmoe_shortcut_position: str = field(
+        default="none",
+        metadata={
+            "argparse_meta": {
+                "choices": ("none", *POSITIONS),
+                "help": "Where the routed experts read: "
+                + "".join(f"{name}, {position.reads}; " for name, position in POSITIONS.items())
+                + "none, after the MoE layer's own attention, which is stock Megatron.",
+            }
+        },
+    )
+    """Where the routed experts read, a key of overlap.schedule.POSITIONS; or none."""
 
     scmoe_combine: str = _of_table(COMBINES, "cg1")
     """How shared and routed outputs meet."""
@@ -72,7 +80,8 @@ class ScMoEConfig:
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
 
     scmoe_measured_slots: list[int] | None = None
-    """Slots that a run before this one has measured: from its checkpoint, not an option."""
+    """Slots that a run before this one has measured, two of each route: from its checkpoint, not an
+    option."""
 
     scmoe_experts_at_home: dict[str, int] = field(default_factory=dict)
     """Experts of every kind that are computed where their tokens are, by --scmoe-num-KIND-experts
@@ -117,7 +126,7 @@ class ScMoEConfig:
             numbers = self.scmoe_expert_slot.split(",")
             return Slots(int(numbers[0]), int(numbers[-1]))
         if self.scmoe_measured_slots is not None:
-            return Slots(*self.scmoe_measured_slots)
+            return Slots(*self.scmoe_measured_slots[:2])
         slot = POSITIONS[self.scmoe_shortcut_position].default_slot
         return Slots(slot, slot)
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import norm
-from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 
 
 def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
@@ -223,7 +223,7 @@ def _no_dense_layer(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
     pattern = [1] * config.num_layers if isinstance(freq, int) else freq
     pairs = zip([1, *pattern[:-1]], pattern, strict=True)
     alone = [number for number, (before, here) in enumerate(pairs, 1) if before and here]
-    if scmoe.scmoe_shortcut_position == "pos1" or not alone:
+    if not POSITIONS[scmoe.scmoe_shortcut_position].is_pair or not alone:
         return False
     advice = "use pos1, which reads the MoE layer's own input"
     count, rest = divmod(config.num_layers, 2)

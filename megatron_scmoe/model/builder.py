@@ -84,6 +84,7 @@ def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
             scmoe.scmoe_overlap,
             scmoe.measures_slots,
             scmoe.scmoe_trace_dir,
+            ShortcutLayer.further_routes,
         )
         set_moe_metrics_tracker(tracker)
     tracker.units += [module for module in model.modules() if isinstance(module, ShortcutLayer)]

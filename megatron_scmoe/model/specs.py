@@ -42,6 +42,7 @@ from megatron_scmoe.model.unit import (
     ShortcutLayer,
     ShortcutLayerSubmodules,
 )
+from megatron_scmoe.overlap.schedule import POSITIONS
 
 # 0-based numbers of the attention layers of one block layer.
 BlockLayer = tuple[int, ...]
@@ -54,7 +55,7 @@ def block_layers(config: TransformerConfig, scmoe: ScMoEConfig) -> list[BlockLay
     the dense layer in front. Dense layers that no MoE layer follows stay plain.
     """
     pattern = moe_layer_pattern(config)
-    if scmoe.scmoe_shortcut_position == "pos1":
+    if not POSITIONS[scmoe.scmoe_shortcut_position].is_pair:
         return [(layer,) for layer in range(config.num_layers)]
     groups: list[BlockLayer] = []
     for layer, is_moe in enumerate(pattern):
@@ -189,13 +190,13 @@ def _unit_submodules(
     scmoe: ScMoEConfig,
     norm: LayerNormBuilder,
 ) -> ShortcutLayerSubmodules:
-    position = scmoe.scmoe_shortcut_position
     if scmoe.scmoe_shortcut_norm == "shared":
-        if dense is None:
-            moe = _unfused(moe, "input_layernorm", norm)
-        else:
-            tapped = "pre_mlp_layernorm" if position == "pos2" else "input_layernorm"
+        layer, _, tapped = POSITIONS[scmoe.scmoe_shortcut_position].norm.rpartition(".")
+        if layer:
+            assert dense is not None
             dense = _unfused(dense, tapped, norm)
+        else:
+            moe = _unfused(moe, tapped, norm)
     moe = _with_disk_names(moe)
     values = {field.name: getattr(moe, field.name) for field in fields(moe)}
     # The host's MLP slot is a partial of MoELayer with the submodules bound.

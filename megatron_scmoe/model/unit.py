@@ -20,6 +20,7 @@ Shapes: s sequence / TP, b batch, h hidden
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import batched
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -46,6 +47,7 @@ from megatron_scmoe.overlap.runner import Runner
 from megatron_scmoe.overlap.schedule import (
     POSITIONS,
     Route,
+    Slots,
     Step,
     Task,
     build_schedule,
@@ -190,6 +192,12 @@ class ShortcutLayer(NumberedLayer):
             eps=layer_config.layernorm_epsilon,
         )
         self.slots = scmoe.initial_slots
+        if scmoe.scmoe_expert_slot == "auto" and scmoe.scmoe_measured_slots is not None:
+            measured = [Slots(*pair) for pair in batched(scmoe.scmoe_measured_slots, 2)]
+            self.further_routes = tuple(
+                route._replace(slots=slots)
+                for route, slots in zip(self.further_routes, measured[1:], strict=True)
+            )
         self.overlap = scmoe.scmoe_overlap
         self._runner = Runner(self._steps(), self.recorder)
         if submodules.dense_layer is not None:

@@ -81,6 +81,8 @@ class Route(NamedTuple):
 class Position(NamedTuple):
     """Where the routed experts read, a value of --scmoe-shortcut-position."""
 
+    reads: str
+    """In the help text."""
     tap: int
     """Dense operators of the pair before the tap."""
     default_slot: int
@@ -95,13 +97,19 @@ class Position(NamedTuple):
 
 
 POSITIONS = {
-    "pos1": Position(4, 3, "input_layernorm", is_pair=False),
-    "pos2": Position(3, 1, "dense_layer.pre_mlp_layernorm"),
-    "pos3": Position(0, 4, "dense_layer.input_layernorm"),
+    "pos1": Position(
+        "the input of the MoE layer's attention", 4, 3, "input_layernorm", is_pair=False
+    ),
+    "pos2": Position(
+        "between attention and MLP of the dense layer in front",
+        3,
+        1,
+        "dense_layer.pre_mlp_layernorm",
+    ),
+    "pos3": Position("the input of that dense layer", 0, 4, "dense_layer.input_layernorm"),
 }
 
-# Dense operators of the pair, in order.
-_PAIR = (
+PAIR = (
     Step.DENSE_QKV,
     Step.DENSE_CORE_ATTENTION,
     Step.DENSE_PROJECTION,
@@ -111,11 +119,14 @@ _PAIR = (
     Step.PROJECTION,
     Step.SHARED_EXPERT,
 )
+"""Dense operators of a dense layer and the MoE layer behind it, in order."""
+MOE_LAYER = PAIR[PAIR.index(Step.QKV) :]
+"""Dense operators of the MoE layer."""
 
 
 def window(position: str) -> tuple[Step, ...]:
     """The dense operators that may run while tokens travel, in order (section 3.1)."""
-    return _PAIR[POSITIONS[position].tap :]
+    return PAIR[POSITIONS[position].tap :]
 
 
 def default_slots(position: str) -> Slots:
@@ -148,17 +159,20 @@ def build_schedule(
         further: routed branches beside that of the position, each with a tap and slots of its own.
 
     Raises:
-        ValueError: a slot lies outside the window of its route.
+        ValueError: a slot lies outside the window of its route, or a further route taps in front
+            of the first.
     """
     first = POSITIONS[position]
+    if any(route.tap < first.tap for route in further):
+        raise ValueError(f"a further route taps in front of {position}, outside what is measured")
     routes = [Route(first.tap, slots), *further]
     # What stands between the operators: places[p] in front of the operator p of the pair.
-    places: list[list[Task]] = [[] for _ in range(len(_PAIR) + 1)]
+    places: list[list[Task]] = [[] for _ in range(len(PAIR) + 1)]
     for number, route in enumerate(routes):
         for slot in route.slots:
-            if not 0 <= slot <= len(_PAIR) - route.tap:
+            if not 0 <= slot <= len(PAIR) - route.tap:
                 raise ValueError(
-                    f"expert slot {slot} is outside 0..{len(_PAIR) - route.tap} for {position}"
+                    f"expert slot {slot} is outside 0..{len(PAIR) - route.tap} for {position}"
                 )
         for place, tasks in _routed(route, number, overlap, num_chunks, operators_ahead).items():
             places[place] += tasks
@@ -172,7 +186,7 @@ def build_schedule(
     places[-1].append(Task(Step.MERGE))
     begin = 0 if first.is_pair else first.tap
     tasks = [*places[begin]]
-    for operator, behind in zip(_PAIR[begin:], places[begin + 1 :], strict=True):
+    for operator, behind in zip(PAIR[begin:], places[begin + 1 :], strict=True):
         tasks += [Task(operator), *behind]
     return tuple(tasks)
 
@@ -206,12 +220,13 @@ def _routed(
 
 
 def format_schedule(tasks: tuple[Task, ...]) -> str:
-    """The steps with arrows between them; chunks are numbered if there are several."""
+    """The steps with arrows between them; chunks are numbered if there are several, and so are the
+    routes after the first."""
     several = any(task.number for task in tasks)
     return " > ".join(
-        f"{task.step.value}[{task.number}]"
-        if several and task.step in PER_CHUNK
-        else task.step.value
+        task.step.value
+        + (f"[{task.number}]" if several and task.step in PER_CHUNK else "")
+        + (f"/{task.route}" if task.route else "")
         for task in tasks
     )
 

@@ -13,12 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
-from megatron_scmoe.overlap.schedule import Slots, Step, window
+from megatron_scmoe.overlap.schedule import MOE_LAYER, PAIR, Slots, Step, window
 
-PAIR = window("pos3")
-"""Dense operators of a pair; the widest window holds them all."""
-MOE_LAYER = window("pos1")
-"""Dense operators of a MoE layer."""
 DENSE_LAYER = tuple(step for step in PAIR if step not in MOE_LAYER)
 """Operators of the dense layer in front of it."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec
 from megatron_scmoe.model.unit import ShortcutLayer, UnitPass
+from megatron_scmoe.overlap.measure.adaptive import FirstIterations, Phase, choose_routes
 from megatron_scmoe.overlap.schedule import POSITIONS, Route, Slots, Task
 from tests.distributed_utils import run_distributed
 from tests.models import Case, run_block
@@ -241,6 +242,45 @@ def test_no_bit_depends_on_when_it_runs(
             if chunks == 1 or ".experts." not in name:
                 assert host is MOE or torch.equal(value, at_first[name])
             torch.testing.assert_close(value, at_first[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def measured_on_two_ranks() -> tuple[list[bool], list[list[float]], list[str]]:
+    """Whether both ranks' tracker would see every part of every route; the slots it would choose,
+    and names whose bits differ with them."""
+    block = build(TwoRoutes, case_of("pos2"))
+    before = through_the_engine(block)
+    for unit in block.layers:
+        unit.recorder.take()
+        unit.recorder.records_steps = True
+    through_the_engine(block)
+    first = FirstIterations("pos2", num_routes=2)
+    first._phases = [Phase(1, records_steps=True, overlap=True)]
+    times = first.observe([unit.recorder.take() for unit in block.layers])
+    assert times is not None
+    parts = [[*one.dense, *(x for route in one.routes for x in route)] for one in times]
+    slots, further = choose_routes("pos2", TwoRoutes.further_routes, *times)
+    for unit in block.layers:
+        unit.recorder.records_steps = False
+        unit.slots, unit.further_routes = slots, further
+    after = through_the_engine(block)
+    different = [name for name in before if not torch.equal(before[name], after[name])]
+    return [len(one) == 5 + 2 * 3 for one in parts], parts, different
+
+
+def test_every_route_is_measured() -> None:
+    ranks = run_distributed(measured_on_two_ranks, 2, expert_model_parallel_size=2)
+    assert ranks[0] == ranks[1]
+    complete, parts, different = ranks[0]
+    assert all(complete) and different == []
+    assert all(seconds > 0 for direction in parts for seconds in direction)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_measured_slots_of_all_routes_are_kept() -> None:
+    case = case_of("pos2")
+    case.scmoe["scmoe_measured_slots"] = [1, 3, 0, 1]
+    for unit in build(TwoRoutes, case).layers:
+        assert (unit.slots, unit.further_routes) == (Slots(1, 3), (Route(CURRENT, Slots(0, 1)),))
 
 
 def of_two_ranks(position: str) -> tuple[list[str], dict[str, Tensor]]:

@@ -269,6 +269,8 @@ def test_nothing_overlaps_in_a_lane(tmp_path: Path) -> None:
     for chunk in range(3):
         activity = Activity("dispatch", "forward", chunk)
         record.exchanges.append(Exchange(activity, 0.1 + chunk * 1e-3, 0.2, 0.0, 8))
+    of_route = Activity("dispatch", "forward", 0, route=1)
+    record.exchanges.append(Exchange(of_route, 0.15, 0.25, 0.0, 8))
     TraceWriter(tmp_path, 0, {}).add(1, {2: record}, Slots(1, 1))
     events = json.loads((tmp_path / "rank-00000.json").read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
@@ -278,6 +280,7 @@ def test_nothing_overlaps_in_a_lane(tmp_path: Path) -> None:
             lane = lanes.setdefault(names[event["tid"]], [])
             lane.append((event["ts"], event["ts"] + event["dur"]))
     exchanges = ["dispatch, forward", "dispatch 2, forward", "dispatch 3, forward"]
+    exchanges.append("dispatch 1 of route 1, forward")
     assert list(lanes) == ["experts, forward", *exchanges]
     for lane in lanes.values():
         assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(lane)))

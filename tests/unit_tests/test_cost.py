@@ -1,13 +1,29 @@
 """The cost of expert slots against a simulation of the unit's schedule."""
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scmoe.overlap.measure.cost import UnitTimes, best_slot, slot_seconds
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, build_schedule, window
+from megatron_scmoe.overlap.measure.cost import (
+    RoutedTimes,
+    UnitTimes,
+    best_slot,
+    best_slots,
+    slot_seconds,
+    walk,
+)
+from megatron_scmoe.overlap.schedule import (
+    POSITIONS,
+    Route,
+    Slots,
+    Step,
+    build_schedule,
+    window,
+)
 
 seconds = st.floats(0, 10, allow_nan=False)
 TRAVEL = {
@@ -18,7 +34,7 @@ TRAVEL = {
 
 @st.composite
 def units(draw: st.DrawFn) -> tuple[str, UnitTimes]:
-    position = draw(st.sampled_from(POSITIONS))
+    position = draw(st.sampled_from(list(POSITIONS)))
     dense = tuple(draw(seconds) for _ in window(position))
     return position, UnitTimes(dense, draw(seconds), draw(seconds), draw(seconds))
 
@@ -63,6 +79,59 @@ def test_every_slot_takes_what_the_schedule_takes(unit: tuple[str, UnitTimes]) -
         assert math.isclose(cost.exposed, cost.seconds - times.window - times.experts, abs_tol=1e-9)
         assert math.isclose(cost.hidden, times.sequential - cost.seconds, abs_tol=1e-9)
         assert -1e-9 <= cost.hidden <= times.communication
+
+
+@settings(deadline=None)  # schedules are built once
+@given(units())
+def test_a_walk_with_one_route_is_the_formula(unit: tuple[str, UnitTimes]) -> None:
+    position, times = unit
+    for slot in range(len(times.dense) + 1):
+        cost = slot_seconds(times, slot).seconds
+        assert math.isclose(walk(times, (slot,), position, (), "forward"), cost, abs_tol=1e-9)
+        assert math.isclose(walk(times, (slot,), position, (), "backward"), cost, abs_tol=1e-9)
+
+
+# In front of the shared expert; its own slots do not count.
+CURRENT = (Route(7, Slots(0, 0)),)
+
+
+@pytest.mark.parametrize(
+    ("slots", "forward", "backward"),
+    [
+        # Forward, the other route's dispatch leaves as the first one's results arrive, at 9.
+        # Backward, the first one's dispatch outlasts the MLP, to 17.
+        ((1, 0), 9 + 1 + 2 + 5, 5 + 2 + 1 + 3 + 2 + 4),
+        ((1, 1), 9 + 5 + 2 + 2, 2 + 2 + 5 + 3 + 2 + 4),
+        # One link: the other route's dispatch waits behind the first one's combine, from 6 to 9.
+        ((4, 0), 4 + 2 + 3 + 1 + 2 + 5, 5 + 2 + 1 + 2 + 4),
+    ],
+)
+def test_two_routes_by_hand(slots: tuple[int, int], forward: float, backward: float) -> None:
+    """Dense 1, then an attention of 3, shared expert 5; routes with experts, dispatch, combine."""
+    times = UnitTimes((1.0, 1.0, 1.0, 1.0, 5.0), 2.0, 4.0, 3.0, (RoutedTimes(2.0, 1.0, 2.0),))
+    assert walk(times, slots, "pos2", CURRENT, "forward") == forward
+    assert walk(times, slots, "pos2", CURRENT, "backward") == backward
+
+
+@settings(deadline=None)  # schedules are built once
+@given(units(), st.tuples(seconds, seconds, seconds))
+def test_the_best_slots_of_two_routes(
+    unit: tuple[str, UnitTimes], current: tuple[float, float, float]
+) -> None:
+    """No pair is faster; a further route that costs nothing leaves the first its best slot's time,
+    and one alone gets the slot that it always got."""
+    position, times = unit
+    assert best_slots(times, position, (), "forward") == (best_slot(times),)
+    both = replace(times, further=(RoutedTimes(*current),))
+    for direction in ("forward", "backward"):
+        slots = best_slots(both, position, CURRENT, direction)
+        least = walk(both, slots, position, CURRENT, direction)
+        for other in product(range(len(times.dense) + 1), range(2)):
+            assert least <= walk(both, other, position, CURRENT, direction) * (1 + 1e-8)
+        free = replace(times, further=(RoutedTimes(0.0, 0.0, 0.0),))
+        slots = best_slots(free, position, CURRENT, direction)
+        alone = slot_seconds(times, best_slot(times)).seconds
+        assert walk(free, slots, position, CURRENT, direction) >= alone * (1 - 1e-8)
 
 
 @given(units())

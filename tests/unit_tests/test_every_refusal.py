@@ -25,6 +25,7 @@ from megatron_scmoe.checks.refusal import Refusal, complaints
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import norm, specs
 from tests.models import Case
+from tests.toy_variants import registered
 
 Rows = tuple[Refusal, ...]
 
@@ -77,6 +78,14 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--scmoe-num-chunks > 1 does not": (
         {"moe_pad_expert_input_to_capacity": True},
         {"scmoe_num_chunks": 2},
+    ),
+    "--moe-pad-expert-input-to-capacity does not work with experts at home": (
+        {"moe_pad_expert_input_to_capacity": True, "moe_router_topk": 2},
+        {"scmoe_experts_at_home": {"fixed": 1}},
+    ),
+    "--moe-router-num-groups does not work with experts at home": (
+        {"moe_router_num_groups": 2, "moe_router_topk": 2},
+        {"scmoe_experts_at_home": {"fixed": 1}},
     ),
     "--moe-shared-expert-gate is --scmoe-combine cg1": (
         {"moe_shared_expert_gate": True},
@@ -286,7 +295,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
         host, own = OF_MODEL.get(line) or (UNSUPPORTED[line], {})
         scmoe = ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **own})
         config = host_config(**host)
-        return next(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe))
+        with registered():
+            return next(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
     if line not in OF_COMMAND_LINE:

@@ -1,5 +1,6 @@
 """The order of steps in a unit."""
 
+import re
 import subprocess
 import sys
 from itertools import product
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from megatron_scmoe.model.dispatch.token_dispatcher import Trip
+from megatron_scmoe.model.moe import RoutedChunk, RoutedTokens, ScMoELayer
+from megatron_scmoe.model.unit import ShortcutLayer
+from megatron_scmoe.overlap.branch import Leg, RoutedBranch
 from megatron_scmoe.overlap.schedule import (
     POSITIONS,
     Route,
@@ -20,6 +25,7 @@ from megatron_scmoe.overlap.schedule import (
 )
 from tests.models import Case, build_block
 
+DOCS = Path(__file__).parents[2] / "docs"
 DENSE_ATTENTION = [Step.DENSE_QKV, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION]
 ATTENTION = [Step.QKV, Step.CORE_ATTENTION, Step.PROJECTION]
 # The paper's windows (section 3.1), attention as three operators, and what stands before the tap.
@@ -191,6 +197,32 @@ def test_two_routes() -> None:
         assert tasks.index(Task(Step.PROJECTION)) < tasks.index(Task(Step.ROUTE, 0, 1)) < shared
     with pytest.raises(ValueError, match="expert slot 2 is outside"):
         build_schedule("pos2", Slots(1, 1), True, further=(Route(7, Slots(2, 0)),))
+    with pytest.raises(ValueError, match="taps in front of pos1"):
+        build_schedule("pos1", Slots(1, 1), True, further=(Route(3, Slots(0, 0)),))
+
+
+def test_turns_at_one_place_run_in_reverse_order() -> None:
+    """Of the routes; backward goes from right to left. The documentation shows this schedule."""
+    further = (Route(7, Slots(0, 0)),)
+    tasks = build_schedule("pos2", Slots(4, 4), True, further=further)
+    assert [task.route for task in tasks if task.step is Step.TURN] == [0, 1]
+    shown = format_schedule(build_schedule("pos2", Slots(1, 1), True, further=further))
+    assert shown in " ".join((DOCS / "overlap.md").read_text().split())
+
+
+def test_the_picture_of_the_way_is_true() -> None:
+    """docs/architecture.md: a line for each step, in order, and what does it exists."""
+    picture = (DOCS / "architecture.md").read_text().split("## The way of hidden_states")[1]
+    lines = picture.split("```")[1].splitlines()
+    steps = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    schedule = build_schedule("pos2", Slots(1, 1), overlap=True)
+    assert steps == [task.step.value for task in schedule]
+    owners = ShortcutLayer, ScMoELayer, RoutedChunk, RoutedTokens, RoutedBranch, Leg, Trip
+    by_name = {owner.__name__: owner for owner in owners}
+    named = re.findall(r"([A-Z]\w+)\.(\w+)", picture.split("```")[1])
+    assert {owner for owner, _ in named} == set(by_name)
+    for owner, name in named:
+        assert hasattr(by_name[owner], name), f"{owner}.{name}"
 
 
 def test_command_prints_the_overlapped_schedules() -> None:

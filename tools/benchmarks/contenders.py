@@ -130,8 +130,10 @@ def wider_contenders(layout: Layout) -> list[Contender]:
 
 
 def positions_of(layout: Layout) -> tuple[str, ...]:
-    """Shortcut positions that this layout allows; Pos-2 and Pos-3 need a dense layer in front."""
-    return ("pos1",) if layout.moe_every_layer else ("pos1", "pos2", "pos3")
+    """Shortcut positions that this layout allows; some need a dense layer in front."""
+    return tuple(
+        name for name, at in POSITIONS.items() if not (layout.moe_every_layer and at.is_pair)
+    )
 
 
 def fixed_slots(contender: Contender) -> list[Contender]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_scmoe.overlap.schedule import POSITIONS
 from tools.benchmarks.turns import Row
 
 # Communication share of the top-2 MoE layer: training and inference speed against top-2, best
@@ -29,7 +30,7 @@ def judge(rows: list[Row]) -> list[Goal]:
     goals: list[Goal] = []
     for share in dict.fromkeys(row.share for row in rows):
         link = {row.contender: row for row in rows if row.share == share}
-        positions = [row for name, row in link.items() if name in ("pos1", "pos2", "pos3")]
+        positions = [row for name, row in link.items() if name in POSITIONS]
         if share in PAPER and positions:
             goals += _paper(share, positions)
         goals += _fits(share, positions)

@@ -244,7 +244,9 @@ def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float)
     """
     args = event["args"]
     record = records[Place(event["pid"], args["iteration"], args["layer"])]
-    activity = Activity(args["step"], event["cat"], args["chunk"], args["pass"])
+    activity = Activity(
+        args["step"], event["cat"], args["chunk"], args["pass"], args.get("route", 0)
+    )
     # Microseconds since 1970 fill a float: subtract before anything else.
     begin = (event["ts"] - origin) / 1e6
     end = begin + event["dur"] / 1e6

@@ -13,52 +13,74 @@ another in any bit of its results (tests/unit_tests/test_layer.py).
 
 import math
 from collections.abc import Sequence
+from itertools import batched
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from megatron_scmoe.overlap.measure.cost import UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.cost import (
+    RoutedTimes,
+    UnitTimes,
+    best_slot,
+    best_slots,
+    slot_seconds,
+    walk,
+)
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
-from megatron_scmoe.overlap.schedule import Slots, Step, window
+from megatron_scmoe.overlap.schedule import Route, Slots, Step, window
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
-def unit_times(record: UnitRecord, direction: Direction, position: str) -> UnitTimes:
+def unit_times(
+    record: UnitRecord, direction: Direction, position: str, num_routes: int = 1
+) -> UnitTimes:
     """Seconds of the parts of a unit in one direction: the mean over its passes.
+
+    Args:
+        num_routes: routed branches of the unit.
 
     Raises:
         ValueError: no pass with all its steps is on record.
     """
     steps = [span for span in record.steps if span.activity.direction == direction]
     passes = sum(
-        span.activity.name == Step.EXPERTS.value and span.activity.chunk == 0 for span in steps
+        span.activity.name == Step.EXPERTS.value
+        and span.activity.chunk == 0
+        and span.activity.route == 0
+        for span in steps
     )
     if passes == 0:
         raise ValueError(f"no {direction} pass on record")
 
-    def of_step(step: Step) -> float:
-        return sum(s.end - s.begin for s in steps if s.activity.name == step.value) / passes
+    def of_step(step: Step, route: int = 0) -> float:
+        mine = (s for s in steps if (s.activity.name, s.activity.route) == (step.value, route))
+        return sum(span.end - span.begin for span in mine) / passes
 
-    def of_exchange(name: str) -> float:
+    def of_exchange(name: str, route: int) -> float:
         """From the first chunk's start to the last one's completion."""
         mine = [
             exchange
             for exchange in record.exchanges
-            if exchange.activity.name == name and exchange.activity.direction == direction
+            if exchange.activity.name == name
+            and exchange.activity.direction == direction
+            and exchange.activity.route == route
         ]
         chunks = len(mine) // passes
         groups = [mine[start : start + chunks] for start in range(0, len(mine), chunks or 1)]
         spans = (max(x.end for x in group) - min(x.begin for x in group) for group in groups)
         return sum(spans) / passes
 
-    return UnitTimes(
-        dense=tuple(of_step(step) for step in window(position)),
-        experts=of_step(Step.EXPERTS),
-        dispatch=of_exchange("dispatch"),
-        combine=of_exchange("combine"),
+    first, *further = (
+        RoutedTimes(
+            of_step(Step.EXPERTS, route),
+            of_exchange("dispatch", route),
+            of_exchange("combine", route),
+        )
+        for route in range(num_routes)
     )
+    return UnitTimes(tuple(of_step(step) for step in window(position)), *first, tuple(further))
 
 
 class Phase(NamedTuple):
@@ -78,11 +100,13 @@ class FirstIterations:
     """Watches the first iterations of a run; see `observe`.
 
     Args:
-        position: pos1, pos2 or pos3.
+        position: a key of POSITIONS.
+        num_routes: routed branches of a unit.
     """
 
-    def __init__(self, position: str) -> None:
+    def __init__(self, position: str, num_routes: int = 1) -> None:
         self._position = position
+        self._num_routes = num_routes
         self._phases = [WARM_UP, BESIDE, ALONE]
         self._iterations = 0
         self._samples: list[list[float]] = []
@@ -121,12 +145,17 @@ class FirstIterations:
 
     def _seconds(self, record: UnitRecord, direction: Direction) -> list[float]:
         try:
-            return _as_list(unit_times(record, direction, self._position))
+            return _as_list(unit_times(record, direction, self._position, self._num_routes))
         except ValueError:  # nothing of the unit is trained
-            return [0.0] * (len(window(self._position)) + 3)
+            return [0.0] * self._parts
+
+    @property
+    def _parts(self) -> int:
+        """Times of a unit in one direction."""
+        return len(window(self._position)) + len(RoutedTimes._fields) * self._num_routes
 
     def _mean_over_ranks(self) -> tuple[UnitTimes, UnitTimes]:
-        size = len(DIRECTIONS) * (len(window(self._position)) + 3)
+        size = len(DIRECTIONS) * self._parts
         # One slow iteration does not count.
         samples, self._samples = self._samples, []
         own = [median(column) for column in zip(*samples, strict=True)] or [0.0] * size
@@ -135,12 +164,57 @@ class FirstIterations:
         torch.distributed.all_reduce(sums)
         *values, ranks = sums.tolist()
         means = [value / ranks for value in values]
-        return _from_list(means[: size // 2]), _from_list(means[size // 2 :])
+        operators = len(window(self._position))
+        forward, backward = means[: self._parts], means[self._parts :]
+        return _from_list(forward, operators), _from_list(backward, operators)
 
 
 def choose_slots(forward: UnitTimes, backward: UnitTimes) -> Slots:
-    """The best slot of each direction."""
+    """The best slot of each direction, for units with one route."""
     return Slots(best_slot(forward), best_slot(backward))
+
+
+def choose_routes(
+    position: str, further: tuple[Route, ...], forward: UnitTimes, backward: UnitTimes
+) -> tuple[Slots, tuple[Route, ...]]:
+    """The best slots of each direction: of the position's route, and in the further ones."""
+    slots = zip(
+        best_slots(forward, position, further, "forward"),
+        best_slots(backward, position, further, "backward"),
+        strict=True,
+    )
+    first, *others = (Slots(*pair) for pair in slots)
+    routes = (route._replace(slots=own) for route, own in zip(further, others, strict=True))
+    return first, tuple(routes)
+
+
+def describe_routes(
+    position: str,
+    chosen: tuple[Slots, tuple[Route, ...]],
+    forward: UnitTimes,
+    backward: UnitTimes,
+) -> str:
+    """One line a direction for units with several routes: the choice and its numbers."""
+    first, further = chosen
+    lines = []
+    for direction, times, slots in zip(
+        DIRECTIONS,
+        (forward, backward),
+        zip(first, *(route.slots for route in further), strict=True),
+        strict=True,
+    ):
+        dense = zip(window(position), times.dense, strict=True)
+        measured = [f"{step.value} {seconds * 1e3:.2f}" for step, seconds in dense]
+        for number, route in enumerate(times.routes):
+            measured += [
+                f"{name}/{number} {seconds * 1e3:.2f}" for name, seconds in route._asdict().items()
+            ]
+        seconds = walk(times, slots, position, further, direction)
+        lines.append(
+            f"expert slots {', '.join(map(str, slots))} {direction} (ms: {', '.join(measured)}): "
+            f"predicted {seconds * 1e3:.2f}"
+        )
+    return "\n".join(lines)
 
 
 class SlowDown(NamedTuple):
@@ -185,9 +259,10 @@ def describe_choice(
 
 
 def _as_list(times: UnitTimes) -> list[float]:
-    return [*times.dense, times.experts, times.dispatch, times.combine]
+    return [*times.dense, *(seconds for route in times.routes for seconds in route)]
 
 
-def _from_list(values: list[float]) -> UnitTimes:
-    *dense, experts, dispatch, combine = values
-    return UnitTimes(tuple(dense), experts, dispatch, combine)
+def _from_list(values: list[float], operators: int) -> UnitTimes:
+    routes = batched(values[operators:], len(RoutedTimes._fields))
+    first, *further = (RoutedTimes(*route) for route in routes)
+    return UnitTimes(tuple(values[:operators]), *first, tuple(further))

@@ -10,15 +10,35 @@ work that stands after the experts. Its T is the same sum in another order, so t
 serves both directions and every list of operators is given in forward order.
 
 Assumed, as in the paper: compute operators do not run beside each other, an exchange runs at full
-speed beside compute, and routing and merging take no time.
+speed beside compute, and routing and merging take no time. Exchanges of several routes share a link
+and travel one behind the other.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
+
+from megatron_scmoe.overlap.recorder import Direction
+from megatron_scmoe.overlap.schedule import (
+    POSITIONS,
+    Route,
+    Slots,
+    Step,
+    build_schedule,
+    window,
+)
 
 # Slots whose times differ by less than rounding are equally good.
 _RELATIVE_TIE = 1e-9
+
+
+class RoutedTimes(NamedTuple):
+    """Seconds of a routed branch, in one direction."""
+
+    experts: float
+    dispatch: float
+    combine: float
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class UnitTimes:
         experts: the routed experts.
         dispatch: the exchange between routing and experts; in backward, that of its gradient.
         combine: the exchange between experts and merge; in backward, that of its gradient.
+        further: the same three of each further route.
 
     Raises:
         ValueError: a time is negative or not finite.
@@ -39,11 +60,18 @@ class UnitTimes:
     experts: float
     dispatch: float
     combine: float
+    further: tuple[RoutedTimes, ...] = ()
 
     def __post_init__(self) -> None:
-        for seconds in (*self.dense, self.experts, self.dispatch, self.combine):
+        routed = (seconds for route in self.routes for seconds in route)
+        for seconds in (*self.dense, *routed):
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise ValueError(f"a time of {seconds} s in {self}")
+
+    @property
+    def routes(self) -> tuple[RoutedTimes, ...]:
+        """Of every routed branch."""
+        return RoutedTimes(self.experts, self.dispatch, self.combine), *self.further
 
     @property
     def window(self) -> float:
@@ -52,13 +80,13 @@ class UnitTimes:
 
     @property
     def communication(self) -> float:
-        """Seconds of both exchanges."""
-        return self.dispatch + self.combine
+        """Seconds of all exchanges."""
+        return sum(route.dispatch + route.combine for route in self.routes)
 
     @property
     def sequential(self) -> float:
         """Seconds of the unit when every exchange is awaited where it starts."""
-        return self.window + self.experts + self.communication
+        return self.window + sum(route.experts for route in self.routes) + self.communication
 
 
 class SlotCost(NamedTuple):
@@ -100,3 +128,61 @@ def best_slot(times: UnitTimes) -> int:
     limit = min(seconds) * (1 + _RELATIVE_TIE)
     fastest = [slot for slot, cost in enumerate(seconds) if cost <= limit]
     return min(fastest, key=lambda slot: (abs(2 * slot - operators), slot))
+
+
+def walk(
+    times: UnitTimes,
+    slots: tuple[int, ...],
+    position: str,
+    further: tuple[Route, ...],
+    direction: Direction,
+) -> float:
+    """Seconds of a unit by its schedule, step by step; with one route, those of slot_seconds.
+
+    Args:
+        slots: of every route, in one direction.
+        further: the routes beside that of the position; their own slots do not count.
+    """
+    first, *others = (Slots(slot, slot) for slot in slots)
+    routes = (route._replace(slots=own) for route, own in zip(further, others, strict=True))
+    tasks = build_schedule(position, first, overlap=True, further=tuple(routes))
+    starts = {Step.START_DISPATCH: "dispatch", Step.START_COMBINE: "combine"}
+    waits = {Step.WAIT_DISPATCH: "dispatch", Step.WAIT_COMBINE: "combine"}
+    if direction == "backward":  # a wait's gradient starts the exchange
+        tasks, starts, waits = tasks[::-1], waits, starts
+    dense = dict(zip(window(position), times.dense, strict=True))
+    clock = link = 0.0
+    arrival: dict[tuple[str, int], float] = {}
+    for step, _, route in tasks:
+        if (name := starts.get(step)) is not None:
+            link = max(clock, link) + getattr(times.routes[route], name)
+            arrival[name, route] = link
+        elif (name := waits.get(step)) is not None:
+            clock = max(clock, arrival[name, route])
+        elif step is Step.EXPERTS:
+            clock += times.routes[route].experts
+        else:
+            clock += dense.get(step, 0.0)
+    return clock
+
+
+def best_slots(
+    times: UnitTimes, position: str, further: tuple[Route, ...], direction: Direction
+) -> tuple[int, ...]:
+    """The slots of all routes at which a unit takes the least time in one direction.
+
+    Equally good: those nearest the middles of the windows, of such the earlier.
+    """
+    if not further:
+        return (best_slot(times),)
+    tap = POSITIONS[position].tap
+    operators = [len(times.dense), *(len(times.dense) - (r.tap - tap) for r in further)]
+    candidates = list(product(*(range(n + 1) for n in operators)))
+    seconds = [walk(times, slots, position, further, direction) for slots in candidates]
+    limit = min(seconds) * (1 + _RELATIVE_TIE)
+
+    def off_the_middle(slots: tuple[int, ...]) -> int:
+        return sum(abs(2 * slot - n) for slot, n in zip(slots, operators, strict=True))
+
+    fastest = [slots for slots, cost in zip(candidates, seconds, strict=True) if cost <= limit]
+    return min(fastest, key=lambda slots: (off_the_middle(slots), slots))

@@ -31,14 +31,15 @@ from megatron_scmoe.overlap.measure.adaptive import (
     ALONE,
     FirstIterations,
     SlowDown,
-    choose_slots,
+    choose_routes,
     describe_choice,
+    describe_routes,
     slow_down,
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
-from megatron_scmoe.overlap.schedule import Slots, default_slots
+from megatron_scmoe.overlap.schedule import Route, Slots, default_slots
 
 
 class Unit(Protocol):
@@ -46,6 +47,7 @@ class Unit(Protocol):
 
     attention_number: int
     slots: Slots
+    further_routes: tuple[Route, ...]
     overlap: bool
 
     @property
@@ -65,10 +67,16 @@ class UnitTracker(MoEMetricsTracker):
         overlap: whether the units overlap; if not, there is nothing to measure.
         measures_slots: whether the first iterations decide where the experts run.
         trace_dir: where traces go, None for none.
+        further: routed branches beside that of the position, of all units.
     """
 
     def __init__(
-        self, position: str, overlap: bool, measures_slots: bool, trace_dir: str | None = None
+        self,
+        position: str,
+        overlap: bool,
+        measures_slots: bool,
+        trace_dir: str | None = None,
+        further: tuple[Route, ...] = (),
     ) -> None:
         super().__init__()
         self.units: list[Unit] = []
@@ -76,7 +84,8 @@ class UnitTracker(MoEMetricsTracker):
         self._trace_dir = trace_dir
         self._trace: TraceWriter | None = None
         self._measures_slots = measures_slots
-        self._first = FirstIterations(position) if overlap else None
+        self._further = further
+        self._first = FirstIterations(position, 1 + len(further)) if overlap else None
         self._beside: tuple[UnitTimes, UnitTimes] | None = None
         self._slow_down: SlowDown | None = None
 
@@ -148,13 +157,17 @@ class UnitTracker(MoEMetricsTracker):
             )
 
     def _choose(self, times: tuple[UnitTimes, UnitTimes]) -> None:
-        slots = choose_slots(*times)
-        before = default_slots(self._position)
-        _print_once(describe_choice(self._position, slots, before, *times))
+        slots, further = chosen = choose_routes(self._position, self._further, *times)
+        if further:
+            _print_once(describe_routes(self._position, chosen, *times))
+        else:
+            before = default_slots(self._position)
+            _print_once(describe_choice(self._position, slots, before, *times))
         # With the options into every checkpoint, so that a resumed run need not measure.
-        get_args().scmoe_measured_slots = list(slots)
+        all_slots = (slots, *(route.slots for route in further))
+        get_args().scmoe_measured_slots = [number for pair in all_slots for number in pair]
         for unit in self.units:
-            unit.slots = slots
+            unit.slots, unit.further_routes = slots, further
 
     def _prepare(self, iteration: int) -> None:
         """Let the units do the next iteration as it is to be measured and traced."""

@@ -110,6 +110,7 @@ class TraceWriter:
                     "layer": layer,
                     "step": activity.name,
                     "chunk": activity.chunk,
+                    **({"route": activity.route} if activity.route else {}),
                     "pass": activity.pass_number,
                     **more,
                 },
@@ -117,13 +118,14 @@ class TraceWriter:
         )
 
     def _lane(self, activity: Activity) -> int:
-        """The thread of an activity: chunks, which are in flight together, have their own."""
+        """The thread of an activity: what is in flight together, chunks and routes, has its own."""
         travels = activity.name in EXCHANGES
         lane = activity.name if activity.name in LANES else "dense compute"
-        chunk = activity.chunk if travels else 0
-        thread = _thread(lane, activity.direction, chunk)
+        chunk, route = (activity.chunk, activity.route) if travels else (0, 0)
+        thread = _thread(lane, activity.direction, chunk, route)
         if thread not in self._named:
-            self._name_lane(thread, f"{lane} {chunk + 1}, {activity.direction}")
+            of_route = f" of route {route}" if route else ""
+            self._name_lane(thread, f"{lane} {chunk + 1}{of_route}, {activity.direction}")
         return thread
 
     def _name_lane(self, thread: int, name: str) -> None:
@@ -135,6 +137,6 @@ class TraceWriter:
         ]
 
 
-def _thread(lane: str, direction: str, chunk: int = 0) -> int:
+def _thread(lane: str, direction: str, chunk: int = 0, route: int = 0) -> int:
     order = LANES.index(lane) + (len(LANES) if direction == "backward" else 0)
-    return MOST_CHUNKS * order + chunk
+    return MOST_CHUNKS * (order + 2 * len(LANES) * route) + chunk
