@@ -28,13 +28,9 @@ from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.experts.grouped import why_no_grouped_mm
 from megatron_scmoe.model.specs import block_config
+from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.run.checkpoint.resume import (
-    check_cleaned_folder,
-    keep_batch_size,
-    prepare_load,
-    settle_folders,
-)
+from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
 
 
 def parse_and_validate_args() -> Namespace:
@@ -57,8 +53,8 @@ def validate(args: Namespace, trains: bool = False) -> Namespace:
     """
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
-    check_cleaned_folder(args)
     notes = settle_folders(args) if trains else []
+    check_folders(args)
     if args.use_checkpoint_args:
         restore_args(args)
     host.apply_cpu_defaults(args)

@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import LNImpl
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 
 # Fields of ScMoEConfig that stand on no command line.
 NO_OPTIONS = ("scmoe_measured_slots",)
@@ -88,7 +88,7 @@ class ScMoEConfig:
             return Slots(int(numbers[0]), int(numbers[-1]))
         if self.scmoe_measured_slots is not None:
             return Slots(*self.scmoe_measured_slots)
-        slot = default_slot(self.scmoe_shortcut_position)
+        slot = POSITIONS[self.scmoe_shortcut_position].default_slot
         return Slots(slot, slot)
 
     @property

@@ -74,15 +74,31 @@ def set_states_without_step(
     return replacement
 
 
+def load_schedule_and_step(
+    load_state_dict: Callable[[Any, StateDict], None],
+) -> Callable[[Any, StateDict], None]:
+    """`OptimizerParamScheduler.load_state_dict` that computes weight decay from what it has loaded.
+
+    The host takes the step first and the schedule of weight decay after it
+    (core/optimizer_param_scheduler.py:386), so that the first iteration decays as this run's
+    options say.
+    """
+
+    def replacement(self: Any, state_dict: StateDict) -> None:
+        load_state_dict(self, state_dict)
+        self.step(0)
+
+    return replacement
+
+
 def load_chain_of_any_layout(
     load_state_dict: Callable[[Any, StateDict], None],
 ) -> Callable[[Any, StateDict], None]:
     """`ChainedOptimizer.load_state_dict` for a checkpoint of another expert parallel size.
 
     The host wants the common state in the form that this run would save (optimizer.py:1578). Here
-    every optimizer of this run gets its own tensors and, for each of its parameter groups, the
-    options of the saved group of the same kind; what distinguishes dense from expert groups is a
-    matter of the layout, so a group may come from either.
+    every optimizer of this run gets its own tensors and the saved step; the options of its
+    parameter groups are its own.
     """
 
     def replacement(self: Any, state_dict: StateDict) -> None:
@@ -117,7 +133,7 @@ def _in_this_layout(optimizer: Any, own: StateDict, saved: list[StateDict]) -> S
     own_groups = _inner(own).get("param_groups", [{}] * len(optimizer.param_groups))
     inner["param_groups"] = [
         # The numbers of the parameters are this run's.
-        {**_saved_group(current, groups), **({"params": own["params"]} if "params" in own else {})}
+        _with_saved_step(current, groups) | {key: own[key] for key in own if key == "params"}
         for current, own in zip(optimizer.param_groups, own_groups, strict=True)
     ]
     steps = [step for part in saved if (step := _inner(part).get("state", {}).get("common_step"))]
@@ -136,15 +152,12 @@ def _saved_groups(part: StateDict) -> list[StateDict]:
     return [group for group in _inner(part).get("param_groups", []) if "lr" in group]
 
 
-def _saved_group(current: StateDict, saved: list[StateDict]) -> StateDict:
-    """Options of the saved group of the same kind, under this run's identity."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+def _with_saved_step(current: StateDict, saved: list[StateDict]) -> StateDict:
+    """A parameter group of this run at the checkpoint's step.
 
-    identity = {key: current[key] for key in param_group_identifier_keys if key in current}
-    kind = {key: value for key, value in identity.items() if key != "is_expert_parallel"}
-    for exact in (identity, kind):
-        for group in saved:
-            if all(group.get(key) == value for key, value in exact.items()):
-                return {**group, **identity}
+    Its other options are what training does not change, or what the scheduler computes from the
+    step; whether they are the checkpoint's or this run's was decided before the optimizer was built
+    (run/checkpoint/param_schedule.py).
+    """
     options = {key: value for key, value in current.items() if key != "params"}
     return {**options, "step": saved[0]["step"]} if "step" in saved[0] else options

@@ -249,4 +249,11 @@ TABLE: tuple[Replacement, ...] = (
         "loses the step of torch's AdamW: wrong bias correction after a resume",
         optimizer.load_state_dict_with_steps,
     ),
+    Replacement(
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.load_state_dict",
+        "always",
+        "core/optimizer_param_scheduler.py:386",
+        "takes the step before it loads the schedule of weight decay",
+        optimizer.load_schedule_and_step,
+    ),
 )

@@ -4,57 +4,31 @@
 
 x is the current representation, z the shortcut's. Differs from
 megatron.core.transformer.moe.moe_layer.MoELayer: it has no forward of its own. The unit's schedule
-calls the stages one by one, with dense work between them, and every stage gets what it needs as
-arguments. Router, experts and shared expert are the host's.
+calls the stages one by one, with dense work between them, and an object for every chunk of the
+tokens holds what one stage hands to the next. Router, experts and shared expert are the host's.
 
 Shapes: s sequence / TP, b batch, h hidden, T = s*b, E experts, R rows at this rank's experts
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model.combine import COMBINES, SharedOutput
 from megatron_scmoe.model.dispatch.token_dispatcher import (
     Chunk,
     ExpertInput,
     Trip,
     build_dispatcher,
 )
-from megatron_scmoe.overlap.branch import RoutedBranch
+from megatron_scmoe.overlap.branch import Leg, RoutedBranch
 from megatron_scmoe.overlap.recorder import UnitRecorder
-
-
-@dataclass(frozen=True)
-class SharedOutput:
-    """The shared expert's part of the sum, and the weight of the routed part."""
-
-    output: Tensor
-    """c_s * SE(x), [s, b, h]."""
-    routed_weight: Tensor | None
-    """c_r, [s, b, 1]; None for 1."""
-
-
-@dataclass
-class RoutedWork:
-    """The routed half of one forward pass; its steps hand this on."""
-
-    shape: torch.Size
-    """[s, b, h] of z."""
-    trips: list[Trip]
-    """One for each chunk of the tokens."""
-    branch: RoutedBranch
-    expert_inputs: dict[int, ExpertInput] = field(default_factory=dict)
-    """Of the chunks that were received and not yet computed."""
-    expert_outputs: dict[int, Tensor] = field(default_factory=dict)
-    """[R, h], of the chunks that were computed and not yet sent back."""
 
 
 class ScMoELayer(MoELayer):
@@ -84,7 +58,7 @@ class ScMoELayer(MoELayer):
         )
         self.num_chunks = scmoe.scmoe_num_chunks
         self.recorder = UnitRecorder()
-        self.combine_gate = CombineGate(self.config) if scmoe.scmoe_combine == "cg2" else None
+        self.combine_gate = COMBINES[scmoe.scmoe_combine].build(self.config)
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
         # stands between them, and the shared expert.
         self.shared_experts_recompute |= self.moe_layer_recompute
@@ -92,15 +66,19 @@ class ScMoELayer(MoELayer):
     def forward(self, *args, **kwargs):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
 
-    def prepare_dispatch(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor, overlap: bool
-    ) -> "RoutedWork":
-        """Permute z, [s, b, h], by expert; probs and routing_map are [T, E].
+    def depart(
+        self, z: Tensor, probs: Tensor, routing_map: Tensor, overlap: bool, route: int = 0
+    ) -> "RoutedTokens":
+        """Send tokens on their way to their experts: permute them, ask for the numbers of rows.
 
         Args:
+            z: what the experts read, [s, b, h].
+            probs: router weights, [T, E].
+            routing_map: [T, E], bool.
             overlap: launch the exchanges of the backward pass early; otherwise wait at once.
+            route: number of the routed branch.
         """
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        flat = z.reshape(-1, z.shape[-1])
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(flat.split(sizes), probs.split(sizes), routing_map.split(sizes), strict=True)
@@ -108,88 +86,85 @@ class ScMoELayer(MoELayer):
         recorder = self.recorder if self.training else None
         waited = self.recorder.host_waited if self.training else _forget
         trips = self.token_dispatcher.prepare([Chunk(*part) for part in parts], waited)
-        work = RoutedWork(hidden_states.shape, trips, RoutedBranch(overlap, recorder))
-        work.branch.depart([trip.cargo() for trip in trips])
-        return work
+        branch = RoutedBranch(overlap, recorder, route)
+        legs = branch.depart([trip.cargo() for trip in trips])
+        chunks = [RoutedChunk(self, *pair) for pair in zip(trips, legs, strict=True)]
+        return RoutedTokens(z.shape, branch, chunks)
 
-    def start_dispatch(self, work: "RoutedWork") -> None:
-        """Launch the exchanges of all chunks; blocks the host until their sizes are known."""
-        for chunk, trip in enumerate(work.trips):
-            work.branch.send(chunk, trip.collective())
-
-    def wait_dispatch(self, work: "RoutedWork", chunk: int) -> None:
-        """Rows for this rank's experts, [R, h]."""
-        received = work.branch.receive(chunk)
-        rows = work.trips[chunk].expert_input(received)
-        if self.training:
-            self.recorder.routed(rows.tokens_per_expert)
-        work.expert_inputs[chunk] = rows
-
-    def routed_experts(self, work: "RoutedWork", chunk: int) -> None:
-        """G(z)_i E_i(z): weighted expert outputs, [R, h]."""
-        rows = work.expert_inputs.pop(chunk)
+    def weighted_experts(self, rows: ExpertInput) -> Tensor:
+        """G(z)_i E_i(z) of every row, [R, h]."""
 
         def compute(hidden_states: Tensor, probs: Tensor) -> Tensor:
             output, _ = self.experts(hidden_states, rows.tokens_per_expert, probs)
             return output
 
         if self.moe_layer_recompute and self.training:
-            output = tensor_parallel.checkpoint(compute, False, rows.hidden_states, rows.probs)
-        else:
-            output = compute(rows.hidden_states, rows.probs)
-        work.expert_outputs[chunk] = output
+            return tensor_parallel.checkpoint(compute, False, rows.hidden_states, rows.probs)
+        return compute(rows.hidden_states, rows.probs)
 
-    def start_combine(self, work: "RoutedWork", chunk: int) -> None:
+    def shared_expert(self, x: Tensor) -> SharedOutput:
+        """Shared expert and coefficient gate on x, [s, b, h]."""
+        output = self.shared_experts_compute(x)
+        return SharedOutput(output) if self.combine_gate is None else self.combine_gate(x, output)
+
+
+class RoutedChunk:
+    """One chunk of the tokens: to the experts, through them, and back."""
+
+    def __init__(self, layer: ScMoELayer, trip: Trip, leg: Leg) -> None:
+        self._layer = layer
+        self._trip = trip
+        self._leg = leg
+        self._rows: ExpertInput | None = None
+        self._output: Tensor | None = None
+
+    def start_dispatch(self) -> None:
+        """Launch the exchange; blocks the host until the numbers of rows are known."""
+        self._leg.send(self._trip.collective())
+
+    def wait_dispatch(self) -> None:
+        """Rows for this rank's experts, [R, h]."""
+        self._rows = self._trip.expert_input(self._leg.receive())
+        if self._layer.training:
+            self._layer.recorder.routed(self._rows.tokens_per_expert)
+
+    def experts(self) -> None:
+        """G(z)_i E_i(z): weighted expert outputs, [R, h]."""
+        rows, self._rows = self._rows, None
+        assert rows is not None
+        self._output = self._layer.weighted_experts(rows)
+
+    def start_combine(self) -> None:
         """Send the weighted outputs, [R, h], back to their tokens."""
-        collective, rows = work.trips[chunk].reply(work.expert_outputs.pop(chunk))
-        work.branch.send_back(chunk, collective, rows)
+        output, self._output = self._output, None
+        assert output is not None
+        self._leg.send_back(*self._trip.reply(output))
 
-    @staticmethod
-    def routed_output(work: "RoutedWork") -> Tensor:
-        """sum_i G(z)_i E_i(z), [s, b, h]."""
-        returned = zip(work.trips, work.branch.arrive(), strict=True)
-        first, *others = [trip.restore(rows) for trip, rows in returned]
+    def restore(self, rows: Tensor) -> Tensor:
+        """sum_i G(z)_i E_i(z) of the chunk's tokens, [T, h], from what came back."""
+        return self._trip.restore(rows)
+
+
+class RoutedTokens:
+    """The tokens of one forward pass on one route.
+
+    Attributes:
+        branch: their way through the graph.
+        chunks: their parts, which are exchanged one by one.
+    """
+
+    def __init__(self, shape: torch.Size, branch: RoutedBranch, chunks: list[RoutedChunk]) -> None:
+        self._shape = shape
+        self.branch = branch
+        self.chunks = chunks
+
+    def output(self) -> Tensor:
+        """sum_i G(z)_i E_i(z), [s, b, h], back in the dense graph."""
+        returned = zip(self.chunks, self.branch.arrive(), strict=True)
+        first, *others = [chunk.restore(rows) for chunk, rows in returned]
         tokens = torch.cat([first, *others]) if others else first
-        return tokens.view(work.shape)
-
-    def shared_expert(self, hidden_states: Tensor) -> SharedOutput:
-        """Shared expert and coefficient gate on x, [s, b, h].
-
-        CG-1 is the host's shared expert gate (--moe-shared-expert-gate), applied inside it.
-        """
-        output = self.shared_experts_compute(hidden_states)
-        if self.combine_gate is None:
-            return SharedOutput(output, None)
-        shared_weight, routed_weight = self.combine_gate(hidden_states)
-        return SharedOutput(output * shared_weight, routed_weight)
-
-    @staticmethod
-    def merge(routed_output: Tensor, shared: SharedOutput) -> Tensor:
-        """Sum of shared and routed parts, [s, b, h]."""
-        if shared.routed_weight is not None:
-            routed_output = routed_output * shared.routed_weight
-        return routed_output + shared.output
+        return tokens.view(self._shape)
 
 
 def _forget(_seconds: float) -> None:
     pass
-
-
-class CombineGate(MegatronModule):
-    """CG-2: c = Softmax(W_CG x), one weight for the shared, one for the routed output. [(16)]"""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-        self.weight = torch.nn.Parameter(
-            torch.empty(2, config.hidden_size, dtype=config.params_dtype)
-        )
-        if config.perform_initialization:
-            config.init_method(self.weight)
-        # Replicated over TP while x is split along the sequence: the host sums its gradient.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[s, b, h] -> shared weight and routed weight, each [s, b, 1]."""
-        weights = torch.softmax(torch.nn.functional.linear(hidden_states, self.weight), dim=-1)
-        shared_weight, routed_weight = weights.split(1, dim=-1)
-        return shared_weight, routed_weight

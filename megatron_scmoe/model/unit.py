@@ -17,9 +17,8 @@ baseline. A Pos-1 unit reads its own MoE layer's input and has no dense layer.
 Shapes: s sequence / TP, b batch, h hidden
 """
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,11 +38,13 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.model.moe import RoutedWork, SharedOutput
+from megatron_scmoe.model.combine import SharedOutput
+from megatron_scmoe.model.moe import RoutedChunk, RoutedTokens
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
+from megatron_scmoe.overlap.runner import Runner
 from megatron_scmoe.overlap.schedule import (
-    PER_CHUNK,
-    PLACES,
+    POSITIONS,
+    Route,
     Step,
     Task,
     build_schedule,
@@ -99,25 +100,37 @@ class ShortcutLayerSubmodules(TransformerLayerSubmodules):
     """Norm of the merged output before the residual add, if there is one."""
 
 
+@dataclass(frozen=True)
+class Tap:
+    """What a route has read, and where its tokens go."""
+
+    z: Tensor
+    """Normed, [s, b, h]."""
+    probs: Tensor
+    """Router weights, [T, E]."""
+    routing_map: Tensor
+    """[T, E], bool."""
+
+
 @dataclass
-class _Pass:
+class UnitPass:
     """One forward pass through a unit: what its steps hand on."""
 
-    tasks: deque[Task]
-    """What is still to be done."""
     hidden_states: Tensor
     """Main branch, [s, b, h]."""
     attention_arguments: dict[str, Any]
     padding_mask: Tensor | None
     packed_seq_params: Any
-    context: Tensor | None = None
+    carried: Tensor | None = None
+    """What the unit before has carried here, [s, b, ...], and what this one carries on."""
     inside: tuple[Tensor, ...] | None = None
     """What one operator of the attention hands to the next, while the steps between them run."""
-    tap: tuple[Tensor, Tensor, Tensor] | None = None
-    """Normed z [s, b, h], router weights and routing map [T, E]."""
+    taps: dict[int, Tap] = field(default_factory=dict)
+    """By route, until its tokens depart."""
+    routed: dict[int, RoutedTokens] = field(default_factory=dict)
+    """By route."""
     samples: int | None = None
-    """Micro-batch size, if z was un-flattened from a packed sequence."""
-    work: RoutedWork | None = None
+    """Micro-batch size, if what is tapped was un-flattened from a packed sequence."""
     shared: SharedOutput | None = None
 
 
@@ -129,9 +142,11 @@ class ShortcutLayer(NumberedLayer):
         overlap: whether exchanges are launched early and awaited late. Changes no bit of a result.
         operators_ahead: on a GPU, dense operators that are enqueued before the host waits for the
             numbers of rows.
+        further_routes: routed branches beside that of the shortcut position.
     """
 
     operators_ahead = 1
+    further_routes: tuple[Route, ...] = ()
 
     def __init__(
         self,
@@ -176,14 +191,44 @@ class ShortcutLayer(NumberedLayer):
             hidden_size=layer_config.hidden_size,
             eps=layer_config.layernorm_epsilon,
         )
-        self._pass: _Pass | None = None
+        self.slots = scmoe.initial_slots
+        self.overlap = scmoe.scmoe_overlap
+        self._runner = Runner(self._steps(), self.recorder)
         if submodules.dense_layer is not None:
             self._open_attention(
                 self.dense_layer.self_attention, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION
             )
         self._open_attention(self.self_attention, Step.CORE_ATTENTION, Step.PROJECTION)
-        self.slots = scmoe.initial_slots
-        self.overlap = scmoe.scmoe_overlap
+
+    def _steps(self) -> dict[Step, Callable[[UnitPass, Task], None]]:
+        """What the unit does for each step of its schedule."""
+
+        def with_chunk(do: Callable[[RoutedChunk], None]) -> Callable[[UnitPass, Task], None]:
+            return lambda run, task: do(run.routed[task.route].chunks[task.number])
+
+        return {
+            # The main branch: H_{l-1} -> H_l^MH -> H_l^MLP -> H_{l+1}^MH -> out.
+            Step.DENSE_QKV: self.dense_attention,
+            Step.DENSE_CORE_ATTENTION: self.inside_attention,
+            Step.DENSE_PROJECTION: self.inside_attention,
+            Step.DENSE_MLP: self.dense_mlp,
+            Step.QKV: self.attention,
+            Step.CORE_ATTENTION: self.inside_attention,
+            Step.PROJECTION: self.inside_attention,
+            Step.SHARED_EXPERT: self.shared_expert,
+            # The routed branch: tap -> norm > router > dispatch > experts > combine.
+            Step.ROUTE: self.tap,
+            Step.PREPARE_DISPATCH: self.depart,
+            Step.START_DISPATCH: self.start_dispatch,
+            Step.WAIT_DISPATCH: with_chunk(RoutedChunk.wait_dispatch),
+            Step.EXPERTS: with_chunk(RoutedChunk.experts),
+            Step.START_COMBINE: with_chunk(RoutedChunk.start_combine),
+            Step.WAIT_COMBINE: lambda run, task: run.routed[task.route].branch.wait(),
+            # Where they meet, in the backward pass and in the forward pass.
+            Step.TURN: self.turn,
+            Step.MARK: self.mark,
+            Step.MERGE: self.merge,
+        }
 
     @property
     def recorder(self) -> UnitRecorder:
@@ -206,6 +251,7 @@ class ShortcutLayer(NumberedLayer):
             self._scmoe.scmoe_num_chunks,
             operators_ahead=ahead,
             marked=self.recorder.records_steps,
+            further=self.further_routes,
         )
 
     def forward(
@@ -214,6 +260,7 @@ class ShortcutLayer(NumberedLayer):
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         packed_seq_params: Any = None,
+        context: Tensor | None = None,
         **attention_arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the schedule.
@@ -223,13 +270,13 @@ class ShortcutLayer(NumberedLayer):
             attention_mask: [1 or b, 1, s, s], bool, True where masked.
             padding_mask: [b, s], True for padding; only the router's losses use it.
             packed_seq_params: the host's description of packed sequences.
+            context: what the unit before has carried here, [s, b, ...].
             attention_arguments: further arguments of the host's attention.
 
         Returns:
-            hidden states [s, b, h], and the context that the host's block passes on.
+            hidden states [s, b, h], and what is carried to the next unit.
         """
-        run = _Pass(
-            tasks=deque(self._schedule(hidden_states)),
+        run = UnitPass(
             hidden_states=hidden_states,
             attention_arguments={
                 "attention_mask": attention_mask,
@@ -239,49 +286,22 @@ class ShortcutLayer(NumberedLayer):
             },
             padding_mask=padding_mask,
             packed_seq_params=packed_seq_params,
-            context=attention_arguments.get("context"),
+            # GPT's layers have no cross attention; what the host hands from layer to layer for it,
+            # also through recomputation, is free.
+            carried=context,
         )
-        self._pass = run
         if self.training:
             self.recorder.begin_pass(hidden_states)
         try:
-            self._advance(run)
+            self._runner.execute(run, self._schedule(hidden_states), recorded=self.training)
         except BaseException:
-            if run.work is not None:
-                run.work.branch.abandon()
+            for routed in run.routed.values():
+                routed.branch.abandon()
             raise
-        finally:
-            self._pass = None
-            self._switch(None)
-        return run.hidden_states, run.context
-
-    def _advance(self, run: _Pass, until: Step | None = None) -> None:
-        """Do the next tasks, up to `until`, which the caller is about to do."""
-        while run.tasks:
-            step, number = run.tasks.popleft()
-            if step not in PLACES:
-                self._switch(step, number)
-            if step is until:
-                return
-            if step in PER_CHUNK or step is Step.MARK:
-                getattr(self, step.value)(run, number)
-            else:
-                getattr(self, step.value)(run)
-
-    def _switch(self, step: Step | None, chunk: int = 0) -> None:
-        if not self.training:
-            return
-        number = self.recorder.pass_number
-        self.recorder.switch(
-            None if step is None else Activity(step.value, "forward", chunk, number)
-        )
+        return run.hidden_states, run.carried
 
     def _open_attention(self, attention: Module, core: Step, projection: Step) -> None:
-        """Let the steps between the operators of an attention run where they belong.
-
-        The host's attention is one call. Its core and its output projection are modules: what the
-        schedule has in front of them runs when they are about to be called.
-        """
+        """Let the steps between the operators of an attention run where they belong."""
         config = self.config
         recomputed = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
@@ -293,136 +313,115 @@ class ShortcutLayer(NumberedLayer):
             places.append((core, attention.core_attention))
         for step, module in places:
             assert isinstance(module, Module)
-            module.register_forward_pre_hook(partial(self._reach, step), with_kwargs=True)
-
-    def _reach(
-        self, step: Step, module: Module, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """A forward pre-hook: do what the schedule has in front of this operator."""
-        run = self._pass
-        if run is None or Task(step) not in run.tasks:
-            return None
-        run.inside = tuple(x for x in arguments if isinstance(x, Tensor) and x.requires_grad)
-        self._advance(run, until=step)
-        passed, run.inside = iter(run.inside), None
-        changed = (
-            next(passed) if isinstance(x, Tensor) and x.requires_grad else x for x in arguments
-        )
-        return tuple(changed), options
+            self._runner.open(module, step)
 
     # Dense work. ------------------------------------------------------------------------------
 
-    def dense_qkv(self, run: _Pass) -> None:
+    def dense_attention(self, run: UnitPass, _: Task) -> None:
         """H_l^MH = H_{l-1} + MultiHead(H_{l-1})  [(10)]; the three steps are one call."""
-        run.hidden_states, run.context = self.dense_layer._forward_attention(
+        run.hidden_states, _ = self.dense_layer._forward_attention(
             run.hidden_states, **run.attention_arguments
         )
 
-    def dense_mlp(self, run: _Pass) -> None:
+    def dense_mlp(self, run: UnitPass, _: Task) -> None:
         """H_l^MLP = H_l^MH + MLP(H_l^MH)  [(9)]"""
         run.hidden_states = self.dense_layer._forward_mlp(
             run.hidden_states, run.attention_arguments.get("inference_context")
         )
 
-    def qkv(self, run: _Pass) -> None:
+    def attention(self, run: UnitPass, _: Task) -> None:
         """H_{l+1}^MH = H_l^MLP + MultiHead(H_l^MLP)  [(8)]; the three steps are one call."""
-        run.hidden_states, run.context = self._forward_attention(
-            run.hidden_states, **run.attention_arguments
-        )
+        run.hidden_states, _ = self._forward_attention(run.hidden_states, **run.attention_arguments)
 
-    def _inside_attention(self, run: _Pass) -> None:
+    def inside_attention(self, run: UnitPass, _: Task) -> None:
         """Done by the call; its place was not passed (a recomputed core, an inference kernel)."""
 
-    dense_core_attention = dense_projection = core_attention = projection = _inside_attention
-
-    def shared_expert(self, run: _Pass) -> None:
+    def shared_expert(self, run: UnitPass, _: Task) -> None:
         """c_s SE(H_{l+1}^MH)  [(7)]"""
         run.shared = self.mlp.shared_expert(self._forward_pre_mlp_layernorm(run.hidden_states))
 
     # Routed work. -----------------------------------------------------------------------------
 
-    def route(self, run: _Pass) -> None:
-        """Tap the main branch: z, G(z) and the experts of every token."""
-        z = self._shortcut_norm(run.hidden_states)
+    def tap(self, run: UnitPass, task: Task) -> None:
+        """Read the main branch: z, G(z) and the experts of every token."""
+        z = self.tapped_norm(run.hidden_states, task.route)
         z, padding_mask, run.samples = self._maybe_unflatten_for_moe(
             z, run.padding_mask, run.packed_seq_params
         )
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        run.tap = (z, *self.mlp.route(z, padding_mask))
+        probs, routing_map = self.choose_experts(run, task, z, padding_mask)
+        run.taps[task.route] = Tap(z, probs, routing_map)
 
-    def prepare_dispatch(self, run: _Pass) -> None:
-        assert run.tap is not None
-        run.work = self.mlp.prepare_dispatch(*run.tap, overlap=self.overlap)
-        run.tap = None
+    def tapped_norm(self, tapped: Tensor, route: int) -> Tensor:
+        """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
+        which is the norm that the main branch applies to the same tensor. A shared norm is
+        evaluated twice, here and inside the host's attention or MLP."""
+        if self._scmoe.scmoe_shortcut_norm == "own":
+            return self.shortcut_layernorm(tapped)
+        norm = POSITIONS[self._scmoe.scmoe_shortcut_position].norm
+        return self.get_submodule(norm)(tapped)
 
-    def start_dispatch(self, run: _Pass) -> None:
-        self.mlp.start_dispatch(run.work)
+    def choose_experts(
+        self, run: UnitPass, task: Task, z: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """G(z) and the experts of every token, each [T, E], from z, [s, b, h].
 
-    def wait_dispatch(self, run: _Pass, chunk: int) -> None:
-        self.mlp.wait_dispatch(run.work, chunk)
+        The taps of the routes before, and what the unit before has carried here, are in `run`.
+        """
+        return self.mlp.route(z, padding_mask)
 
-    def experts(self, run: _Pass, chunk: int) -> None:
-        """G(z)_i E_i(z)  [(7)]"""
-        self.mlp.routed_experts(run.work, chunk)
+    def depart(self, run: UnitPass, task: Task) -> None:
+        """The tokens leave the dense graph."""
+        tap = run.taps[task.route]
+        run.routed[task.route] = self.mlp.depart(
+            tap.z, tap.probs, tap.routing_map, self.overlap, task.route
+        )
+        if task.route == len(self.further_routes):
+            run.taps.clear()  # no route is left that could look at them
 
-    def start_combine(self, run: _Pass, chunk: int) -> None:
-        self.mlp.start_combine(run.work, chunk)
-
-    def wait_combine(self, run: _Pass) -> None:
-        assert run.work is not None
-        run.work.branch.wait()
+    def start_dispatch(self, run: UnitPass, task: Task) -> None:
+        """Launch the exchanges of all chunks; blocks the host until their sizes are known."""
+        for chunk in run.routed[task.route].chunks:
+            chunk.start_dispatch()
 
     # Places between dense operators. ----------------------------------------------------------
 
-    def turn(self, run: _Pass) -> None:
+    def turn(self, run: UnitPass, task: Task) -> None:
         """Where the backward pass runs the experts."""
-        assert run.work is not None
-        self._at_this_place(run, run.work.branch.turn)
+        _at_this_place(run, run.routed[task.route].branch.turn)
 
-    def mark(self, run: _Pass, operators: int) -> None:
-        """Where the backward pass turns to the last of the window's first `operators`."""
-        if operators == 0:
+    def mark(self, run: UnitPass, task: Task) -> None:
+        """Where the backward pass is done with all but the first `task.number` operators of the
+        window, and turns to the last of those."""
+        if task.number == 0:
             before = None
         else:
-            step = window(self._scmoe.scmoe_shortcut_position)[operators - 1]
+            step = window(self._scmoe.scmoe_shortcut_position)[task.number - 1]
             number = self.recorder.pass_number
             before = Activity(step.value, "backward", pass_number=number)
-        self._at_this_place(run, partial(mark_backward, self.recorder, before))
+        _at_this_place(run, partial(mark_backward, self.recorder, before))
 
-    @staticmethod
-    def _at_this_place(
-        run: _Pass, node: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-    ) -> None:
-        """Put a node of the graph between what is computed and what follows."""
-        if run.inside is not None:
-            run.inside = node(run.inside)
-        elif run.shared is not None:
-            (output,) = node((run.shared.output,))
-            run.shared = replace(run.shared, output=output)
-        else:
-            (run.hidden_states,) = node((run.hidden_states,))
-
-    def merge(self, run: _Pass) -> None:
+    def merge(self, run: UnitPass, _: Task) -> None:
         """H_{l+1} = H_{l+1}^MH + [norm] (c_s SE + c_r sum_i G_i E_i)  [(7), (14)-(17)]"""
+        assert run.shared is not None
+        first, *further = [routed.output() for routed in run.routed.values()]
         routed_output = self._maybe_reflatten_from_moe(
-            self.mlp.routed_output(run.work), run.packed_seq_params, run.samples
+            sum(further, first), run.packed_seq_params, run.samples
         )
-        merged = self.post_layernorm(self.mlp.merge(routed_output, run.shared))
+        merged = self.post_layernorm(run.shared.merge(routed_output))
         residual = run.hidden_states
         if self.config.fp32_residual_connection:
             residual = residual.float()
         run.hidden_states = self._forward_post_mlp((merged, None), residual)
 
-    def _shortcut_norm(self, tapped: Tensor) -> Tensor:
-        """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
-        which is the norm that the main branch applies to the same tensor. A shared norm is
-        evaluated twice, here and inside the host's attention or MLP."""
-        position = self._scmoe.scmoe_shortcut_position
-        if self._scmoe.scmoe_shortcut_norm == "own":
-            return self.shortcut_layernorm(tapped)
-        if position == "pos1":
-            return self.input_layernorm(tapped)
-        if position == "pos2":
-            return self.dense_layer.pre_mlp_layernorm(tapped)
-        return self.dense_layer.input_layernorm(tapped)
+
+def _at_this_place(run: UnitPass, node: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> None:
+    """Put a node of the graph between what is computed and what follows."""
+    if run.inside is not None:
+        run.inside = node(run.inside)
+    elif run.shared is not None:
+        (output,) = node((run.shared.output,))
+        run.shared = replace(run.shared, output=output)
+    else:
+        (run.hidden_states,) = node((run.hidden_states,))

@@ -24,6 +24,7 @@ Shapes: N rows sent, R rows received, of each chunk of the tokens
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,90 +37,42 @@ from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.overlap.streams import Event, now
 
 
-@dataclass
-class _Chunk:
-    """One chunk on its way."""
-
-    cargo: list[Tensor]
-    """What departs, each [N, ...]; empty once it is sent."""
-    rows: list[int | None]
-    """How many rows of each departed, N; None of integers, for which no gradient comes back."""
-    dispatch: Collective | None = None
-    transfer: Transfer | None = None
-    """The exchange in flight, whichever it is."""
-    graph: OwnGraph | None = None
-    """From what was received, each [R, ...], to what was sent back, [R, ...]."""
-    combine: Collective | None = None
-    result: Tensor | None = None
-    """What came back, [N, ...]."""
-    grad: Tensor | None = None
-    """Gradient of the result, until it is sent."""
-
-    def complete(self) -> list[Tensor]:
-        """What the exchange in flight brings."""
-        assert self.transfer is not None
-        transfer, self.transfer = self.transfer, None
-        return transfer.complete()
-
-
 class RoutedBranch:
     """The exchanges of one forward pass and the work between them.
 
     Args:
         overlap: launch the exchanges of the backward pass early; otherwise wait at once.
         recorder: collects the times of all exchanges, forward and backward, if wanted.
+        route: its number among the routed branches of the unit.
     """
 
-    def __init__(self, overlap: bool = True, recorder: UnitRecorder | None = None) -> None:
+    def __init__(
+        self, overlap: bool = True, recorder: UnitRecorder | None = None, route: int = 0
+    ) -> None:
         self._overlap = overlap
-        self._recorder = recorder
-        self._pass_number = 0 if recorder is None else recorder.pass_number
-        self._chunks: list[_Chunk] = []
-        self._ready: Event | None = None
+        self._log = _Log(recorder, 0 if recorder is None else recorder.pass_number, route)
+        self._legs: list[Leg] = []
         self._token: Tensor | None = None
         self._turned = False
 
     # Forward. ---------------------------------------------------------------------------------
 
-    def depart(self, cargo: Sequence[Sequence[Tensor]]) -> None:
-        """Take what every chunk sends, each [N, ...], out of the dense graph."""
+    def depart(self, cargo: Sequence[Sequence[Tensor]]) -> "list[Leg]":
+        """Take what every chunk sends, each [N, ...], out of the dense graph; a leg for each."""
         tensors = [tensor for chunk in cargo for tensor in chunk]
         # The chain exists even if nothing in front of it is trained: the experts may be.
         anchor = tensors[0].new_empty(0, dtype=torch.float32)
         anchor.requires_grad_(torch.is_grad_enabled())
         self._token = _Depart.apply(self, [len(chunk) for chunk in cargo], anchor, *tensors)
-        self._ready = now(tensors[0])
-
-    def send(self, chunk: int, collective: Collective) -> None:
-        """Launch the exchange of a chunk's cargo, or of its first rows, and return at once."""
-        own = self._chunks[chunk]
-        own.dispatch = collective
-        log = self._log("dispatch", "forward", chunk)
-        own.transfer = Transfer(collective, own.cargo, log, self._ready)
-        own.cargo = []
-
-    def receive(self, chunk: int) -> list[Tensor]:
-        """What the other ranks sent, each [R, ...]; it begins the chunk's own graph."""
-        own = self._chunks[chunk]
-        received = own.complete()
-        if torch.is_grad_enabled():
-            own.graph = OwnGraph()
-            received = own.graph.enter(received)
-        return received
-
-    def send_back(self, chunk: int, collective: Collective, rows: Tensor) -> None:
-        """Launch the exchange of the chunk's results, [R, ...], and return at once."""
-        own = self._chunks[chunk]
-        own.combine = collective
-        if own.graph is not None:
-            own.graph.leave([rows])
-        log = self._log("combine", "forward", chunk)
-        own.transfer = Transfer(collective, [rows.detach()], log)
+        ready = now(tensors[0])
+        for leg in self._legs:
+            leg.ready = ready
+        return self._legs
 
     def wait(self) -> None:
         """Complete the exchanges of all results."""
-        for own in self._chunks:
-            (own.result,) = own.complete()
+        for leg in self._legs:
+            (leg.result,) = leg.complete()
 
     def turn(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mark the place of the dense chain whose backward runs the routed work's backward.
@@ -150,18 +103,11 @@ class RoutedBranch:
 
     def _take_gradients(self, grads: Sequence[Tensor]) -> None:
         """Gradients of the results leave, in the order in which they will be awaited."""
-        for own, grad in zip(self._chunks, grads, strict=True):
-            own.grad = grad
+        for leg, grad in zip(self._legs, grads, strict=True):
+            leg.grad = grad
         if self._overlap:
-            for chunk in reversed(range(len(self._chunks))):
-                self._send_gradient(chunk)
-
-    def _send_gradient(self, chunk: int) -> None:
-        own = self._chunks[chunk]
-        assert own.combine is not None and own.grad is not None
-        log = self._log("combine", "backward", chunk)
-        own.transfer = Transfer(own.combine.mirrored(), [own.grad], log)
-        own.grad = None
+            for leg in reversed(self._legs):
+                leg.send_gradient()
 
     def _turn_back(self) -> None:
         """Backward of the routed work, chunk by chunk, the last one first.
@@ -169,52 +115,124 @@ class RoutedBranch:
         Raises:
             RuntimeError: it has run before and its graph is gone.
         """
-        interrupted = None if self._recorder is None else self._recorder.current
-        for chunk in reversed(range(len(self._chunks))):
-            own = self._chunks[chunk]
-            if own.transfer is None and own.grad is None:
+        recorder = self._log.recorder
+        interrupted = None if recorder is None else recorder.current
+        for leg in reversed(self._legs):
+            if leg.transfer is None and leg.grad is None:
                 break  # nobody used the results
-            self._switch(Step.WAIT_COMBINE, chunk)
-            if own.transfer is None:
-                self._send_gradient(chunk)
-            grads = own.complete()
-            self._switch(Step.EXPERTS, chunk)
-            assert own.graph is not None
-            grads = own.graph.backward(grads)
-            self._switch(Step.START_DISPATCH, chunk)
-            assert own.dispatch is not None
-            log = self._log("dispatch", "backward", chunk)
-            own.transfer = Transfer(own.dispatch.mirrored(), grads, log)
+            self._log.switch(Step.WAIT_COMBINE, leg.number)
+            if leg.transfer is None:
+                leg.send_gradient()
+            grads = leg.complete()
+            self._log.switch(Step.EXPERTS, leg.number)
+            assert leg.graph is not None
+            grads = leg.graph.backward(grads)
+            self._log.switch(Step.START_DISPATCH, leg.number)
+            leg.send_gradient_back(grads)
             del grads
             if not self._overlap:
-                own.cargo = own.complete()
-        if self._recorder is not None:
-            self._recorder.switch(interrupted)
-
-    def _switch(self, step: Step, chunk: int) -> None:
-        if self._recorder is not None:
-            self._recorder.switch(self._activity(step.value, "backward", chunk))
-
-    def _activity(self, name: str, direction: Direction, chunk: int) -> Activity:
-        return Activity(name, direction, chunk, self._pass_number)
-
-    def _log(
-        self, name: str, direction: Direction, chunk: int
-    ) -> tuple[UnitRecorder, Activity] | None:
-        if self._recorder is None:
-            return None
-        return self._recorder, self._activity(name, direction, chunk)
+                leg.cargo = leg.complete()
+        if recorder is not None:
+            recorder.switch(interrupted)
 
     def _returned_gradients(self) -> list[Tensor | None]:
         """Gradients of all that departed; None where there is none."""
         grads: list[Tensor | None] = []
-        for own in self._chunks:
-            if own.transfer is not None:
-                own.cargo = own.complete()
-            returned: Iterator[Tensor | None] = iter(own.cargo or repeat(None))
-            grads += [None if rows is None else _of_rows(next(returned), rows) for rows in own.rows]
-            own.cargo = []
+        for leg in self._legs:
+            if leg.transfer is not None:
+                leg.cargo = leg.complete()
+            returned: Iterator[Tensor | None] = iter(leg.cargo or repeat(None))
+            grads += [None if rows is None else _of_rows(next(returned), rows) for rows in leg.rows]
+            leg.cargo = []
         return grads
+
+
+class _Log(NamedTuple):
+    """Where the times of a branch go, and how its work is called there."""
+
+    recorder: UnitRecorder | None
+    pass_number: int
+    route: int
+
+    def of(
+        self, name: str, direction: Direction, chunk: int
+    ) -> tuple[UnitRecorder, Activity] | None:
+        """For an exchange."""
+        if self.recorder is None:
+            return None
+        return self.recorder, Activity(name, direction, chunk, self.pass_number, self.route)
+
+    def switch(self, step: Step, chunk: int) -> None:
+        """Compute turns to a step of the backward pass."""
+        if (log := self.of(step.value, "backward", chunk)) is not None:
+            log[0].switch(log[1])
+
+
+@dataclass
+class Leg:
+    """One chunk of the tokens on its way there and back."""
+
+    number: int
+    """Of the chunk."""
+    log: "_Log"
+    cargo: list[Tensor]
+    """What departs, each [N, ...]; empty once it is sent."""
+    rows: list[int | None]
+    """How many rows of each departed, N; None of integers, for which no gradient comes back."""
+    ready: Event | None = None
+    """The point of the compute stream behind which the cargo is filled."""
+    dispatch: Collective | None = None
+    transfer: Transfer | None = None
+    """The exchange in flight, whichever it is."""
+    graph: OwnGraph | None = None
+    """From what was received, each [R, ...], to what was sent back, [R, ...]."""
+    combine: Collective | None = None
+    result: Tensor | None = None
+    """What came back, [N, ...]."""
+    grad: Tensor | None = None
+    """Gradient of the result, until it is sent."""
+
+    def send(self, collective: Collective) -> None:
+        """Launch the exchange of the cargo, or of its first rows, and return at once."""
+        self.dispatch = collective
+        log = self.log.of("dispatch", "forward", self.number)
+        self.transfer = Transfer(collective, self.cargo, log, self.ready)
+        self.cargo = []
+
+    def receive(self) -> list[Tensor]:
+        """What the other ranks sent, each [R, ...]; it begins the chunk's own graph."""
+        received = self.complete()
+        if torch.is_grad_enabled():
+            self.graph = OwnGraph()
+            received = self.graph.enter(received)
+        return received
+
+    def send_back(self, collective: Collective, rows: Tensor) -> None:
+        """Launch the exchange of the results, [R, ...], and return at once."""
+        self.combine = collective
+        if self.graph is not None:
+            self.graph.leave([rows])
+        log = self.log.of("combine", "forward", self.number)
+        self.transfer = Transfer(collective, [rows.detach()], log)
+
+    def send_gradient(self) -> None:
+        """Launch the exchange of the result's gradient, [N, ...]."""
+        assert self.combine is not None and self.grad is not None
+        log = self.log.of("combine", "backward", self.number)
+        self.transfer = Transfer(self.combine.mirrored(), [self.grad], log)
+        self.grad = None
+
+    def send_gradient_back(self, grads: list[Tensor]) -> None:
+        """Launch the exchange of the gradients of what was received, each [R, ...]."""
+        assert self.dispatch is not None
+        log = self.log.of("dispatch", "backward", self.number)
+        self.transfer = Transfer(self.dispatch.mirrored(), grads, log)
+
+    def complete(self) -> list[Tensor]:
+        """What the exchange in flight brings."""
+        assert self.transfer is not None
+        transfer, self.transfer = self.transfer, None
+        return transfer.complete()
 
 
 def _of_rows(grad: Tensor | None, rows: int) -> Tensor | None:
@@ -233,11 +251,11 @@ class _Depart(torch.autograd.Function):
     ) -> Tensor:
         ctx.branch = branch
         departing = iter(tensors)
-        for size in sizes:
+        for number, size in enumerate(sizes):
             # Copied here if they have to be: what `ready` marks is complete.
             cargo = [next(departing).detach().contiguous() for _ in range(size)]
             rows = [x.shape[0] if x.is_floating_point() else None for x in cargo]
-            branch._chunks.append(_Chunk(cargo, rows))
+            branch._legs.append(Leg(number, branch._log, cargo, rows))
         return anchor.new_empty(0)
 
     @staticmethod
@@ -267,9 +285,9 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx, branch: RoutedBranch, token: Tensor) -> tuple[Tensor, ...]:
         ctx.branch = branch
         ctx.device, ctx.dtype = token.device, token.dtype
-        results = tuple(chunk.result for chunk in branch._chunks)
-        for chunk in branch._chunks:
-            chunk.result = None
+        results = tuple(leg.result for leg in branch._legs)
+        for leg in branch._legs:
+            leg.result = None
         return results  # type: ignore[return-value]
 
     @staticmethod

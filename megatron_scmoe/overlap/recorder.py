@@ -27,6 +27,8 @@ class Activity(NamedTuple):
     pass_number: int = 0
     """Which forward pass of the iteration it belongs to, from 1: a backward pass has the number of
     the forward pass that built its graph."""
+    route: int = 0
+    """The routed branch that it belongs to."""
 
 
 class Span(NamedTuple):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 
 class Step(Enum):
-    """What a unit does; the value is the name of the layer's method."""
+    """What a unit does; the value is its name in traces, logs and files of measured times."""
 
     DENSE_QKV = "dense_qkv"
     DENSE_CORE_ATTENTION = "dense_core_attention"
@@ -44,8 +44,6 @@ class Step(Enum):
 
 
 PER_CHUNK = (Step.WAIT_DISPATCH, Step.EXPERTS, Step.START_COMBINE)
-# No work of the unit: where its backward pass is watched, or told to run the experts.
-PLACES = (Step.MARK, Step.TURN)
 
 
 class Task(NamedTuple):
@@ -55,6 +53,8 @@ class Task(NamedTuple):
     number: int = 0
     """The chunk of the tokens that it is for; of a mark, the number of dense operators of the
     window in front of it."""
+    route: int = 0
+    """The routed branch that it belongs to."""
 
 
 class Slots(NamedTuple):
@@ -70,9 +70,37 @@ class Slots(NamedTuple):
         return ",".join(map(str, dict.fromkeys(self)))
 
 
-POSITIONS = ("pos1", "pos2", "pos3")
+class Route(NamedTuple):
+    """One routed branch of a unit: where it reads, and where its experts run."""
 
-# Dense operators of the pair, in order, and how many of them stand before the tap.
+    tap: int
+    """Dense operators of the pair before its tap."""
+    slots: Slots
+
+
+class Position(NamedTuple):
+    """Where the routed experts read, a value of --scmoe-shortcut-position."""
+
+    tap: int
+    """Dense operators of the pair before the tap."""
+    default_slot: int
+    """Where the experts run before anything was measured. It leaves work on both sides of them:
+    behind the MLP is the paper's example for Pos-2 (figure 7), the middle of the window otherwise.
+    """
+    norm: str
+    """The unit's norm by which the main branch reads the same tensor."""
+    is_pair: bool = True
+    """Whether the dense layer in front is a part of the unit. Otherwise the unit is one layer that
+    taps its own input: what stands before its tap is no part of it."""
+
+
+POSITIONS = {
+    "pos1": Position(4, 3, "input_layernorm", is_pair=False),
+    "pos2": Position(3, 1, "dense_layer.pre_mlp_layernorm"),
+    "pos3": Position(0, 4, "dense_layer.input_layernorm"),
+}
+
+# Dense operators of the pair, in order.
 _PAIR = (
     Step.DENSE_QKV,
     Step.DENSE_CORE_ATTENTION,
@@ -83,21 +111,17 @@ _PAIR = (
     Step.PROJECTION,
     Step.SHARED_EXPERT,
 )
-_BEFORE_TAP = {"pos1": 4, "pos2": 3, "pos3": 0}
-
-# Slots that leave work on both sides of the experts: behind the MLP is the paper's example for
-# Pos-2 (figure 7), the middle of the window otherwise.
-_DEFAULT_SLOT = {"pos1": 3, "pos2": 1, "pos3": 4}
 
 
 def window(position: str) -> tuple[Step, ...]:
     """The dense operators that may run while tokens travel, in order (section 3.1)."""
-    return _PAIR[_BEFORE_TAP[position] :]
+    return _PAIR[POSITIONS[position].tap :]
 
 
-def default_slot(position: str) -> int:
-    """The expert slot before anything was measured."""
-    return _DEFAULT_SLOT[position]
+def default_slots(position: str) -> Slots:
+    """The expert slots before anything was measured."""
+    slot = POSITIONS[position].default_slot
+    return Slots(slot, slot)
 
 
 @lru_cache
@@ -108,12 +132,12 @@ def build_schedule(
     num_chunks: int = 1,
     operators_ahead: int = 0,
     marked: bool = False,
+    further: tuple[Route, ...] = (),
 ) -> tuple[Task, ...]:
     """Order the steps of one unit.
 
     Args:
-        position: pos1, pos2 or pos3. A Pos-1 unit is a single layer: what stands before its tap
-            is no part of it.
+        position: a key of POSITIONS.
         slots: where the experts stand, forward and backward.
         overlap: launch the exchanges early and wait late; otherwise wait at once.
         num_chunks: parts of the tokens that are exchanged one by one.
@@ -121,45 +145,64 @@ def build_schedule(
             enqueues before it waits for the numbers of rows, without which no exchange can be
             launched. No more than there are in front of the experts.
         marked: with marks between the operators of the window, by which the backward pass is timed.
+        further: routed branches beside that of the position, each with a tap and slots of its own.
 
     Raises:
-        ValueError: a slot lies outside the window.
+        ValueError: a slot lies outside the window of its route.
     """
-    dense = window(position)
-    for slot in slots:
-        if not 0 <= slot <= len(dense):
-            raise ValueError(f"expert slot {slot} is outside 0..{len(dense)} for {position}")
-    chunks = range(num_chunks)
-    # Slots count dense operators; places among them do not.
-    places: list[list[Task]] = [
-        [Task(Step.MARK, slot)] if marked else [] for slot in range(len(dense) + 1)
-    ]
-    places[slots.backward].append(Task(Step.TURN))
-    operators = [[*place, Task(step)] for place, step in zip(places, dense, strict=False)]
-    early = [task for operator in operators[: slots.forward] for task in operator]
-    late = [task for operator in operators[slots.forward :] for task in operator] + places[-1]
-
-    start = [Task(Step.START_DISPATCH)]
-    ahead = min(operators_ahead, slots.forward)
-    if ahead and overlap:
-        fed = early.index(Task(dense[ahead - 1])) + 1
-        start, early = [*early[:fed], *start], early[fed:]
-    wait = [Task(Step.WAIT_DISPATCH, chunk) for chunk in chunks]
-    back = [Task(Step.WAIT_COMBINE)]
+    first = POSITIONS[position]
+    routes = [Route(first.tap, slots), *further]
+    # What stands between the operators: places[p] in front of the operator p of the pair.
+    places: list[list[Task]] = [[] for _ in range(len(_PAIR) + 1)]
+    for number, route in enumerate(routes):
+        for slot in route.slots:
+            if not 0 <= slot <= len(_PAIR) - route.tap:
+                raise ValueError(
+                    f"expert slot {slot} is outside 0..{len(_PAIR) - route.tap} for {position}"
+                )
+        for place, tasks in _routed(route, number, overlap, num_chunks, operators_ahead).items():
+            places[place] += tasks
+    if marked:
+        for operators, here in enumerate(places[first.tap :]):
+            here.append(Task(Step.MARK, operators))
+    for number, route in enumerate(routes):
+        places[route.tap + route.slots.backward].append(Task(Step.TURN, route=number))
     if overlap:
-        routed = [
-            task
-            for chunk in chunks
-            for task in (wait[chunk], Task(Step.EXPERTS, chunk), Task(Step.START_COMBINE, chunk))
-        ]
-        middle = [*start, *early, *routed, *late, *back]
+        places[-1] += [Task(Step.WAIT_COMBINE, route=number) for number in range(len(routes))]
+    places[-1].append(Task(Step.MERGE))
+    begin = 0 if first.is_pair else first.tap
+    tasks = [*places[begin]]
+    for operator, behind in zip(_PAIR[begin:], places[begin + 1 :], strict=True):
+        tasks += [Task(operator), *behind]
+    return tuple(tasks)
+
+
+def _routed(
+    route: Route, number: int, overlap: bool, num_chunks: int, operators_ahead: int
+) -> dict[int, list[Task]]:
+    """The steps of one routed branch, by their place among the operators of the pair."""
+
+    def each(step: Step) -> list[Task]:
+        return [Task(step, chunk, number) for chunk in range(num_chunks)]
+
+    tap, experts = route.tap, route.tap + route.slots.forward
+    launch = tap + (min(operators_ahead, route.slots.forward) if overlap else 0)
+    wait, compute = each(Step.WAIT_DISPATCH), each(Step.EXPERTS)
+    send = each(Step.START_COMBINE)
+    steps = [
+        (tap, [Task(Step.ROUTE, route=number), Task(Step.PREPARE_DISPATCH, route=number)]),
+        (launch, [Task(Step.START_DISPATCH, route=number)]),
+    ]
+    if overlap:
+        chunks = zip(wait, compute, send, strict=True)
+        steps += [(experts, [task for chunk in chunks for task in chunk])]
     else:
-        experts = [Task(Step.EXPERTS, chunk) for chunk in chunks]
-        combine = [Task(Step.START_COMBINE, chunk) for chunk in chunks]
-        middle = [*start, *wait, *early, *experts, *combine, *back, *late]
-    before_tap = () if position == "pos1" else _PAIR[: _BEFORE_TAP[position]]
-    tap = (*before_tap, Step.ROUTE, Step.PREPARE_DISPATCH)
-    return (*map(Task, tap), *middle, Task(Step.MERGE))
+        back = [Task(Step.WAIT_COMBINE, route=number)]
+        steps += [(tap, wait), (experts, [*compute, *send, *back])]
+    placed: dict[int, list[Task]] = {}
+    for place, tasks in steps:
+        placed.setdefault(place, []).extend(tasks)
+    return placed
 
 
 def format_schedule(tasks: tuple[Task, ...]) -> str:
@@ -176,6 +219,6 @@ def format_schedule(tasks: tuple[Task, ...]) -> str:
 if __name__ == "__main__":
     for name in POSITIONS:
         for slot in range(len(window(name)) + 1):
-            mark = "*" if slot == default_slot(name) else " "
+            mark = "*" if slot == POSITIONS[name].default_slot else " "
             tasks = build_schedule(name, Slots(slot, slot), overlap=True)
             print(f"{name} slot {slot}{mark} {format_schedule(tasks)}")

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.specs import moe_layer_pattern
-from megatron_scmoe.overlap.schedule import Slots, default_slot
+from megatron_scmoe.overlap.schedule import default_slots
 from megatron_scmoe.planner.cluster import PRESETS
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
@@ -189,7 +189,7 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
     rows = []
     for position, slots in plan.predictions.items():
         units = [times.unit(position) for times in plan.model.passes]
-        default = Slots(default_slot(position), default_slot(position))
+        default = default_slots(position)
         for prediction in slots:
             marks = "*" if prediction.slots == default else ""
             marks += "+" if prediction.slots == plan.best(position).slots else ""

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_scmoe.overlap.schedule import default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tests.distributed_utils import run_distributed
 
 SEQUENCE, BATCH = 8, 2
@@ -40,7 +40,7 @@ def test_every_operator_of_a_unit_is_timed() -> None:
     assert [run.get("slot") for run in measured["runs"]] == [
         None,
         None,
-        *(default_slot(position) for position in ("pos1", "pos2", "pos3")),
+        *(POSITIONS[position].default_slot for position in ("pos1", "pos2", "pos3")),
     ]
 
 

@@ -87,12 +87,11 @@ def round_trip(
 ) -> tuple[Tensor, ...]:
     """Every chunk there, through the work and back; the turn stands where the work runs."""
     branch = RoutedBranch(overlap, recorder)
-    branch.depart(cargo)
-    for chunk, collective in enumerate(collectives):
-        branch.send(chunk, collective)
-    for chunk, collective in enumerate(collectives):
-        rows = work(*branch.receive(chunk))
-        branch.send_back(chunk, collective.mirrored(), rows)
+    legs = branch.depart(cargo)
+    for leg, collective in zip(legs, collectives, strict=True):
+        leg.send(collective)
+    for leg, collective in zip(legs, collectives, strict=True):
+        leg.send_back(collective.mirrored(), work(*leg.receive()))
     branch.wait()
     return branch.arrive()
 
@@ -182,10 +181,9 @@ def the_gate_decides_when_the_work_runs_backward() -> None:
     for place in range(4):
         sent = leaves(collective)
         branch = RoutedBranch()
-        branch.depart([sent])
-        branch.send(0, collective)
-        rows = noted_expert(*branch.receive(0))
-        branch.send_back(0, collective.mirrored(), rows)
+        (leg,) = branch.depart([sent])
+        leg.send(collective)
+        leg.send_back(collective.mirrored(), noted_expert(*leg.receive()))
         dense = torch.ones(3, dtype=torch.float64, requires_grad=True) * 1
         for operator in range(4):
             if operator == place:
@@ -232,9 +230,9 @@ def results_that_nobody_uses() -> None:
     collective = all_to_all_of(ROWS[dist.get_world_size()]["uneven"])
     tokens, probs = leaves(collective)
     branch = RoutedBranch()
-    branch.depart([(tokens, probs)])
-    branch.send(0, collective)
-    branch.send_back(0, collective.mirrored(), expert(*branch.receive(0)))
+    (leg,) = branch.depart([(tokens, probs)])
+    leg.send(collective)
+    leg.send_back(collective.mirrored(), expert(*leg.receive()))
     (dense,) = branch.turn((tokens * 2,))
     branch.wait()
     branch.arrive()
@@ -395,9 +393,9 @@ def branch_outlives_its_graph() -> bool:
     collective = all_to_all_of([[2, 2], [2, 2]])
     x = torch.ones(4, WIDTH, requires_grad=True)
     branch = RoutedBranch()
-    branch.depart([(x * 2, x.sum(dim=1))])
-    branch.send(0, collective)
-    branch.send_back(0, collective.mirrored(), expert(*branch.receive(0)))
+    (leg,) = branch.depart([(x * 2, x.sum(dim=1))])
+    leg.send(collective)
+    leg.send_back(collective.mirrored(), expert(*leg.receive()))
     branch.wait()
     (result,) = branch.arrive()
     (result * result).sum().backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_scmoe.model.moe import ScMoELayer
-from megatron_scmoe.overlap.schedule import POSITIONS, default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 from tests.routing_cases import plan_selection, planned_logits
@@ -73,14 +73,14 @@ FOUR_RANKS = (*EVERY_SLOT, "balanced", "an empty expert, top-2", "all to one", "
 
 # One model: position, slot, variant.
 Key = tuple[str, int, str]
-DEFAULT_SLOTS = [(position, default_slot(position)) for position in POSITIONS]
+DEFAULT_SLOTS = [(position, POSITIONS[position].default_slot) for position in POSITIONS]
 SLOTS = [(position, slot) for position in POSITIONS for slot in range(len(window(position)) + 1)]
 KEYS: dict[int, list[Key]] = {
     2: [
         (position, slot, name)
         for position, slot in SLOTS
         for name in VARIANTS
-        if slot == default_slot(position) or name in EVERY_SLOT
+        if slot == POSITIONS[position].default_slot or name in EVERY_SLOT
     ],
     4: [(position, slot, name) for position, slot in DEFAULT_SLOTS for name in FOUR_RANKS],
 }

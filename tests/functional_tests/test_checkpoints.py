@@ -172,6 +172,28 @@ def test_broken_checkpoint(
     assert expected in error_line(train(data_prefix, tmp_path, *load))
 
 
+def test_missing_tracker_costs_nothing(
+    checkpoints: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """The host would begin at iteration 1 and save over what is there."""
+    (checkpoints / "latest_checkpointed_iteration.txt").unlink()
+    there = sorted(checkpoints.rglob("*"))
+    load = ["--load", str(checkpoints), "--save", str(checkpoints), "--save-interval", "8"]
+    load += ["--train-iters", "8"]
+    line = error_line(train(data_prefix, tmp_path / "refused", *load))
+    assert "say which with --ckpt-step 6" in line
+    assert sorted(checkpoints.rglob("*")) == there
+    succeeded(train(data_prefix, tmp_path, *load, "--ckpt-step", "6"))
+    assert sorted(read_scalars(tmp_path, "lm loss")) == [7, 8]
+
+
+def test_files_of_another_iteration(checkpoints: Path, data_prefix: Path, tmp_path: Path) -> None:
+    shutil.rmtree(checkpoints / "iter_0000006")
+    shutil.copytree(checkpoints / "iter_0000003", checkpoints / "iter_0000006")
+    line = error_line(train(data_prefix, tmp_path, "--load", str(checkpoints)))
+    assert "iter_0000006 holds iteration 3: its files are another one's; the newest" in line
+
+
 def test_torn_tracker_is_mended(checkpoints: Path, data_prefix: Path, tmp_path: Path) -> None:
     """A kill between opening and writing the tracker leaves it empty; the host would exit."""
     tracker = checkpoints / "latest_checkpointed_iteration.txt"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_scmoe.model.unit import ShortcutLayer
-from megatron_scmoe.overlap.branch import RoutedBranch
+from megatron_scmoe.overlap.branch import Leg, RoutedBranch
 from megatron_scmoe.overlap.collectives import PerTensor
 from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.schedule import POSITIONS
@@ -58,13 +58,13 @@ def test_nothing_else_is_held(position: str, dispatcher: str, chunks: int, trave
 
 @pytest.mark.usefixtures("single_rank")
 def test_what_a_branch_holds_is_seen() -> None:
-    send_back = RoutedBranch.send_back
+    send_back = Leg.send_back
 
-    def keeping(self: Any, chunk: int, collective: Any, rows: torch.Tensor) -> None:
+    def keeping(self: Any, collective: Any, rows: torch.Tensor) -> None:
         self.root = rows
-        send_back(self, chunk, collective, rows)
+        send_back(self, collective, rows)
 
-    with mock.patch.object(RoutedBranch, "send_back", keeping):
+    with mock.patch.object(Leg, "send_back", keeping):
         assert held(case_of("pos2")) == [2 * LENGTH * BATCH * 16 * 8]
 
 
@@ -89,13 +89,12 @@ def test_gradients_of_rows_do_not_outlive_their_use() -> None:
 
 @pytest.mark.usefixtures("single_rank")
 def test_a_pass_that_fails_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = build_block(case_of("pos2"))
     branches: list[weakref.ref[RoutedBranch]] = []
     depart = RoutedBranch.depart
 
-    def noting(self: RoutedBranch, cargo: Any) -> None:
+    def noting(self: RoutedBranch, cargo: Any) -> list[Leg]:
         branches.append(weakref.ref(self))
-        depart(self, cargo)
+        return depart(self, cargo)
 
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -103,7 +102,8 @@ def test_a_pass_that_fails_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoutedBranch, "depart", noting)
     # Behind the turn, and in front of the shared expert, which keeps its gate's score until the
     # next pass.
-    monkeypatch.setattr(ShortcutLayer, "qkv", fail)
+    monkeypatch.setattr(ShortcutLayer, "attention", fail)
+    block = build_block(case_of("pos2"))
     x = torch.randn(LENGTH, BATCH, 16, dtype=torch.float64, requires_grad=True)
     with suppress(MemoryError):  # pytest.raises would keep the frames
         run_block(block, x)

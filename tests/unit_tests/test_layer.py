@@ -168,7 +168,7 @@ AXES = [
     pytest.param(frequency, *values, id="-".join(map(str, (*values, f"freq{frequency}"))))
     for frequency in (1, 2, 4)
     for values in itertools.product(
-        POSITIONS[:1] if frequency == 1 else POSITIONS,
+        ("pos1",) if frequency == 1 else POSITIONS,
         COMBINES,
         ("own", "shared"),
         ("nopost", "post"),
@@ -400,9 +400,9 @@ def test_cg1_is_the_hosts_shared_expert_gate() -> None:
 
 def test_cg2_gates_both_outputs() -> None:
     mlp = build_block(unit_case("pos2", scmoe_combine="cg2")).layers[0].mlp
-    shared_weight, routed_weight = mlp.combine_gate(random_tensor(5))
-    assert shared_weight.shape == routed_weight.shape == (*SHAPE[:2], 1)
-    torch.testing.assert_close(shared_weight + routed_weight, torch.ones_like(shared_weight))
+    shared = mlp.combine_gate(random_tensor(5), torch.ones(SHAPE, dtype=torch.float64))
+    assert shared.routed_weight.shape == (*SHAPE[:2], 1)
+    torch.testing.assert_close(shared.output + shared.routed_weight, torch.ones_like(shared.output))
 
 
 # Recomputation. ---------------------------------------------------------------------------------

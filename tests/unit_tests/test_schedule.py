@@ -2,22 +2,23 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.schedule import (
     POSITIONS,
+    Route,
     Slots,
     Step,
     Task,
     build_schedule,
-    default_slot,
     format_schedule,
     window,
 )
+from tests.models import Case, build_block
 
 DENSE_ATTENTION = [Step.DENSE_QKV, Step.DENSE_CORE_ATTENTION, Step.DENSE_PROJECTION]
 ATTENTION = [Step.QKV, Step.CORE_ATTENTION, Step.PROJECTION]
@@ -65,13 +66,13 @@ def test_window(position: str) -> None:
 
 
 def test_default_slots_leave_work_on_both_sides_of_the_experts() -> None:
-    assert {position: default_slot(position) for position in POSITIONS} == {
+    assert {position: POSITIONS[position].default_slot for position in POSITIONS} == {
         "pos1": 3,
         "pos2": 1,
         "pos3": 4,
     }
     for position in POSITIONS:
-        assert 0 < default_slot(position) < len(window(position))
+        assert 0 < POSITIONS[position].default_slot < len(window(position))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -159,9 +160,37 @@ def test_chunks(overlap: bool) -> None:
         assert "wait_dispatch[2] > experts[2]" in format_schedule(tasks)
 
 
-def test_every_step_is_a_method_of_the_layer() -> None:
-    for step in Step:
-        assert callable(getattr(ShortcutLayer, step.value))
+@pytest.mark.usefixtures("single_rank")
+def test_a_unit_does_every_step() -> None:
+    (unit,) = build_block(Case(num_layers=2)).layers
+    assert unit._steps().keys() == set(Step)
+
+
+def test_two_routes() -> None:
+    """Each with its steps in order, one launch of experts for each chunk, and a turn of its own."""
+    for slots, second, overlap in product(
+        [Slots(0, 5), Slots(1, 3), Slots(5, 0)], product((0, 1), (0, 1)), (True, False)
+    ):
+        further = (Route(7, Slots(*second)),)
+        tasks = build_schedule("pos2", slots, overlap, num_chunks=2, further=further)
+        alone = build_schedule("pos2", slots, overlap, num_chunks=2)
+        assert tuple(task for task in tasks if task.route == 0) == alone
+        own = [task._replace(route=0) for task in tasks if task.route == 1]
+        steps = {*ROUTED, Step.TURN} - {Step.MERGE}
+        assert set(own) == {task for task in alone if task.step in steps}
+        at = {(task.step, task.number): index for index, task in enumerate(own)}
+        for chunk in range(2):
+            assert at[Step.ROUTE, 0] < at[Step.PREPARE_DISPATCH, 0] < at[Step.START_DISPATCH, 0]
+            assert at[Step.START_DISPATCH, 0] < at[Step.WAIT_DISPATCH, chunk]
+            assert at[Step.WAIT_DISPATCH, chunk] < at[Step.EXPERTS, chunk]
+            assert at[Step.EXPERTS, chunk] < at[Step.START_COMBINE, chunk]
+            assert at[Step.START_COMBINE, chunk] < at[Step.WAIT_COMBINE, 0]
+        shared = tasks.index(Task(Step.SHARED_EXPERT))
+        experts, turn = (tasks.index(Task(step, 0, 1)) for step in (Step.EXPERTS, Step.TURN))
+        assert (shared < experts, shared < turn) == (second[0] == 1, second[1] == 1)
+        assert tasks.index(Task(Step.PROJECTION)) < tasks.index(Task(Step.ROUTE, 0, 1)) < shared
+    with pytest.raises(ValueError, match="expert slot 2 is outside"):
+        build_schedule("pos2", Slots(1, 1), True, further=(Route(7, Slots(2, 0)),))
 
 
 def test_command_prints_the_overlapped_schedules() -> None:

@@ -31,17 +31,17 @@ def backward(device: str, world: ProcessGroup, turned: bool) -> list[Tensor]:
     dense = torch.randn(4, 3).to(device).requires_grad_()
     branch = RoutedBranch()
     chunks = [rows * 2, rows * 3]
-    branch.depart([[chunk > 0, chunk, unused * 1] for chunk in chunks])
+    legs = branch.depart([[chunk > 0, chunk, unused * 1] for chunk in chunks])
     assert branch._token is not None and branch._token.device == rows.device
     collective = AllToAll(world, [4], [4])
-    for chunk in range(2):
-        branch.send(chunk, collective)
+    for leg in legs:
+        leg.send(collective)
     other = dense * 5
     if turned:
         (other,) = branch.turn((other,))
-    for chunk in range(2):
-        routing_map, received, _ = branch.receive(chunk)
-        branch.send_back(chunk, collective, received * routing_map * weights)
+    for leg in legs:
+        routing_map, received, _ = leg.receive()
+        leg.send_back(collective, received * routing_map * weights)
     branch.wait()
     first, second = branch.arrive()
     (first * other + second).sum().backward()

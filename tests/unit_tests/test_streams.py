@@ -210,13 +210,13 @@ def two_branches(model: StreamModel) -> Iterator[None]:
     with model, torch.no_grad():
         collective = AllToAll(group.WORLD, [4], [4])
         first, second = RoutedBranch(), RoutedBranch()
-        first.depart([[torch.randn(4, 3)]])
-        first.send(0, collective)
-        second.depart([[torch.randn(4, 3)]])
-        (rows,) = first.receive(0)
+        (there,) = first.depart([[torch.randn(4, 3)]])
+        there.send(collective)
+        (other,) = second.depart([[torch.randn(4, 3)]])
+        (rows,) = there.receive()
         rows = rows * 2
-        second.send(0, collective)
-        second.receive(0)
+        other.send(collective)
+        other.receive()
         yield
 
 

@@ -28,7 +28,7 @@ def test_the_small_exchange_goes_first(
 
     def recording(self, cargo):
         sizes.extend([tensor.numel() for tensor in chunk] for chunk in cargo)
-        depart(self, cargo)
+        return depart(self, cargo)
 
     monkeypatch.setattr(RoutedBranch, "depart", recording)
     block = build_block(Case(host={"moe_token_dispatcher_type": dispatcher}))
@@ -50,13 +50,12 @@ def test_fewer_rows_than_k_for_each_token(single_rank: None, selected: int) -> N
     routing_map[:selected, 1] = True
     (trip,) = moe.token_dispatcher.prepare([Chunk(z, probs, routing_map)], forget)
     branch = RoutedBranch()
-    branch.depart([trip.cargo()])
-    branch.send(0, trip.collective())
-    rows = trip.expert_input(branch.receive(0))
+    (leg,) = branch.depart([trip.cargo()])
+    leg.send(trip.collective())
+    rows = trip.expert_input(leg.receive())
     assert rows.tokens_per_expert.tolist() == [0, selected, 0, 0]
     assert torch.equal(rows.hidden_states, z[:selected])
-    collective, reply = trip.reply(rows.hidden_states * 2)
-    branch.send_back(0, collective, reply)
+    leg.send_back(*trip.reply(rows.hidden_states * 2))
     branch.wait()
     output = trip.restore(branch.arrive()[0])
     expected = torch.zeros_like(z)

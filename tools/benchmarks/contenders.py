@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_scmoe.overlap.schedule import default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.real_text import VOCABULARY
 
 
@@ -113,7 +113,7 @@ def contenders(layout: Layout) -> list[Contender]:
         Contender("top2", "none", 2, False),
         Contender("shared", "none", 1, True),
         *(
-            Contender(position, position, 1, True, default_slot(position))
+            Contender(position, position, 1, True, POSITIONS[position].default_slot)
             for position in positions_of(layout)
         ),
     ]
@@ -125,7 +125,7 @@ def wider_contenders(layout: Layout) -> list[Contender]:
     last = "pos2" if "pos2" in positions else positions[0]
     return [
         Contender("top3", "none", 3, False, baseline="top3"),
-        Contender("scmoe2", last, 2, True, default_slot(last), baseline="top3"),
+        Contender("scmoe2", last, 2, True, POSITIONS[last].default_slot, baseline="top3"),
     ]
 
 

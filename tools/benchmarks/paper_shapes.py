@@ -40,7 +40,7 @@ from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
-from megatron_scmoe.overlap.schedule import default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, window
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender, contenders
@@ -253,7 +253,7 @@ class Operators:
 
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         # The widest window holds all dense operators.
-        everything = Contender("operators", "pos3", 1, True, default_slot("pos3"))
+        everything = Contender("operators", "pos3", 1, True, POSITIONS["pos3"].default_slot)
         self._block = build(shape, everything, num_layers=2, scmoe_options={"scmoe_overlap": False})
         self._inputs = inputs
         self._samples: dict[Direction, list[dict[str, float]]] = {

@@ -47,7 +47,7 @@ from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slot, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Inputs, Shape, build
@@ -96,7 +96,9 @@ class Variant:
     def build(self, size: Size, dtype: torch.dtype, **scmoe: Any) -> Any:
         """The block in a precision, with planned routing; the same weights every time."""
         seed()
-        contender = Contender(self.name, self.position, 2, True, default_slot(self.position))
+        contender = Contender(
+            self.name, self.position, 2, True, POSITIONS[self.position].default_slot
+        )
         options = {
             "moe_router_force_load_balancing": False,
             "params_dtype": dtype,
@@ -234,11 +236,11 @@ def _through(
         return returned()
 
     branch._returned_gradients = noted  # type: ignore[method-assign]
-    branch.depart([[x]])
+    (leg,) = branch.depart([[x]])
     dense = Noted.apply(x * 3)
-    branch.send(0, collective)
-    (received,) = branch.receive(0)
-    branch.send_back(0, collective, work(received))
+    leg.send(collective)
+    (received,) = leg.receive()
+    leg.send_back(collective, work(received))
     (dense,) = branch.turn((dense,))
     dense = dense * 2
     branch.wait()
@@ -252,8 +254,8 @@ def _check_receive_buffers(results: Results, collective: AllToAll, x: Tensor) ->
     for operators in range(1, 6):
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
-        branch, rows = RoutedBranch(), x.clone()
-        branch.depart([[rows]])
+        rows = x.clone()
+        (leg,) = RoutedBranch().depart([[rows]])
         sleep_on_stream(0.1)
         seen = []
         for _ in range(operators):
@@ -261,8 +263,8 @@ def _check_receive_buffers(results: Results, collective: AllToAll, x: Tensor) ->
             seen.append(temporary * 1)
             address = temporary.data_ptr()
             del temporary
-        branch.send(0, collective)
-        (received,) = branch.receive(0)
+        leg.send(collective)
+        (received,) = leg.receive()
         torch.cuda.synchronize()
         right = torch.equal(received, rows) and all(bool((t == 7).all()) for t in seen)
         same = received.data_ptr() == address
@@ -286,13 +288,12 @@ def _check_beside_compute(results: Results, collective: AllToAll, x: Tensor) -> 
     recorder.begin_pass(x)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with mock.patch.object(AllToAll, "exchange", slow):
-        branch = RoutedBranch(recorder=recorder)
-        branch.depart([[x]])
+        (leg,) = RoutedBranch(recorder=recorder).depart([[x]])
         torch.cuda.synchronize()
         begin.record()
-        branch.send(0, collective)
+        leg.send(collective)
         sleep_on_stream(wanted)
-        branch.receive(0)
+        leg.receive()
         end.record()
         end.synchronize()
     (found,) = recorder.take().exchanges
@@ -319,10 +320,9 @@ def _measure_host_cost(results: Results, collective: AllToAll, x: Tensor) -> Non
             _synchronize(x.device)
             recorder.take()
             began = time.perf_counter()
-        branch = RoutedBranch(recorder=recorder)
-        branch.depart([[x[:1]]])
-        branch.send(0, AllToAll(collective.group, [1], [1]))
-        branch.receive(0)
+        (leg,) = RoutedBranch(recorder=recorder).depart([[x[:1]]])
+        leg.send(AllToAll(collective.group, [1], [1]))
+        leg.receive()
     host = (time.perf_counter() - began) / repetitions
     _synchronize(x.device)
     began = time.perf_counter()
@@ -478,14 +478,14 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
         name = f"{when}, {position}"
         results.check(f"{name}: every slot", not different, " ".join(different))
         different = []
-        unit.slots = Slots(places[-1], default_slot(position))
+        unit.slots = Slots(places[-1], POSITIONS[position].default_slot)
         for operators in (0, 2, 3):
             unit.operators_ahead = operators
             if not _same(step(block, size, dtype, micro_batches=2), expected):
                 different.append(f"{operators} ahead")
         results.check(f"{name}: operators ahead", not different, " ".join(different))
         unit.operators_ahead = 1
-        unit.slots = Slots(default_slot(position), default_slot(position))
+        unit.slots = default_slots(position)
         unit.overlap = False
         same = _same(step(block, size, dtype, micro_batches=2), expected)
         results.check(f"{name}: overlap off", same)
@@ -534,11 +534,11 @@ def _late_exchanges() -> Iterator[None]:
 @contextmanager
 def _late_compute() -> Iterator[None]:
     """It is late in front of what leaves, forward and backward."""
-    prepare, turn_back = ScMoELayer.prepare_dispatch, RoutedBranch._turn_back
+    depart, turn_back = ScMoELayer.depart, RoutedBranch._turn_back
 
-    def late_prepare(self: ScMoELayer, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        _sleep(hidden_states)
-        return prepare(self, hidden_states, *args, **options)
+    def late_departure(self: ScMoELayer, z: Tensor, *args: Any, **options: Any) -> Any:
+        _sleep(z)
+        return depart(self, z, *args, **options)
 
     def late_turn(self: RoutedBranch) -> None:
         if torch.cuda.is_available():
@@ -546,7 +546,7 @@ def _late_compute() -> Iterator[None]:
         turn_back(self)
 
     with (
-        mock.patch.object(ScMoELayer, "prepare_dispatch", late_prepare),
+        mock.patch.object(ScMoELayer, "depart", late_departure),
         mock.patch.object(RoutedBranch, "_turn_back", late_turn),
     ):
         yield

@@ -32,7 +32,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_scmoe.model.experts.grouped import GroupedMatmul, why_no_grouped_mm
-from megatron_scmoe.overlap.schedule import POSITIONS, default_slot
+from megatron_scmoe.overlap.schedule import POSITIONS
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Inputs, Shape, build, host_config
 from tools.gpu_proof.layers import (
@@ -196,7 +196,9 @@ class Blocks:
         )
 
     def _build(self, case: Case, **scmoe: Any) -> Any:
-        contender = Contender("", case.position, case.topk, True, default_slot(case.position))
+        contender = Contender(
+            "", case.position, case.topk, True, POSITIONS[case.position].default_slot
+        )
         # In bf16 and in float32 the same logits are drawn.
         host = {"moe_router_dtype": "fp32", **case.host}
         return build(self._shape, contender, 2, {**case.scmoe, **scmoe}, **host)
@@ -221,7 +223,7 @@ class Blocks:
 
     def _losses(self, backward_slot: int) -> list[float]:
         """Of a few steps of gradient descent towards a random output."""
-        slots = f"{default_slot('pos1')},{backward_slot}"
+        slots = f"{POSITIONS['pos1'].default_slot},{backward_slot}"
         block = self._build(Case("", "pos1", DELAYED), scmoe_expert_slot=slots)
         copy_weights(self.reference("pos1", 1, False).block, block)
         optimizer = torch.optim.SGD(block.parameters(), lr=0.1)

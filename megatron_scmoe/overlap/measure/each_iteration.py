@@ -38,7 +38,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter
 from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
-from megatron_scmoe.overlap.schedule import Slots, default_slot
+from megatron_scmoe.overlap.schedule import Slots, default_slots
 
 
 class Unit(Protocol):
@@ -149,7 +149,7 @@ class UnitTracker(MoEMetricsTracker):
 
     def _choose(self, times: tuple[UnitTimes, UnitTimes]) -> None:
         slots = choose_slots(*times)
-        before = Slots(*[default_slot(self._position)] * 2)
+        before = default_slots(self._position)
         _print_once(describe_choice(self._position, slots, before, *times))
         # With the options into every checkpoint, so that a resumed run need not measure.
         get_args().scmoe_measured_slots = list(slots)

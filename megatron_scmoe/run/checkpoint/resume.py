@@ -22,6 +22,7 @@ from megatron_scmoe.run.checkpoint.options import (
     WORTH_A_NOTE,
     differences,
 )
+from megatron_scmoe.run.checkpoint.param_schedule import follow_schedule
 from megatron_scmoe.run.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
 NEW_TENSORS = SCMOE[1:]
@@ -61,24 +62,6 @@ def settle_folders(args: Namespace) -> list[str]:
     return notes
 
 
-def check_cleaned_folder(args: Namespace) -> None:
-    """Refuse checkpoints below --non-persistent-global-ckpt-dir, where the host keeps one.
-
-    Raises:
-        ValueError: --save or --load is there.
-    """
-    cleaned = args.non_persistent_global_ckpt_dir
-    if cleaned is None:
-        return
-    for option in ("save", "load"):
-        folder = getattr(args, option)
-        if folder and Path(folder).resolve().is_relative_to(Path(cleaned).resolve()):
-            raise ValueError(
-                f"--non-persistent-global-ckpt-dir {cleaned} holds --{option} {folder}, and "
-                "Megatron keeps only the newest checkpoint in it: give it a folder of its own."
-            )
-
-
 def prepare_load(args: Namespace) -> list[str]:
     """Check the checkpoint that this run will load and tell the host how.
 
@@ -106,6 +89,11 @@ def prepare_load(args: Namespace) -> list[str]:
     if looks and (defects := contents.defects(checkpoint)):
         raise ValueError(f"--load {folder}: {defects[0]}{_newest(folder)}.")
     saved = _common_state(checkpoint)
+    if saved.get("iteration") not in (None, iteration):
+        raise ValueError(
+            f"--load {folder}: {checkpoint.name} holds iteration {saved['iteration']}: its files "
+            f"are another one's{_newest(folder, but=iteration)}."
+        )
     saved_args = saved.get("args")
     if saved_args is None:
         return notes
@@ -116,7 +104,7 @@ def prepare_load(args: Namespace) -> list[str]:
     if not starts_anew:
         if not args.no_load_optim:
             _check_optimizer(where, saved, saved_args, args)
-            notes += _lengthen_schedule(where, saved.get("opt_param_scheduler"), args)
+            notes += follow_schedule(where, saved.get("opt_param_scheduler"), saved_args, args)
         notes += _keep_slots(where, read_record(folder, iteration), saved_args, args)
         changed = differences(saved_args, args, (*SCMOE[:1], *WORTH_A_NOTE))
         if changed:
@@ -181,8 +169,8 @@ def _is_distributed(checkpoint: Path) -> bool:
     return not old
 
 
-def _newest(folder: Path) -> str:
-    newest = contents.newest_complete(folder)
+def _newest(folder: Path, but: int | None = None) -> str:
+    newest = contents.newest_complete(folder, but)
     if newest is None:
         return "; no other checkpoint there is complete"
     return f"; the newest complete checkpoint there is iteration {newest}: add --ckpt-step {newest}"
@@ -297,65 +285,3 @@ def _check_optimizer(
                 f"differs: {'; '.join(changed)}. Save it with "
                 f"--dist-ckpt-optim-fully-reshardable, {advice}."
             )
-
-
-def _lengthen_schedule(where: str, saved: dict[str, Any] | None, args: Namespace) -> list[str]:
-    """Let a longer run change the schedules that its length defines.
-
-    The host compares every value with the checkpoint's and dies with an assertion
-    (core/optimizer_param_scheduler.py:333).
-
-    Raises:
-        ValueError: the schedule changes otherwise, and the run does not say which one it wants.
-    """
-    if (
-        saved is None
-        or args.override_opt_param_scheduler
-        or args.use_checkpoint_opt_param_scheduler
-    ):
-        return []
-    here = _schedule(args)
-    changed = {name: value for name, value in here.items() if saved.get(name) != value}
-    if not changed:
-        return []
-    text = "; ".join(f"{name} {saved.get(name)} there, {here[name]} here" for name in changed)
-    by_length = {"lr_decay_steps", "wd_incr_steps"}
-    if args.lr_warmup_fraction is not None:
-        by_length.add("lr_warmup_steps")
-    if not set(changed) <= by_length:
-        raise ValueError(
-            f"{where} has another schedule: {text} (in samples). Add "
-            "--override-opt-param-scheduler for the new one or "
-            "--use-checkpoint-opt-param-scheduler for the old one."
-        )
-    args.override_opt_param_scheduler = True
-    return [
-        f"{where}: the schedule follows the new length ({text}, in samples); to keep the old one "
-        "add --use-checkpoint-opt-param-scheduler"
-    ]
-
-
-def _schedule(args: Namespace) -> dict[str, Any]:
-    """What the host will compute (training/training.py:1906), in samples."""
-    if args.train_iters:
-        unit = args.global_batch_size
-        length = args.train_iters * unit
-        decay = length if args.lr_decay_iters is None else args.lr_decay_iters * unit
-        warmup = args.lr_warmup_iters * unit
-    else:
-        length = args.train_samples
-        decay = length if args.lr_decay_samples is None else args.lr_decay_samples
-        warmup = args.lr_warmup_samples
-    if args.lr_warmup_fraction is not None:
-        warmup = args.lr_warmup_fraction * decay
-    return {
-        "max_lr": args.lr,
-        "min_lr": args.min_lr,
-        "lr_warmup_steps": warmup,
-        "lr_decay_style": args.lr_decay_style,
-        "lr_decay_steps": decay,
-        "start_wd": args.start_weight_decay,
-        "end_wd": args.end_weight_decay,
-        "wd_incr_style": args.weight_decay_incr_style,
-        "wd_incr_steps": length,
-    }
