@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_scmoe.overlap.recorder import UnitRecorder
 from tests import deep_ep
 from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
@@ -56,10 +57,13 @@ def results(dispatcher: str, chunks: int, recomputed: bool) -> dict[str, Tensor]
     random = torch.Generator().manual_seed(torch.distributed.get_rank())
     x = torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64, generator=random)
     x.requires_grad_()
-    output = run_block(block, x)
+    counts: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitRecorder, "routed", lambda _, rows: counts.append(rows))
+        output = run_block(block, x)
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
     assert x.grad is not None
-    found = {"output": output.detach(), "input": x.grad}
+    found = {"output": output.detach(), "input": x.grad, "rows": torch.cat(counts).sum()}
     for name, parameter in parameters.items():
         grad = parameter.grad
         found[name] = torch.zeros_like(parameter) if grad is None else grad
@@ -94,8 +98,14 @@ def test_two_ranks_share_the_experts(
     tolerance = TOLERANCE.get(CASES[number][0], 1e-10)
     for rank, cases in enumerate(together):
         for name, value in cases[number].items():
+            if name == "rows":
+                continue
             wanted = alone[rank][name]
             if ".mlp.experts." in name:
                 wanted = alone[0][name] + alone[1][name]
             torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance, msg=name)
+    if CASES[number][0] != "dense":
+        # Nothing is sent in the place of what a token gets at home.
+        sent = sum(cases[number]["rows"] for cases in together)
+        assert sent == sum(found["rows"] for found in alone)
     assert {name for name in alone[0] if ".at_home." in name} <= together[0][number].keys()
