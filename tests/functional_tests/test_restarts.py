@@ -24,6 +24,11 @@ from .launch import Launcher, free_port, read_scalars
 from .layouts import CURVES, EP2, MODEL, TOLERANCE
 from .text import write_text
 
+# Their parts have cheap tests: a rank that dies test_lost_ranks.py, the store of a new attempt
+# unit_tests/test_attempt.py, fewer ranks test_checkpoints.py, signals to writers
+# unit_tests/test_writer.py.
+pytestmark = pytest.mark.slow
+
 ITERATIONS = 60
 # The small model of the table of layouts, whose losses do not depend on near ties.
 TRAIN = shlex.split(
@@ -118,7 +123,6 @@ def test_launcher_restarts_the_job_by_itself(
         assert curve == {step: uninterrupted[tag][step] for step in curve}
 
 
-@pytest.mark.slow  # test_checkpoints.py goes on from four ranks with two
 def test_half_of_the_ranks_go_on_with_the_same_global_batch(
     data: list[str], tmp_path: Path
 ) -> None:
@@ -149,7 +153,6 @@ def test_half_of_the_ranks_go_on_with_the_same_global_batch(
         assert curve[step] == pytest.approx(whole["lm loss"][step], rel=TOLERANCE)
 
 
-@pytest.mark.slow  # tests/unit_tests/test_writer.py sends writers what a launcher and Slurm send
 @pytest.mark.parametrize("how", ["launcher, async", "everybody, sync"])
 def test_job_that_is_asked_to_leave_saves_first(
     data: list[str], uninterrupted: dict[str, dict[int, float]], tmp_path: Path, how: str

@@ -32,6 +32,8 @@ def test_all_to_all_that_all_have_entered_blames_nobody() -> None:
     """It is in flight behind dense work."""
     reports = {0: report(waits(EP, [0, 1], 8)), 1: report(waits(EP, [0, 1], 8))}
     assert culprits(reports, 2) == []
+    reports[1] = report(entered(EP, [0, 1], 8))  # nor if one is through already
+    assert culprits(reports, 2) == []
 
 
 def test_end_of_a_chain_is_at_fault() -> None:
