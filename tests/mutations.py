@@ -46,15 +46,15 @@ UNIT, DISTRIBUTED, FUNCTIONAL = (
 MUTATIONS = (
     # What is computed.
     Mutation(
-        "megatron_scmoe/model/moe.py",
-        "return SharedOutput(output * shared_weight, routed_weight)",
-        "return SharedOutput(output * routed_weight, shared_weight)",
+        "megatron_scmoe/model/combine.py",
+        "return SharedOutput(shared_output * shared_weight, routed_weight)",
+        "return SharedOutput(shared_output * routed_weight, shared_weight)",
         f"{UNIT}layer.py -k 'oracle and cg2'",
     ),
     Mutation(
         "megatron_scmoe/model/moe.py",
-        "first, *others = [trip.restore(rows) for trip, rows in returned]",
-        "*others, first = [trip.restore(rows) for trip, rows in returned]",
+        "first, *others = [chunk.restore(rows) for chunk, rows in returned]",
+        "*others, first = [chunk.restore(rows) for chunk, rows in returned]",
         f"{DISTRIBUTED}expert_parallel.py -k 'two and chunks'",
     ),
     Mutation(
@@ -64,22 +64,22 @@ MUTATIONS = (
         f"{UNIT}experts.py",
     ),
     Mutation(
-        "megatron_scmoe/model/dispatch/token_dispatcher.py",
+        "megatron_scmoe/model/dispatch/alltoall.py",
         "self._sort(rows, self._chunk_sizes.T, own.by_rank)",
         "self._sort(rows, self._chunk_sizes.T, own.by_expert)",
         f"{DISTRIBUTED}expert_parallel.py",
     ),
     Mutation(
-        "megatron_scmoe/model/dispatch/token_dispatcher.py",
-        "rows = num_tokens * config.moe_router_topk",
+        "megatron_scmoe/model/dispatch/alltoall.py",
+        "rows = num_tokens * (chunk.rows_per_token or config.moe_router_topk)",
         "rows = num_tokens",
         f"{UNIT}layer.py -k host_option",
     ),
     # Names on disk and layers of the block.
     Mutation(
-        "megatron_scmoe/model/specs.py",
-        'names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"',
-        'names["pre_mlp_layernorm."] = "pre_mlp_layernorm."',
+        "megatron_scmoe/model/names.py",
+        'MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}',
+        'MLP_NORM = {"pre_mlp_layernorm.": "pre_mlp_layernorm."}',
         f"{UNIT}layer_specs.py",
     ),
     Mutation(
@@ -90,15 +90,15 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/model/specs.py",
-        "if len(stage) > 0 and stage.start in cuts:",
-        "if len(stage) > 1 and stage.start - 1 in cuts:",
+        "if len(stage) > 0 and stage.start in units",
+        "if len(stage) > 1 and stage.start - 1 in units",
         f"{UNIT}layer_specs.py",
     ),
     # When it runs.
     Mutation(
         "megatron_scmoe/overlap/branch.py",
-        "own.transfer = Transfer(own.combine.mirrored(), [own.grad], log)",
-        "own.transfer = Transfer(own.combine, [own.grad], log)",
+        "self.transfer = Transfer(self.combine.mirrored(), [self.grad], log)",
+        "self.transfer = Transfer(self.combine, [self.grad], log)",
         f"{DISTRIBUTED}branch.py",
     ),
     Mutation(
@@ -145,14 +145,14 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/overlap/schedule.py",
-        "ahead = min(operators_ahead, slots.forward)",
-        "ahead = operators_ahead",
+        "launch = tap + (min(operators_ahead, route.slots.forward) if overlap else 0)",
+        "launch = tap + (operators_ahead if overlap else 0)",
         f"{UNIT}schedule.py",
     ),
     Mutation(
         "megatron_scmoe/overlap/schedule.py",
-        "middle = [*start, *wait, *early, *experts, *combine, *back, *late]",
-        "middle = [*start, *wait, *early, *experts, *combine, *late, *back]",
+        "steps += [(tap, wait), (experts, [*compute, *send, *back])]",
+        "steps += [(tap, wait), (experts, [*compute, *back, *send])]",
         f"{UNIT}schedule.py",
     ),
     Mutation(
@@ -169,33 +169,33 @@ MUTATIONS = (
     ),
     # What is refused, and what is set.
     Mutation(
-        "megatron_scmoe/config.py",
-        '(config.persist_layer_norm, "add --no-persist-layer-norm"),',
-        "",
-        f"{UNIT}config.py",
+        "megatron_scmoe/model/norm.py",
+        "lambda config: config.persist_layer_norm, _TORCHS",
+        "lambda config: False, _TORCHS",
+        f"{UNIT}every_refusal.py",
     ),
     Mutation(
-        "megatron_scmoe/config.py",
+        "megatron_scmoe/checks/shortcut.py",
         'and config.moe_router_score_function == "softmax"',
         'and config.moe_router_score_function != "softmax"',
-        f"{UNIT}config.py",
+        f"{UNIT}every_refusal.py",
     ),
     Mutation(
         "megatron_scmoe/checks/layout.py",
-        "if heads % groups:",
-        "if groups % heads == heads:",
-        f"{FUNCTIONAL}refusals.py -k 'heads and groups'",
+        "return heads % groups != 0 and",
+        "return groups % heads == heads and",
+        f"{UNIT}every_refusal.py",
     ),
     Mutation(
-        "megatron_scmoe/checks/layout.py",
-        "if args.padded_vocab_size < tokens:",
-        "if args.padded_vocab_size <= tokens:",
-        f"{FUNCTIONAL}counts.py",
+        "megatron_scmoe/checks/data.py",
+        "if args.padded_vocab_size >= tokens:",
+        "if args.padded_vocab_size > tokens:",
+        f"{UNIT}every_refusal.py",
     ),
     Mutation(
         "megatron_scmoe/arguments.py",
-        'if scmoe.scmoe_combine == "cg1" and not args.moe_shared_expert_gate:',
-        'if scmoe.scmoe_combine == "cg2" and not args.moe_shared_expert_gate:',
+        "if COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:",
+        "if not COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:",
         f"{UNIT}arguments.py",
     ),
     # Checkpoints.
@@ -224,9 +224,9 @@ MUTATIONS = (
         f"{FUNCTIONAL}checkpoints.py -k other_number_of_ranks",
     ),
     Mutation(
-        "megatron_scmoe/run/checkpoint/resume.py",
-        "if not set(changed) <= by_length:",
-        "if set(changed) <= by_length:",
+        "megatron_scmoe/run/checkpoint/param_schedule.py",
+        "if others or not set(changed) <= by_length:",
+        "if others or set(changed) <= by_length:",
         f"{FUNCTIONAL}checkpoints.py -k 'longer_run or lr'",
     ),
     Mutation(
@@ -279,9 +279,9 @@ MUTATIONS = (
         f"{UNIT}doctor.py",
     ),
     Mutation(
-        "megatron_scmoe/run/doctor/findings.py",
-        "if runs and rank == runs[-1][-1] + 1:",
-        "if runs and rank >= runs[-1][-1] + 1:",
+        "megatron_scmoe/words.py",
+        "if runs and value == runs[-1][-1] + 1:",
+        "if runs and value >= runs[-1][-1] + 1:",
         f"{UNIT}doctor.py",
     ),
     # Counting and planning.
@@ -324,19 +324,19 @@ MUTATIONS = (
     ),
     # Data and reports.
     Mutation(
-        "megatron_scmoe/data/encoding.py",
+        "megatron_scmoe/commands/preprocess/encoding.py",
         "lengths[-1] += 1",
         "lengths[0] += 1",
         "tests/unit_tests/preprocess_data/test_preprocess_data.py",
     ),
     Mutation(
-        "megatron_scmoe/data/dataset_writer.py",
+        "megatron_scmoe/commands/preprocess/dataset_writer.py",
         "builder = self._builders[self.documents % len(self._builders)]",
         "builder = self._builders[0]",
         "tests/unit_tests/preprocess_data/test_preprocess_data.py",
     ),
     Mutation(
-        "tools/report/analysis.py",
+        "megatron_scmoe/commands/trace_report/analysis.py",
         "return self.hidden / self.in_flight if self.in_flight else 0.0",
         "return self.exposed / self.in_flight if self.in_flight else 0.0",
         f"{UNIT}overlap_report.py",

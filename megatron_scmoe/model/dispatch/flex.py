@@ -87,8 +87,8 @@ class FlexTrip:
             manager.router_topk = host.tp_size * chunk.rows_per_token
         manager.setup_metadata(by_rank, probs_by_rank)
         if (chosen := getattr(manager, "token_indices", None)) is not None:
-            # DeepEP's takes K experts of every token, those without weight too; with a capacity some
-            # are -1 already.
+            # DeepEP's takes K experts of every token, those without weight too; with a capacity
+            # some are -1 already.
             is_routed = by_rank.flatten(1).gather(1, chosen.clamp(min=0))
             manager.token_indices = chosen.masked_fill(~is_routed, -1)
         visits = by_rank.any(dim=2)
