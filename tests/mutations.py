@@ -327,7 +327,7 @@ MUTATIONS = (
         "megatron_scmoe/commands/preprocess/encoding.py",
         "lengths[-1] += 1",
         "lengths[0] += 1",
-        "tests/unit_tests/preprocess_data/test_preprocess_data.py",
+        "tests/unit_tests/preprocess_data/test_preprocess_golden.py",
     ),
     Mutation(
         "megatron_scmoe/commands/preprocess/dataset_writer.py",
