@@ -70,7 +70,7 @@ def group(expert: bool, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ours", [1, 2])
 def test_optimizers_of_another_chain(ours: int) -> None:
-    """Saved with the other number of optimizers: own tensors, saved options, own identity."""
+    """Saved with the other number of optimizers: own tensors, the saved step, own options."""
     current = [group(expert=index == 1, lr=0.0, step=0) for index in range(ours)]
     tensors = [{"param_state": f"tensors {index}"} for index in range(ours)]
     if ours == 1:
@@ -87,5 +87,5 @@ def test_optimizers_of_another_chain(ours: int) -> None:
     for index, part in enumerate([state_dict] if ours == 1 else state_dict.values()):
         assert part["param_state"] == f"tensors {index}"
         (options,) = part["optimizer"]["param_groups"]
-        assert (options["lr"], options["step"]) == (0.5, 7)
+        assert (options["lr"], options["step"]) == (0.0, 7)
         assert options["is_expert_parallel"] == (index == 1)

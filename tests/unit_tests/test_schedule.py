@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_scmoe.model.dispatch.token_dispatcher import Trip
+from megatron_scmoe.model.dispatch.trip import Trip
 from megatron_scmoe.model.moe import RoutedChunk, RoutedTokens, ScMoELayer
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch

@@ -304,7 +304,7 @@ def test_missing_transformer_engine_on_a_gpu_machine(
 ) -> None:
     """The whole way from the command line, where the CPU backend does not switch the option."""
     monkeypatch.setattr("megatron_scmoe.host.cpu.no_cuda_device", lambda: False)
-    monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", False)
+    monkeypatch.setattr("megatron_scmoe.checks.shortcut.HAVE_TE", False)
     options = [*TINY_MODEL, *TINY_MOE, "--mock-data", "--scmoe-shortcut-position", "pos1"]
     monkeypatch.setattr("sys.argv", ["pretrain_gpt_scmoe.py", *options])
     with pytest.raises(SystemExit), say.user_errors():
@@ -317,7 +317,7 @@ def test_missing_transformer_engine_on_a_gpu_machine(
 
 def test_missing_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = host_config("gqa")
-    monkeypatch.setattr("megatron_scmoe.config.HAVE_TE", False)
+    monkeypatch.setattr("megatron_scmoe.checks.shortcut.HAVE_TE", False)
     for position in ("none", "pos2"):
         with pytest.raises(ValueError, match="Transformer Engine, which is not installed") as error:
             check_model(config, ScMoEConfig(scmoe_shortcut_position=position))

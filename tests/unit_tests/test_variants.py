@@ -20,6 +20,7 @@ from megatron.training.arguments import add_megatron_arguments
 from torch import Tensor
 
 from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import names
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
@@ -294,11 +295,11 @@ def test_toys_leave_no_trace() -> None:
 def test_toys_refuse(scmoe: dict[str, Any], host: dict[str, Any], line: str) -> None:
     case = toy_case()
     config = case.host_config()
-    case.scmoe_config().check(config)
+    check_model(config, case.scmoe_config())
     for name, value in host.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=re.escape(line)):
-        replace(case, scmoe={**case.scmoe, **scmoe}).scmoe_config().check(config)
+        check_model(config, replace(case, scmoe={**case.scmoe, **scmoe}).scmoe_config())
 
 
 # Counts, and names on disk. ---------------------------------------------------------------------
