@@ -293,7 +293,7 @@ def test_memory_beside_the_report(
         return 1.04 * state, 0.0, 0.9 * state
 
     monkeypatch.setattr(fast, "_train", train)
-    proof = fast.Proof(results, CUDA, Rates(1.0, 1.0))
+    proof = fast.FastPart(results, CUDA, Rates(1.0, 1.0))
     proof.memory("local")
     state, kept, peak = read_findings(results.folder)
     assert (state.outcome, kept.outcome, peak.outcome) == ("passed", "failed", "failed")

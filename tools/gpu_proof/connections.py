@@ -87,7 +87,7 @@ def run(results: Results, device: torch.device, deadline: float) -> None:
     positions = POSITIONS if connections != "1" else ("pos2",)
     missing = None if device.type == "cuda" else "CUDA"
     with one_rank(device):
-        proof = Proof(results, device, at)
+        proof = HiddenPart(results, device, at)
         steps = [
             *(
                 timing.PartStep(f"{position}, {at}", partial(proof.position, position), 8)
@@ -101,7 +101,7 @@ def run(results: Results, device: torch.device, deadline: float) -> None:
         do_steps(results, steps, deadline)
 
 
-class Proof:
+class HiddenPart:
     """One shape, one setting."""
 
     def __init__(self, results: Results, device: torch.device, at: str) -> None:

@@ -82,7 +82,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
             product_flops_per_s=rates.flops_per_s,
             copy_bytes_per_s=rates.bytes_per_s,
         )
-        proof = Proof(results, device, rates)
+        proof = FastPart(results, device, rates)
         steps = [
             *(PartStep(f"{name}: units", partial(proof.units, name), 12) for name in MODELS),
             *(PartStep(f"{name}: experts", partial(proof.experts, name), 6) for name in MODELS),
@@ -97,7 +97,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         do_steps(results, steps, deadline)
 
 
-class Proof:
+class FastPart:
     """What is measured, at the sizes of the device."""
 
     def __init__(self, results: Results, device: torch.device, rates: Rates) -> None:
