@@ -1,6 +1,7 @@
 """Pretrain a GPT model with shortcut-connected MoE layers on Megatron-Core.
 
     torchrun --nproc-per-node 2 pretrain_gpt_scmoe.py <Megatron options>
+    python pretrain_gpt_scmoe.py <Megatron options>             # one rank
 
 Takes Megatron's own options and the --scmoe-* ones. Differs from the host's `pretrain_gpt.py` in
 what it leaves out: SFT, fill-in-the-middle, packed documents and hybrid context parallelism.
@@ -178,6 +179,7 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 
 def main() -> None:
+    start.one_rank_by_itself()
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     with say.user_errors():
         args = parse_and_validate_args()

@@ -25,7 +25,8 @@ from megatron.training.utils import (
 from megatron_scmoe import host, say
 from megatron_scmoe.checks import command_line, layout, shortcut
 from megatron_scmoe.checks.data import DATA, VOCABULARY
-from megatron_scmoe.checks.refusal import refuse
+from megatron_scmoe.checks.ranges import NUMBERS
+from megatron_scmoe.checks.refusal import refuse, refuse_all
 from megatron_scmoe.checks.shortcut import check_model, router_has_no_gradient
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
@@ -248,7 +249,8 @@ BEFORE: tuple[Step, ...] = (
     host.apply_cpu_defaults,
     complete_async_save,
     keep_batch_size,
-    partial(refuse, command_line.COMPLETE + layout.TYPED),
+    partial(refuse_all, NUMBERS + command_line.COMPLETE),
+    partial(refuse, layout.TYPED),
 )
 AFTER: tuple[Step, ...] = (
     partial(refuse, layout.RESOLVED),

@@ -6,15 +6,17 @@ group exists that could hang; what is wrong on one node only, its first rank say
 """
 
 import argparse
+import functools
+import inspect
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_scmoe.words import flag
 
@@ -67,6 +69,23 @@ def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
         raise ValueError(message)
 
     parser.error = error  # type: ignore[method-assign]
+    for action in parser._actions:
+        # argparse expects few kinds of errors; some of the host's types evaluate what was typed.
+        if inspect.isfunction(action.type):
+            action.type = _raising_what_argparse_expects(action.type)
+
+
+def _raising_what_argparse_expects(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(convert)
+    def replacement(text: str) -> Any:
+        try:
+            return convert(text)
+        except argparse.ArgumentTypeError:
+            raise
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"{text} cannot be read: {one_line(error)}") from error
+
+    return replacement
 
 
 def printable_help(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,9 @@
 `python -m megatron_scmoe.start` prints what is replaced, where and why.
 """
 
+import os
+import socket
+
 from megatron_scmoe import host
 from megatron_scmoe.host.replace import Replacement
 
@@ -17,6 +20,21 @@ def replace_host_symbols() -> list[Replacement]:
     """
     first = host.prepare()
     return first + host.replace_symbols(rows_of_others())
+
+
+def one_rank_by_itself() -> None:
+    """Let a program that no launcher started be the only rank of its job.
+
+    The host reads these variables, which torchrun sets.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    os.environ |= {name: str(value) for name, value in alone.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def all_rows() -> tuple[Replacement, ...]:

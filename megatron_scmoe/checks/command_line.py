@@ -1,11 +1,19 @@
 """What a command line lacks or cannot mix, whatever the model: the host says it late, or never."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
+from urllib.parse import urlsplit
 
-from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.checks.shortcut import TRANSFORMER_ENGINE
+from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts
+from megatron_scmoe.words import flag
+
+EMERGING = "emerging_optimizers"
 
 PARSED = (
     Refusal(
@@ -14,6 +22,78 @@ PARSED = (
         "use the command line",
     ),
 )
+
+ROTATES = ("rope", "yarn", "none")
+"""Position embeddings that take positions as they are, without asking for position ids."""
+
+
+def _late_warm_up(unit: str) -> Refusal:
+    """The host asserts it when it builds the schedule (core/optimizer_param_scheduler.py)."""
+
+    def when(args: Namespace) -> Found:
+        decay, whole = f"lr_decay_{unit}", f"train_{unit}"
+        end = getattr(args, decay) or getattr(args, whole)
+        warm_up = getattr(args, f"lr_warmup_{unit}")
+        option = flag(decay if getattr(args, decay) else whole)
+        return end is not None and warm_up >= end and {"end": f"{option} {end}"}
+
+    return Refusal(
+        when,
+        f"--lr-warmup-{unit} {{lr_warmup_{unit}}} does not end before {{end}}",
+        "make it shorter",
+    )
+
+
+def _no_key_for_wandb(args: Namespace) -> bool:
+    """As wandb looks for one: its variable, then the file where `wandb login` puts it."""
+    if not args.wandb_project or os.environ.get("WANDB_API_KEY"):
+        return False
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return False
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc().authenticators(host or "") is None
+    except (OSError, NetrcParseError):
+        return True
+
+
+WANDB = (
+    Refusal(
+        lambda args: bool(args.wandb_project) and find_spec("wandb") is None,
+        "--wandb-project needs the package wandb",
+        "install it, or drop --wandb-project",
+    ),
+    Refusal(
+        lambda args: bool(args.wandb_project) and not args.wandb_exp_name,
+        "--wandb-project needs a name for this run",
+        "add --wandb-exp-name",
+    ),
+    Refusal(
+        lambda args: bool(args.wandb_project) and not (args.wandb_save_dir or args.save),
+        "--wandb-project has no folder to write to",
+        "add --wandb-save-dir, or --save",
+    ),
+    Refusal(
+        _no_key_for_wandb,
+        "--wandb-project finds no key of Weights & Biases",
+        "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline",
+    ),
+)
+
+
+def _trace_of_nothing(args: Namespace) -> Found:
+    start, end = args.profile_step_start, args.profile_step_end
+    if args.scmoe_trace_dir is None:
+        return False
+    if args.scmoe_shortcut_position == "none":
+        return {"why": "only shortcut units are traced, and --scmoe-shortcut-position is none"}
+    if start >= end:
+        return {"why": f"--profile-step-start {start} is not before --profile-step-end {end}"}
+    if args.train_iters is not None and start >= args.train_iters:
+        ends = f"the run ends at --train-iters {args.train_iters}"
+        return {"why": f"it begins at --profile-step-start {start}, and {ends}"}
+    return False
+
 
 # Once options of a checkpoint and of this machine are in their places.
 COMPLETE = (
@@ -41,6 +121,51 @@ COMPLETE = (
         "When to evaluate is missing",
         "add --eval-interval",
     ),
+    Refusal(
+        # The host takes iterations x the first batch size for the number of samples
+        # (training/training.py), and the learning rate ends there.
+        lambda args: (
+            (args.step_batch_size_schedule or args.rampup_batch_size) and not args.train_samples
+        ),
+        "A batch size that grows needs the run's length in samples, or its schedule ends early",
+        "use --train-samples in place of --train-iters, --lr-decay-samples and "
+        "--lr-warmup-samples with it",
+    ),
+    *map(_late_warm_up, ("iters", "samples")),
+    Refusal(
+        lambda args: args.reset_position_ids and args.position_embedding_type in ROTATES,
+        "--reset-position-ids changes nothing with --position-embedding-type "
+        "{position_embedding_type}",
+        "drop it",
+        "only learned position embeddings read position ids",
+    ),
+    Refusal(
+        lambda args: args.reset_attention_mask and not args.create_attention_mask_in_dataloader,
+        "--reset-attention-mask changes nothing with --no-create-attention-mask-in-dataloader",
+        "drop one of them",
+    ),
+    Refusal(
+        lambda args: (
+            args.reset_attention_mask
+            and (args.transformer_impl == "transformer_engine" or args.masked_softmax_fusion)
+        ),
+        "--reset-attention-mask changes nothing with --transformer-impl {transformer_impl}",
+        "add --transformer-impl local --no-masked-softmax-fusion",
+        "fused causal attention takes no mask",
+    ),
+    Refusal(
+        lambda args: args.optimizer not in ("adam", "sgd") and find_spec(EMERGING) is None,
+        "--optimizer {optimizer} needs the package emerging_optimizers, which is not installed",
+        "install it, or use adam or sgd",
+    ),
+    Refusal(
+        lambda args: args.optimizer_cpu_offload and no_cuda_device(),
+        "--optimizer-cpu-offload has nothing to offload from",
+        "drop it",
+        "there is no CUDA device",
+    ),
+    Refusal(_trace_of_nothing, "--scmoe-trace-dir would stay empty", "{why}"),
+    *WANDB,
 )
 
 

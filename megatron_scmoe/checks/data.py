@@ -1,5 +1,6 @@
 """Data that cannot be trained on, before any rank builds a dataset."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -32,6 +33,25 @@ def _missing_dataset(args: Namespace) -> Found:
     return False
 
 
+def _bad_weight(args: Namespace) -> Found:
+    """The host divides by their sum, behind a bare assert (core/datasets/utils.py)."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for prefixes, weights in filter(None, [blend, *(blend_per_split or [])]):
+        for prefix, weight in zip(prefixes, weights or (), strict=False):
+            if not (weight > 0 and math.isfinite(weight)):
+                return {"prefix": prefix, "weight": f"{weight:g}"}
+    return False
+
+
+def _remote_without_cache(args: Namespace) -> Found:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
+        for prefix in prefixes:
+            if is_object_storage_path(prefix) and not args.object_storage_cache_path:
+                return {"prefix": prefix}
+    return False
+
+
 def _empty_split(args: Namespace) -> Found:
     """The host would count epochs of nothing forever (core/datasets/gpt_dataset.py:693)."""
     blend, _ = get_blend_and_blend_per_split(args)
@@ -50,6 +70,16 @@ DATA = (
     *map(
         _not_read,
         ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"),
+    ),
+    Refusal(
+        _bad_weight,
+        "{prefix} has the weight {weight} among the data",
+        "leave it out, or give it a positive weight",
+    ),
+    Refusal(
+        _remote_without_cache,
+        "{prefix} is read through a local folder",
+        "add --object-storage-cache-path",
     ),
     Refusal(_missing_dataset, "no dataset {prefix}.bin and {prefix}.idx"),
     Refusal(

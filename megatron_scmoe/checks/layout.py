@@ -9,26 +9,24 @@ is refused where units are made (model/specs.py). Host lines are those of megatr
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_scmoe.checks.refusal import Found, Refusal
+from megatron_scmoe.words import flag
 
 TP, CP, PP = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 STAGES = "give every stage its layers with --pipeline-model-parallel-layout"
 
 
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
-
-
 def _product(args: Namespace, sizes: Iterable[str]) -> tuple[int, str]:
     """The product of some sizes, and how it is written: '4 = --this-size 2 x --that-size 2'."""
     values = {dest: getattr(args, dest) for dest in sizes}
     product = math.prod(values.values())
-    factors = [f"{_flag(dest)} {value}" for dest, value in values.items() if value > 1]
+    factors = [f"{flag(dest)} {value}" for dest, value in values.items() if value > 1]
     text = " x ".join(factors)
     return product, text if len(factors) == 1 else f"{product} = {text}"
 
@@ -42,15 +40,6 @@ def _has_experts(args: Namespace) -> bool:
 
 
 # As typed. --------------------------------------------------------------------------------------
-
-
-def _positive(dest: str) -> Refusal:
-    def when(args: Namespace) -> Found:
-        value = getattr(args, dest)
-        return value is not None and value < 1
-
-    line = f"{_flag(dest)} {{{dest}}} is not at least 1"
-    return Refusal(when, line, "give it a positive number")
 
 
 def _sides(args: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -69,6 +58,10 @@ def _ranks(side: int) -> Callable[[Namespace], Found]:
     return when
 
 
+def _stage_of_no_pipeline(dest: str, args: Namespace) -> Found:
+    return getattr(args, dest) is not None and getattr(args, PP) == 1
+
+
 def _other_data_parallel_ranks(args: Namespace) -> Found:
     if not args.use_tp_pp_dp_mapping or not _has_experts(args) or getattr(args, PP) == 1:
         return False
@@ -85,7 +78,7 @@ def _uneven_experts(args: Namespace) -> Found:
 
 def _batch(kind: str) -> Refusal:
     """A step is a whole number of micro-batches on every data parallel rank."""
-    flag = _flag(f"{kind}global_batch_size")
+    option = flag(f"{kind}global_batch_size")
 
     def when(args: Namespace) -> Found:
         batch = getattr(args, f"{kind}global_batch_size") or args.global_batch_size
@@ -99,15 +92,16 @@ def _batch(kind: str) -> Refusal:
         return (batch < 1 or batch % step != 0) and {
             "batch": batch,
             "step": step,
-            "micro": f"{_flag(micro_dest)} {micro}",
+            "micro": f"{flag(micro_dest)} {micro}",
             "ranks": ranks,
             "nearest": max(_next_multiple(batch, step), step),
         }
 
     return Refusal(
         when,
-        f"{flag} {{batch}} is no multiple of {{step}} = {{micro}} x {{ranks}} data parallel ranks",
-        f"use for example {flag} {{nearest}}",
+        f"{option} {{batch}} is no multiple of {{step}} = {{micro}} x {{ranks}} data parallel "
+        "ranks",
+        f"use for example {option} {{nearest}}",
     )
 
 
@@ -191,7 +185,6 @@ def _uneven_virtual(dest: str) -> Callable[[Namespace], Found]:
 
 
 TYPED = (
-    *map(_positive, (TP, CP, PP, EP, ETP, "num_layers", "micro_batch_size")),
     *(
         Refusal(
             _ranks(side),
@@ -199,6 +192,14 @@ TYPED = (
             "start {enough} (torchrun --nnodes, --nproc-per-node) or use smaller sizes",
         )
         for side in (0, 1)
+    ),
+    *(
+        Refusal(
+            partial(_stage_of_no_pipeline, dest),
+            f"{flag(dest)} {{{dest}}} speaks of pipeline stages, and there is one",
+            "drop it, or add --pipeline-model-parallel-size",
+        )
+        for dest in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     ),
     Refusal(
         _other_data_parallel_ranks,
@@ -275,11 +276,11 @@ def _share(
         ranks, text = _product(args, over)
         return value % ranks != 0 and {"text": text, "fits": math.gcd(value, ranks)}
 
-    another = f"another {_flag(dest)}"
+    another = f"another {flag(dest)}"
     return Refusal(
         when,
-        f"{_flag(dest)} {{{dest}}} is no multiple of {{text}}, and every rank takes an equal part",
-        f"use {_flag(over[0])} {{fits}}, or {another}" if len(over) == 1 else f"use {another}",
+        f"{flag(dest)} {{{dest}}} is no multiple of {{text}}, and every rank takes an equal part",
+        f"use {flag(over[0])} {{fits}}, or {another}" if len(over) == 1 else f"use {another}",
     )
 
 
@@ -323,7 +324,7 @@ def _missing_backend(args: Namespace) -> Found:
 
 def _micro_batch_groups(kind: str) -> Refusal:
     """core/pipeline_parallel/schedules.py:1133: the interleaved pipeline's groups are full."""
-    flag = _flag(f"{kind}global_batch_size")
+    option = flag(f"{kind}global_batch_size")
 
     def when(args: Namespace) -> Found:
         if args.virtual_pipeline_model_parallel_size is None:
@@ -342,9 +343,9 @@ def _micro_batch_groups(kind: str) -> Refusal:
 
     return Refusal(
         when,
-        f"Virtual pipeline stages take micro-batches in groups of {{group}}, and {flag} {{batch}} "
-        "makes {count} for each data parallel rank",
-        f"use for example {flag} {{nearest}}",
+        f"Virtual pipeline stages take micro-batches in groups of {{group}}, and {option} "
+        "{batch} makes {count} for each data parallel rank",
+        f"use for example {option} {{nearest}}",
     )
 
 

@@ -51,3 +51,13 @@ def refuse(rows: Iterable[Refusal], *options: Any) -> None:
     """
     for _, line in complaints(rows, *options):
         raise ValueError(line)
+
+
+def refuse_all(rows: Iterable[Refusal], *options: Any) -> None:
+    """Refuse what any of some rows says, all of it at once; no row may rely on another.
+
+    Raises:
+        ValueError: their lines, one behind the other.
+    """
+    if lines := [line for _, line in complaints(rows, *options)]:
+        raise ValueError(" ".join(lines))

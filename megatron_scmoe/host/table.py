@@ -214,6 +214,20 @@ TABLE: tuple[Replacement, ...] = (
         wheel.flops_of_gated_units,
     ),
     Replacement(
+        "megatron.core.transformer.moe.moe_logging.MoEMetricsTracker.report",
+        "always",
+        "training/training.py:2762",
+        "with seq_aux_loss or global_aux_loss a load_balancing_loss of 0 is logged beside theirs",
+        wheel.report_losses_that_exist,
+    ),
+    Replacement(
+        "megatron.training.training.evaluate_and_print_results",
+        "always",
+        "training/training.py:4382",
+        "--full-validation of one data set: 'int' object is not subscriptable",
+        wheel.full_validation_of_one_set,
+    ),
+    Replacement(
         "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
         "no TE",
         "core/tensor_parallel/random.py:740",

@@ -63,6 +63,46 @@ def flops_of_gated_units(count: Callable[..., float]) -> Callable[..., float]:
     return replacement
 
 
+def report_losses_that_exist(report: Callable[..., str]) -> Callable[..., str]:
+    """`MoEMetricsTracker.report` without the balancing loss that this run does not have.
+
+    The host looks for "aux_loss" inside of "seq_aux_loss" (training/training.py:2762) and logs a
+    loss of 0 beside the real one.
+    """
+
+    def replacement(
+        self: Any, *args: Any, track_names: Any = None, total_loss_dict: Any = None, **named: Any
+    ) -> str:
+        if isinstance(track_names, list) and len(track_names) > 1:
+            from megatron.training import get_args
+
+            if get_args().moe_router_load_balancing_type in ("seq_aux_loss", "global_aux_loss"):
+                track_names = [name for name in track_names if name != "load_balancing_loss"]
+        return report(
+            self, *args, track_names=track_names, total_loss_dict=total_loss_dict, **named
+        )
+
+    return replacement
+
+
+def full_validation_of_one_set(evaluate: Callable[..., None]) -> Callable[..., None]:
+    """`evaluate_and_print_results` for --full-validation without --multiple-validation-sets.
+
+    The host makes a tensor of the one number of iterations and takes its first element
+    (training/training.py:4382).
+    """
+
+    def replacement(*args: Any, **named: Any) -> None:
+        from megatron.training import get_args
+
+        options = get_args()
+        if options.full_validation and isinstance(options.eval_iters, int):
+            options.eval_iters = [options.eval_iters]  # a number again when it returns
+        evaluate(*args, **named)
+
+    return replacement
+
+
 def default_timeout() -> timedelta:
     """How long a collective of the default group may take, as the host has set it."""
     from torch.distributed import distributed_c10d

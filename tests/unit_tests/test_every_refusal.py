@@ -21,7 +21,8 @@ from megatron.training.arguments import add_megatron_arguments
 import megatron_scmoe
 from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checks import command_line, data, layout, shortcut
-from megatron_scmoe.checks.refusal import Refusal, complaints
+from megatron_scmoe.checks.ranges import NUMBERS, RANGES, Range
+from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import norm, specs
 from tests.models import Case
@@ -130,7 +131,8 @@ class Typed(NamedTuple):
 
 TYPED, RESOLVED = layout.TYPED, layout.RESOLVED
 COMPLETE, OPTIONS = command_line.COMPLETE, shortcut.OPTIONS
-STACKED_EXPERTS = command_line.STACKED_EXPERTS
+STACKED_EXPERTS, WANDB = command_line.STACKED_EXPERTS, command_line.WANDB
+WANDB_RUN = "--wandb-project a --wandb-exp-name b --save a"
 OF_COMMAND_LINE: dict[str, Typed] = {
     "--yaml-cfg has no place": Typed(command_line.PARSED, "--yaml-cfg a.yaml"),
     "--transformer-impl transformer_engine, the default, needs": Typed(
@@ -148,18 +150,42 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--use-megatron-fsdp does not": Typed(OPTIONS, f"{POS2} --use-megatron-fsdp"),
     "--use-torch-fsdp2 does not": Typed(OPTIONS, f"{POS2} --use-torch-fsdp2"),
     "--moe-use-upcycling does not": Typed(OPTIONS, f"{POS2} --moe-use-upcycling"),
-    **{
-        f"--{name} 0 is not at least 1": Typed(TYPED, f"--{name} 0")
-        for name in (
-            "tensor-model-parallel-size",
-            "context-parallel-size",
-            "pipeline-model-parallel-size",
-            "expert-model-parallel-size",
-            "expert-tensor-parallel-size",
-            "num-layers",
-            "micro-batch-size",
-        )
-    },
+    "--num-layers 0 is not from 1 to 10000; --lr nan is no number": Typed(
+        NUMBERS, "--num-layers 0 --lr nan"
+    ),
+    "A batch size that grows": Typed(COMPLETE, "--rampup-batch-size 2 2 16"),
+    "--lr-warmup-iters 1 does not end before --train-iters 1": Typed(
+        COMPLETE, "--lr-warmup-iters 1"
+    ),
+    "--lr-warmup-samples 8 does not end before --lr-decay-samples 8": Typed(
+        COMPLETE, "--train-samples 16 --lr-decay-samples 8 --lr-warmup-samples 8"
+    ),
+    "--reset-position-ids changes nothing with --position-embedding-type rope": Typed(
+        COMPLETE, "--reset-position-ids --position-embedding-type rope"
+    ),
+    "--reset-attention-mask changes nothing with --no-create": Typed(
+        COMPLETE,
+        "--reset-attention-mask --no-create-attention-mask-in-dataloader "
+        "--no-masked-softmax-fusion",
+    ),
+    "--reset-attention-mask changes nothing with --transformer-impl local": Typed(
+        COMPLETE, "--reset-attention-mask"
+    ),
+    "--optimizer muon needs the package": Typed(COMPLETE, "--optimizer muon"),
+    "--optimizer-cpu-offload has nothing": Typed(COMPLETE, "--optimizer-cpu-offload"),
+    "--scmoe-trace-dir would stay empty: it begins at": Typed(
+        COMPLETE, f"{POS2} --scmoe-trace-dir a --profile-step-start 1"
+    ),
+    "--wandb-project needs the package": Typed(WANDB, WANDB_RUN),
+    "--wandb-project needs a name": Typed(WANDB, "--wandb-project a --save a"),
+    "--wandb-project has no folder": Typed(WANDB, "--wandb-project a --wandb-exp-name b"),
+    "--wandb-project finds no key": Typed(WANDB, WANDB_RUN),
+    "--decoder-first-pipeline-num-layers 1 speaks of": Typed(
+        TYPED, "--decoder-first-pipeline-num-layers 1"
+    ),
+    "--decoder-last-pipeline-num-layers 1 speaks of": Typed(
+        TYPED, "--decoder-last-pipeline-num-layers 1"
+    ),
     "The number of ranks, 4, is no multiple of --context-parallel-size 3": Typed(
         TYPED, "--context-parallel-size 3"
     ),
@@ -248,6 +274,8 @@ OF_COMMAND_LINE: dict[str, Typed] = {
             "dataloader-inter-document-masking",
         )
     },
+    "b has the weight 0 among the data": Typed(data.DATA, "--data-path 0 b 1 CORPUS"),
+    "s3://bucket/text is read through": Typed(data.DATA, "--data-path s3://bucket/text"),
     "no dataset /nowhere/corpus.bin": Typed(data.DATA, "--data-path /nowhere/corpus"),
     "--split 98,1,1 leaves the valid data none of the 3": Typed(
         data.DATA, "--data-path CORPUS --split 98,1,1"
@@ -306,7 +334,10 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
         return next(complaints((specs.CUT_UNIT,), config, specs.block_layers(config, scmoe)))
     rows, options, changes = OF_COMMAND_LINE[line]
     args = parsed(options.replace("CORPUS", str(corpus)), changes)
-    return next(complaints(rows, args, *([64] if rows is data.VOCABULARY else [])))
+    with pytest.MonkeyPatch.context() as patch:
+        if line.endswith("needs the package"):
+            patch.setattr(command_line, "find_spec", lambda name: None)
+        return next(complaints(rows, args, *([64] if rows is data.VOCABULARY else [])))
 
 
 @pytest.fixture
@@ -315,6 +346,9 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shortcut, "HAVE_TE", False)
     monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
     monkeypatch.setattr(fused_a2a, "HAVE_HYBRIDEP", False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of Weights & Biases
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     prefix = tmp_path / "corpus"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
     for _ in range(3):
@@ -347,9 +381,42 @@ def test_every_row_is_reached(corpus: Path) -> None:
     assert sorted(row.line for row in every_row() - reached) == []
 
 
+def test_what_is_wrong_is_said_all_at_once(corpus: Path) -> None:
+    args = parsed("--seed 0 --optimizer muon", {"lr": None})
+    with pytest.raises(ValueError) as refused:
+        refuse_all(NUMBERS + COMPLETE, args)
+    said = str(refused.value)
+    assert "--seed 0 is not from 1" in said and "add --lr." in said and "--optimizer muon" in said
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "text"),
+    [
+        (Range(1), (1, 5), (0, -3), "at least 1"),
+        (Range(1, 10_000), (1, 10_000), (0, 10_001), "from 1 to 10000"),
+        (Range(0, open_least=True), (1e-9,), (0, -1), "above 0"),
+        (Range(0, 1, open_most=True), (0, 0.9), (1, -0.1), "at least 0 and below 1"),
+        (Range(0, 1, open_least=True), (1, 0.1), (0, 1.1), "above 0 and at most 1"),
+    ],
+)
+def test_range(
+    bounds: Range, inside: tuple[float, ...], outside: tuple[float, ...], text: str
+) -> None:
+    assert all(number in bounds for number in inside)
+    assert not any(number in bounds for number in outside)
+    assert str(bounds) == text
+
+
+def test_every_option_with_a_range_exists_and_has_a_sound_default() -> None:
+    args = vars(parsed("", {}))
+    assert RANGES.keys() <= args.keys()
+    for dest, bounds in RANGES.items():
+        assert args[dest] is None or args[dest] in bounds, dest
+
+
 def test_what_is_sound_is_refused_by_no_row(corpus: Path) -> None:
     args = parsed("--mock-data --padded-vocab-size 64", {})
-    for rows in (command_line.PARSED, COMPLETE, TYPED, RESOLVED, OPTIONS, STACKED_EXPERTS):
+    for rows in (command_line.PARSED, NUMBERS, COMPLETE, TYPED, RESOLVED, OPTIONS, STACKED_EXPERTS):
         assert list(complaints(rows, args)) == []
     assert list(complaints(data.DATA, args)) == list(complaints(data.VOCABULARY, args, 64)) == []
     scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")

@@ -44,6 +44,9 @@ def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
         global _current
         options = get_args()
         persistent = not kwargs.get("non_persistent_ckpt")
+        if options.save is None:
+            # The host saves before it ends a run whose results are wrong, with nowhere to save to.
+            return print_rank_0("nothing is saved: there is no --save")
         folder = Path(options.save) if persistent else contents.non_persistent_folder(options)
         if folder is None:
             with _leaves_nothing_half_written(Path(options.save)):
@@ -134,6 +137,12 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             return result
         except CheckpointError:
             raise
+        except SystemExit as error:
+            # What the host cannot read it prints, and ends the run as if all were well.
+            where = options.load or options.pretrained_checkpoint
+            raise CheckpointError(
+                f"cannot load from {where}: the lines above say what is wrong."
+            ) from error
         except FAILURES as error:
             if lost_peer(error):
                 raise  # a rank that knows more has spoken or will

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -141,7 +142,7 @@ def check_disk(args: Namespace | None) -> Iterator[Finding]:
     if args is None or args.save is None:
         return
     folder = next(path for path in (Path(args.save), *Path(args.save).parents) if path.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not _writable(folder):
         yield Finding(
             "error", f"--save {args.save}: {folder} cannot be written", "use another folder"
         )
@@ -152,6 +153,15 @@ def check_disk(args: Namespace | None) -> Iterator[Finding]:
         yield Finding("ok", seen)
     else:
         yield Finding("warning", seen, "make room, or --save elsewhere")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a file can be made there: permissions alone do not say it of every file system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def checkpoint_bytes(args: Namespace) -> int:

@@ -1,0 +1,87 @@
+"""Defects of the host that training meets, through the entry script."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .forked import launch_forked
+from .launch import REPOSITORY, SCRIPT, TINY_MODEL, TINY_MOE
+from .text import write_text
+
+POS1 = [*TINY_MODEL, *TINY_MOE, "--scmoe-shortcut-position", "pos1"]
+MOCK = [*POS1, "--mock-data"]
+
+
+@pytest.mark.parametrize("kind", ["seq_aux_loss", "global_aux_loss"])
+def test_a_balancing_loss_that_there_is_not_is_not_logged(kind: str, tmp_path: Path) -> None:
+    options = ["--moe-router-load-balancing-type", kind, "--train-iters", "2"]
+    run = launch_forked([*MOCK, *options], 1, tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:]
+    own = kind.removesuffix("aux_loss")
+    values = re.findall(rf" {own}load_balancing_loss: ([0-9.E+-]+)", run.stdout)
+    assert len(values) == 2 and all(float(value) > 0 for value in values)
+    assert " load_balancing_loss:" not in run.stdout
+
+
+def test_full_validation_of_one_data_set(tmp_path: Path) -> None:
+    data = ["--data-path", str(write_text(tmp_path)), "--data-cache-path", str(tmp_path / "cache")]
+    options = ["--full-validation", "--split", "900,100,0", "--train-iters", "4"]
+    options += ["--vocab-size", "256"]
+    run = launch_forked([*POS1, *data, *options, "--eval-interval", "2"], 2, tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert run.stdout.count("validation loss at iteration 2 ") == 1
+    assert run.stdout.count("validation loss at iteration 4 ") >= 1
+
+
+def make_losses_nan() -> None:
+    import torch
+
+    from megatron_scmoe.model import unit
+
+    unit.ShortcutLayer.forward = lambda self, hidden_states, *_, **__: (  # type: ignore[method-assign]
+        hidden_states * torch.tensor(float("nan")),
+        None,
+    )
+
+
+def test_nan_without_save_is_the_hosts_report(tmp_path: Path) -> None:
+    run = launch_forked(MOCK, 1, tmp_path, hook=make_losses_nan)
+    assert run.returncode != 0
+    assert "found NaN in local forward loss calculation" in run.stdout
+    assert "TypeError" not in run.stdout
+
+
+def test_an_unreadable_checkpoint_of_the_hosts_other_format_is_an_error(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "ck" / "iter_0000002" / "mp_rank_00"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model_optim_rng.pt").write_bytes(b"no checkpoint")
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    options = ["--load", str(tmp_path / "ck"), "--ckpt-format", "torch"]
+    model = [option for option in MOCK if option != "--moe-grouped-gemm"]
+    run = launch_forked([*model, *options, "--no-load-rng", "--no-load-optim"], 1, tmp_path)
+    assert run.returncode == 2, run.stdout[-3000:]
+    lines = [line for line in run.stdout.splitlines() if f"{SCRIPT}: error: " in line]
+    assert len(lines) == 1 and str(tmp_path / "ck") in lines[0]
+
+
+def test_without_a_launcher_it_is_one_rank() -> None:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *MOCK, "--train-iters", "1", "--eval-iters", "0"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "iteration        1/       1" in run.stdout
