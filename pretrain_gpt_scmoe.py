@@ -44,6 +44,7 @@ from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.arguments import parse_and_validate_args, prepare
+from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.doctor.machine import start_up
 from megatron_scmoe.run.watch import watched_ranks
@@ -184,8 +185,8 @@ def main() -> None:
     with say.user_errors():
         args = parse_and_validate_args()
         container = prepare(args)
-        for warning in start_up(args):
-            print_rank_0(warning, args.rank)
+        for line in (*what_the_flag_changes(args), *start_up(args)):
+            print_rank_0(line, args.rank)
 
     run, store = pretrain, None
     if args.inprocess_restart:

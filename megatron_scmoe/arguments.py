@@ -119,7 +119,7 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     say.one_line_usage_errors(parser)
     options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
     group = options.build_group(parser, title="scmoe")
-    parser.set_defaults(scmoe_measured_slots=None, scmoe_experts_at_home={})
+    parser.set_defaults(scmoe_measured_slots=None, scmoe_experts_at_home={}, scmoe_implied={})
     offer_variants(parser, group)
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
     checkpoints = parser.add_argument_group("scmoe checkpoints")
@@ -138,7 +138,41 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=True)
     say.printable_help(parser)
+    offer_own_help(parser, [group, checkpoints])
     return parser
+
+
+class _OwnHelp(Action):
+    """Print some groups of options and stop."""
+
+    def __init__(self, *args: Any, groups: list[_ArgumentGroup], **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "nargs": 0, "default": SUPPRESS})
+        self.groups = groups
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> None:
+        formatter = parser._get_formatter()
+        for group in self.groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        print(formatter.format_help(), end="")
+        parser.exit()
+
+
+def offer_own_help(parser: ArgumentParser, groups: list[_ArgumentGroup]) -> None:
+    """Add --help-scmoe, to which the host's four thousand lines of --help point at their top.
+
+    Args:
+        groups: our options, which get their defaults into their texts.
+    """
+    for action in (action for group in groups for action in group._group_actions):
+        if action.nargs != 0 and action.default is not None and action.default != SUPPRESS:
+            action.help = f"{action.help} Default: {action.default}."
+    parser.add_argument(
+        "--help-scmoe", action=_OwnHelp, groups=groups, help="Print the options of ScMoE alone."
+    )
+    parser.usage = "%(prog)s [--help-scmoe] [--help] <options>\n\n--help-scmoe prints ours alone."
 
 
 class _NumberOfKind(Action):
@@ -210,7 +244,8 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
     """Set what a shortcut implies and the baseline's command line leaves open.
 
     Args:
-        args: parsed and validated; changed in place, so that FLOPs, checkpoints and logs see it.
+        args: parsed and validated; changed in place, so that FLOPs, checkpoints and logs see it;
+            `scmoe_implied` is what stood there before, by dest.
 
     Returns:
         One line for each option that was set, with the reason.
@@ -219,20 +254,25 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
     if not scmoe.enabled or args.num_experts is None:
         return []
     notes = []
+
+    def imply(dest: str, value: Any) -> None:
+        args.scmoe_implied = {**args.scmoe_implied, dest: getattr(args, dest)}
+        setattr(args, dest, value)
+
     if args.moe_shared_expert_intermediate_size is None:
-        args.moe_shared_expert_intermediate_size = args.ffn_hidden_size
+        imply("moe_shared_expert_intermediate_size", args.ffn_hidden_size)
         notes.append(
             f"--moe-shared-expert-intermediate-size {args.ffn_hidden_size} (--ffn-hidden-size): "
             "the shared expert on the current representation"
         )
     if router_has_no_gradient(args):
-        args.moe_router_pre_softmax = True
+        imply("moe_router_pre_softmax", True)
         notes.append(
             "--moe-router-pre-softmax: with top-1 a softmax over the selected expert is always 1 "
             "and would leave the router no gradient"
         )
     if COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
-        args.moe_shared_expert_gate = True
+        imply("moe_shared_expert_gate", True)
         notes.append(f"--moe-shared-expert-gate: this is --scmoe-combine {scmoe.scmoe_combine}")
     return notes
 

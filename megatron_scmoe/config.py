@@ -27,6 +27,11 @@ def _of_table(table: Mapping[str, type[Variant]], default: str) -> Any:
     return field(default=default, metadata={"argparse_meta": {"choices": table}})
 
 
+def _shown_as(metavar: str, default: Any) -> Any:
+    """A field whose value has a name in --help."""
+    return field(default=default, metadata={"argparse_meta": {"metavar": metavar}})
+
+
 @dataclass
 class ScMoEConfig:
     """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
@@ -57,11 +62,19 @@ class ScMoEConfig:
     scmoe_post_norm: bool = False
     """Normalise the sum of shared and routed outputs before the residual add."""
 
-    scmoe_overlap: bool = True
+    scmoe_overlap: bool = field(
+        default=True,
+        metadata={
+            "argparse_meta": {
+                "help": "Await every all-to-all where it starts, instead of running it beside "
+                "dense work; results are bitwise the same."
+            }
+        },
+    )
     """Run the all-to-alls beside dense work. Without it the same steps run, but every all-to-all is
     awaited where it starts; results are bitwise the same."""
 
-    scmoe_expert_slot: str = "auto"
+    scmoe_expert_slot: str = _shown_as("auto|N|N,M", "auto")
     """Dense operators of the window that run before the routed experts. Attention is three
     operators: QKV, core, projection. Pos-1: attention, shared expert (0..4). Pos-2: MLP, attention,
     shared expert (0..5). Pos-3: attention, MLP, attention, shared expert (0..8). auto: measured in
@@ -71,11 +84,11 @@ class ScMoEConfig:
     scmoe_remeasure_slot: bool = False
     """Measure the expert slots again where a checkpoint has them."""
 
-    scmoe_num_chunks: int = 1
+    scmoe_num_chunks: int = _shown_as("N", 1)
     """Parts of the tokens that are exchanged one by one, so that the experts of one part run beside
     the exchange of another: for a link that the dense work alone cannot hide."""
 
-    scmoe_trace_dir: str | None = None
+    scmoe_trace_dir: str | None = _shown_as("DIR", None)
     """Write a trace of the units for Perfetto and tools/overlap_report.py into this folder, a file
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
 

@@ -26,6 +26,7 @@ from megatron_scmoe import host, say, start
 
 start.replace_host_symbols()
 
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -35,6 +36,7 @@ from megatron_scmoe.arguments import (
     model_config_from_args,
 )
 from megatron_scmoe.checks import layout
+from megatron_scmoe.checks.ranges import NUMBERS
 from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
@@ -51,12 +53,12 @@ def add_planner_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     add_scmoe_args(parser)
     group = parser.add_argument_group("cluster", "Bandwidths: GB/s, one direction, for each GPU.")
     group.add_argument("--cluster-preset", choices=sorted(PRESETS), help="Peak numbers of a GPU.")
-    group.add_argument("--cluster-nodes", type=int)
-    group.add_argument("--cluster-gpus-per-node", type=int)
+    group.add_argument("--cluster-nodes", type=int, help="Machines of the job.")
+    group.add_argument("--cluster-gpus-per-node", type=int, help="GPUs of one of them.")
     group.add_argument("--cluster-tflops", type=float, help="Peak of one GPU.")
     group.add_argument("--cluster-intra-node-gbytes", type=float, help="NVLink or PCIe.")
     group.add_argument("--cluster-network-gbytes", type=float, help="Between nodes.")
-    group.add_argument("--cluster-memory-gib", type=float)
+    group.add_argument("--cluster-memory-gib", type=float, help="Memory of one GPU.")
     group.add_argument(
         "--cluster-flops-efficiency", type=float, help="Share of the peak that operators reach."
     )
@@ -108,12 +110,12 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     if args.scmoe_shortcut_position == "none":
         args.scmoe_shortcut_position = "pos2"
         notes.append("--scmoe-shortcut-position pos2 for the memory: the command line has none")
-    refuse(layout.TYPED, args)
+    refuse(NUMBERS + layout.TYPED, args)
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
     if args.padded_vocab_size is None:
         if args.vocab_size is None:
-            raise ValueError("--vocab-size is missing: the planner reads no tokenizer.")
+            args.vocab_size = _tokens(args)
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size,
             args.make_vocab_size_divisible_by,
@@ -124,6 +126,20 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     config = model_config_from_args(args)
     config.transformer.transformer_impl = transformer_impl
     return args, config, notes
+
+
+def _tokens(args: Namespace) -> int:
+    """Of the tokenizer, which lies on this machine.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    local = args.tokenizer_model or args.vocab_file
+    if local is None or not Path(local).exists():
+        raise ValueError(
+            "--vocab-size is missing, and --tokenizer-model names nothing here: add it."
+        )
+    return build_tokenizer(args).vocab_size
 
 
 def _apply_preset(args: Namespace) -> None:

@@ -13,7 +13,14 @@ from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.measured import Comparison, Measurement, compare
 from megatron_scmoe.planner.memory import RankMemory, Training, memory_of_ranks, training_from_args
-from megatron_scmoe.planner.predict import Model, PassTimes, Prediction, predict, predict_best
+from megatron_scmoe.planner.predict import (
+    Model,
+    PassTimes,
+    Prediction,
+    predict,
+    predict_best,
+    stock_seconds,
+)
 from megatron_scmoe.planner.size import ModelSize, model_size
 from megatron_scmoe.planner.times import (
     all_passes,
@@ -99,6 +106,18 @@ class Plan:
     memory: RankMemory
     """Of the pipeline stage that needs most."""
     larger: list[Larger]
+    typed: float
+    """Seconds of a pair of the command line as it stands, without a shortcut: top-K, and a shared
+    expert only if it names one."""
+
+    def over_typed(self, prediction: Prediction) -> float:
+        """Speed-up of the pair over the command line as it stands."""
+        return self.typed / prediction.seconds
+
+    @property
+    def fastest(self) -> Prediction | None:
+        """The position that takes the least time at its best slots; None if none can be had."""
+        return min(map(self.best, self.predictions), key=lambda best: best.seconds, default=None)
 
     def best(self, position: str) -> Prediction:
         """The slots that take the least time, of each direction on its own."""
@@ -149,6 +168,11 @@ def make_plan(
         parameters=size.parameters,
         memory=_fullest_rank(config, size, training),
         larger=list(_larger(args, config, training, source, positions)) if extrapolate else [],
+        typed=stock_seconds(
+            model,
+            wider=False,
+            shared_expert="moe_shared_expert_intermediate_size" not in args.scmoe_implied,
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
 from megatron_scmoe.planner.predict import Model, Prediction
 from megatron_scmoe.planner.times import tokens_per_rank
+from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.words import table
 
 GIB = 2**30
@@ -25,6 +26,7 @@ def as_text(
 ) -> str:
     """Tables to read."""
     parts = [
+        "\n".join([_verdict(config, plan), *what_the_flag_changes(args)]),
         _head(args, config, plan),
         _parts_table(config, plan.model),
         _positions_table(config, plan),
@@ -57,7 +59,10 @@ def as_json(
         "rest_seconds": plan.model.rest,
         "communication_share": communication_share(plan.model),
         "predictions": [
-            _prediction(prediction, prediction.slots == plan.best(position).slots)
+            {
+                **_prediction(prediction, prediction.slots == plan.best(position).slots),
+                "speedup_over_typed": plan.over_typed(prediction),
+            }
             for position, slots in plan.predictions.items()
             for prediction in slots
         ],
@@ -154,6 +159,21 @@ def assumptions(
 # Text. --------------------------------------------------------------------------------------------
 
 
+def _verdict(config: TransformerConfig, plan: Plan) -> str:
+    """What to do, in one line."""
+    best = plan.fastest
+    if best is None:
+        return "Best    none: no position can be had, see below"
+    over, typed = best.over_wider, plan.over_typed(best)
+    hidden = "all hidden" if best.fits else f"{best.hidden_share:.0%} hidden"
+    line = (
+        f"Best    {best.position}, slot {best.slots}: {over:.2f}x over {_wider(config)}, "
+        f"{typed:.2f}x over the command line as it stands, {hidden}, "
+        f"{plan.memory.total_bytes / GIB:.0f} GiB"
+    )
+    return f"{line}\n        SLOWER than stock as it stands" if typed < 1 else line
+
+
 def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     pattern = moe_layer_pattern(config)
     layout = _layout(args, config)
@@ -185,7 +205,7 @@ def _parts_table(config: TransformerConfig, model: Model) -> str:
 def _positions_table(config: TransformerConfig, plan: Plan) -> str:
     shared = f"top-{config.moe_router_topk}+shared"
     header = ["position", "slot", "window", "communication", "exposed", "hidden", "pair"]
-    header += [f"over {_wider(config)}", f"over {shared}", "model"]
+    header += [f"over {_wider(config)}", f"over {shared}", "over yours", "model"]
     rows = []
     for position, slots in plan.predictions.items():
         units = [times.unit(position) for times in plan.model.passes]
@@ -206,6 +226,7 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
                     _ms(prediction.seconds),
                     f"{prediction.over_wider:.2f}x",
                     f"{prediction.over_shared:.2f}x",
+                    f"{plan.over_typed(prediction):.2f}x",
                     f"{prediction.model_over_wider:.2f}x",
                 ]
             )
@@ -214,8 +235,8 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
         "Positions and slots, forward and backward together (ms; window before | after the "
         "experts, dispatch | combine)\n"
         + table(header, rows)
-        + f"\n* default slot, + best slots; model: over {_wider(config)} with all other layers"
-        + refused
+        + "\n* default slot, + best slots; yours: the command line without a shortcut; "
+        f"model: over {_wider(config)} with all other layers" + refused
     )
 
 

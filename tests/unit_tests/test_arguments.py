@@ -120,6 +120,21 @@ def test_help_is_printed(script: str) -> None:
     assert "--scmoe-shortcut-position" in done.stdout and "1.10 = 10%)" in done.stdout
 
 
+def test_help_of_ours_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = add_scmoe_args(add_megatron_arguments(argparse.ArgumentParser(prog="program")))
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--help-scmoe"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert "--scmoe-num-chunks N " in shown and "--scmoe-trace-dir DIR " in shown
+    assert "hide. Default: 1." in shown
+    assert "--no-scmoe-overlap, --disable-scmoe-overlap Await every all-to-all" in shown
+    assert "--trust-checkpoints" in shown and "--hidden-size" not in shown
+    assert (
+        "--help-scmoe prints ours alone" in parser.format_help().split("Megatron-LM Arguments")[0]
+    )
+
+
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:
     actions = scmoe_actions()
     options = [field for field in fields(ScMoEConfig) if field.name not in NO_OPTIONS]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.model.builder import ScMoEModelConfig
@@ -34,6 +36,7 @@ from megatron_scmoe.planner.predict import (
     stock_seconds,
 )
 from megatron_scmoe.planner.times import exchange_bytes
+from megatron_scmoe.planner.twin import Twin, twin, what_the_flag_changes
 from tools.benchmarks import paper_table as paper
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -493,6 +496,54 @@ def test_text_and_json_say_the_same(output) -> None:
     memory = content["memory"]
     parts = ("weights", "gradients", "optimizer", "activations_estimate")
     assert math.isclose(memory["total"], sum(memory[name] for name in parts))
+
+
+MIXTRAL = (
+    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 224 --num-attention-heads 8 --swiglu "
+    "--disable-bias-linear --seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 "
+    "--global-batch-size 4096 --bf16 --vocab-size 500 --num-experts 8 "
+    "--moe-token-dispatcher-type alltoall --scmoe-shortcut-position pos1 "
+)
+EQUAL = "--moe-router-topk 1 --moe-shared-expert-intermediate-size 224"
+
+
+def test_what_one_flag_does_to_a_published_model(output) -> None:
+    """top-2 without a shared expert gets one: the plan says that it is slower, and what is not."""
+    first, second, changed, advice, *_ = output(MIXTRAL, "--moe-router-topk 2", CLUSTER).split("\n")
+    assert first.startswith("Best    pos1, slot ") and "0." in first.split("top-3, ")[1]
+    assert second.strip() == "SLOWER than stock as it stands"
+    ratio = float(re.search(r"and ([\d.]+) x the FLOPs", changed)[1])  # type: ignore[index]
+    assert 1.2 < ratio < 1.5
+    assert advice.endswith(f"the same FLOPs as before: {EQUAL}")
+
+
+def test_the_advice_keeps_flops_and_activated_parameters(command_line) -> None:
+    def sizes(*options: str) -> Twin:
+        args, _ = command_line(MIXTRAL, *options, CLUSTER)
+        both = twin(args)
+        assert both is not None
+        return both
+
+    wider, equal = sizes("--moe-router-topk 2"), sizes(EQUAL)
+    assert equal.after.activated_parameters == pytest.approx(
+        wider.before.activated_parameters, rel=2e-2
+    )
+    assert equal.after.model_flops == pytest.approx(wider.before.model_flops, rel=1e-2)
+
+
+def test_a_shared_expert_that_was_there_is_nothing_new(planned) -> None:
+    args, plan = planned(MIXTRAL, EQUAL, CLUSTER)
+    assert plan.typed == stock_seconds(plan.model, wider=False, shared_expert=True)
+    (line,) = what_the_flag_changes(args)
+    assert "1.00 x the FLOPs" in line
+
+
+def test_a_local_tokenizer_is_read(output, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<eod>": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>").save_pretrained(tmp_path)
+    options = MIXTRAL.replace("--vocab-size 500", "--tokenizer-type HuggingFaceTokenizer")
+    text = output(options, f"--tokenizer-model {tmp_path}", EQUAL, CLUSTER)
+    assert text == output(MIXTRAL.replace("500", "3"), EQUAL, CLUSTER)
 
 
 def test_stock_command_lines_are_planned_too(output) -> None:
