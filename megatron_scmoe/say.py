@@ -62,6 +62,19 @@ def say(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 
+def one_line_interrupts() -> None:
+    """Let Ctrl-C end a program with one line of its first rank, and the shell's exit code, 130."""
+    hook = sys.excepthook
+
+    def replacement(kind: type[BaseException], error: BaseException, *others: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            hook(kind, error, *others)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            say("stopped by an interrupt.")
+
+    sys.excepthook = replacement
+
+
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     """Let the parser raise instead of printing the host's several hundred lines of usage."""
 
