@@ -77,14 +77,17 @@ LOGGING_ARGS=(
     --save-interval "$TRAIN_ITERS"
 )
 
+# Two thousand lines, most of them options, go into a file; a line that moves stays.
 launch() {
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
         "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${SCMOE_ARGS[@]}" "${TRAINING_ARGS[@]}" \
-        "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
+        "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@" 2>&1 |
+        python examples/quickstart/progress.py --log "$RUN_DIR/log.txt" \
+            --sequence-length "$SEQ_LENGTH"
 }
 
 echo "== 1/5 text: the Python standard library, with held-out documents"
-rm -rf "$RUN_DIR"/{data,tokenizer,tensorboard,checkpoints,summary.json,loss.png}
+rm -rf "$RUN_DIR"/{data,tokenizer,tensorboard,checkpoints,log.txt,summary.json,loss.png}
 mkdir -p "$DATA_DIR"
 python examples/quickstart/corpus.py --output-dir "$DATA_DIR" --max-megabytes 12
 
@@ -99,7 +102,8 @@ for split in train valid; do
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$RUN_DIR/tokenizer"
 done
 
-echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes for $RESUME_ITERS"
+echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes for $RESUME_ITERS" \
+    "(everything it says: $RUN_DIR/log.txt)"
 launch --exit-interval "$TRAIN_ITERS"
 launch --load "$RUN_DIR/checkpoints"
 

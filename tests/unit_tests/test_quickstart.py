@@ -5,6 +5,7 @@ worked out by hand, never with a second copy of the same code.
 """
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -31,6 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 corpus, tokenizer, report = load("corpus"), load("tokenizer"), load("loss_report")
+progress = load("progress")
 
 
 def read_jsonl(path: Path) -> list[dict[str, str]]:
@@ -480,3 +482,27 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert run_report(run_dir) == 2
     assert_error_line(capsys, "megatron-scmoe[plot]")
     assert not (run_dir / "summary.json").exists()
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+LINES = [
+    "  hidden_size ..................................... 128\n",
+    " [2026-11-27] iteration       20/     620 | consumed samples:          320 | elapsed time per "
+    "iteration (ms): 250.0 | learning rate: 2.0E-03 | global batch size:    16 | lm loss: "
+    "8.357000E+00 | a2a hidden: 75.9% | number of nan iterations:   0 |\n",
+    " validation loss at iteration 20 on validation set | lm loss value: 8.1E+00 | lm loss PPL: 1 |\n",
+    "pretrain_gpt_scmoe.py: error: the disk is full.\n",
+    " iteration       40/     620 | global batch size:    16 | lm loss: 7.0E+00 |\n",
+]
+
+
+def test_progress_shows_what_the_log_says_and_keeps_it_all() -> None:
+    log, screen = io.StringIO(), io.StringIO()
+    progress.follow(LINES, log, 128, screen)
+    assert log.getvalue() == "".join(LINES)
+    shown = screen.getvalue()
+    first, last = progress.read_line(LINES[1], 128), shown.split("\r")[-1]
+    assert first == (20, 620, {"loss": "8.357", "tokens/s": "8,192", "hidden": "76%"})
+    assert "40/620" in last and "loss=7.000" in last and "validation=8.100" in last
+    assert "error: the disk is full." in shown and "hidden_size" not in shown
