@@ -15,6 +15,7 @@ PROGRAM_START = time.time()
 
 from megatron_scmoe import say, start
 
+say.one_line_interrupts()
 with say.user_errors():
     start.replace_host_symbols()
 

@@ -1,5 +1,6 @@
 """Command line: the host's, plus one group generated from ScMoEConfig."""
 
+import sys
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,7 +15,7 @@ from megatron.training.argument_utils import (
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config.container import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
@@ -41,6 +42,7 @@ from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
 from megatron_scmoe.run.checkpoint.unpickle import trust_as_asked
+from megatron_scmoe.words import flag
 
 
 def parse_and_validate_args() -> Namespace:
@@ -221,6 +223,7 @@ def restore_options(args: Namespace) -> list[str]:
     """
     if not args.use_checkpoint_args:
         return []
+    typed = {dest: getattr(args, dest, None) for dest in typed_options(sys.argv[1:])}
     restored = load_args_from_checkpoint(args) if args.load is not None else None
     if not isinstance(restored, tuple):  # what the host returns when it has read a checkpoint
         raise ValueError(
@@ -232,7 +235,21 @@ def restore_options(args: Namespace) -> list[str]:
         if hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
             setattr(args, name, getattr(saved, name))
             notes.append(f"Setting {name} to {getattr(args, name)} from checkpoint")
+    overruled = [
+        f"{flag(dest)} {value} by {getattr(args, dest)}"
+        for dest, value in typed.items()
+        if getattr(args, dest, None) != value
+    ]
+    if overruled:
+        notes.append(f"--use-checkpoint-args overrules {', '.join(overruled)}.")
     return notes
+
+
+def typed_options(argv: list[str]) -> list[str]:
+    """The dests of the options on a command line, in its order."""
+    known = add_scmoe_args(add_megatron_arguments(ArgumentParser()))._option_string_actions
+    names = (word.split("=")[0] for word in argv if word.startswith("--"))
+    return list(dict.fromkeys(known[name].dest for name in names if name in known))
 
 
 def scmoe_config_from_args(args: Namespace) -> ScMoEConfig:

@@ -36,13 +36,40 @@ SECONDS_TO_SPEAK = 20
 def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Report the host's and our refusals raised inside the block as one line and exit.
 
-    Wrap parsing, validation and building the configuration with it. Of training wrap errors of our
-    own only, with their kinds: for all others a traceback is the right answer.
+    Wrap parsing, validation and building the configuration with it, where the host stumbles over
+    values that it does not check, too. Of training wrap errors of our own only, with their kinds:
+    for all others a traceback is the right answer.
     """
     try:
         yield
     except kinds as error:
         leave(one_line(error), EXIT_CODE)
+    except Exception as error:
+        if kinds is not USER_ERRORS or not _is_hosts(error):
+            raise
+        leave(f"Megatron cannot use these options: {_stumble(error)}", EXIT_CODE)
+
+
+def _is_hosts(error: Exception) -> bool:
+    """Whether the host's code raised it or called what did, and not ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        folders = Path(frame.filename).parts
+        if "megatron_scmoe" in folders or Path(frame.filename).name == "pretrain_gpt_scmoe.py":
+            return False
+        if "megatron" in folders:
+            return True
+    return False
+
+
+def _stumble(error: Exception) -> str:
+    """The error, the host's line that raised it and the options that stand there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if "megatron" in Path(frame.filename).parts][-1]
+    names = dict.fromkeys(re.findall(r"(?:args|config|self)\.(\w+)", frame.line or ""))
+    options = f"; check {', '.join(map(flag, names))}" if names else ""
+    text = " ".join(str(error).split())
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{type(error).__name__}: {text} in `{(frame.line or '').strip()}` ({where}){options}."
 
 
 def leave(text: str, exit_code: int) -> NoReturn:
@@ -60,6 +87,19 @@ def leave(text: str, exit_code: int) -> NoReturn:
 def say(message: str) -> None:
     """The one line for the user."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+
+
+def one_line_interrupts() -> None:
+    """Let Ctrl-C end a program with one line of its first rank, and the shell's exit code, 130."""
+    hook = sys.excepthook
+
+    def replacement(kind: type[BaseException], error: BaseException, *others: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            hook(kind, error, *others)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            say("stopped by an interrupt.")
+
+    sys.excepthook = replacement
 
 
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:

@@ -133,6 +133,21 @@ COMPLETE = (
     ),
     *map(_late_warm_up, ("iters", "samples")),
     Refusal(
+        lambda args: (
+            args.seq_length is not None
+            and args.max_position_embeddings is not None
+            and args.seq_length > args.max_position_embeddings
+            and {
+                "of": "the checkpoint's" if args.use_checkpoint_args else "the model's",
+                "remedy": "leave out --use-checkpoint-args"
+                if args.use_checkpoint_args
+                else "raise --max-position-embeddings",
+            }
+        ),
+        "--seq-length {seq_length} is longer than {of} {max_position_embeddings} positions",
+        "use a shorter sequence, or {remedy}",
+    ),
+    Refusal(
         lambda args: args.reset_position_ids and args.position_embedding_type in ROTATES,
         "--reset-position-ids changes nothing with --position-embedding-type "
         "{position_embedding_type}",

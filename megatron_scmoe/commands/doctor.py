@@ -18,6 +18,7 @@ import sys
 
 from megatron_scmoe import say, start
 
+say.one_line_interrupts()
 with say.user_errors():
     start.replace_host_symbols()
 

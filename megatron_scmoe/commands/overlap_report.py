@@ -43,6 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report and return the exit code."""
+    say.one_line_interrupts()
     try:
         args = parse_arguments(argv)
         run = read_run(args.trace_dir)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_scmoe import host, say, start
 
+say.one_line_interrupts()
 start.replace_host_symbols()
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,20 +69,22 @@ def test_an_unreadable_checkpoint_of_the_hosts_other_format_is_an_error(tmp_path
     assert len(lines) == 1 and str(tmp_path / "ck") in lines[0]
 
 
-def test_without_a_launcher_it_is_one_rank() -> None:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *MOCK, "--train-iters", "1", "--eval-iters", "0"],
+def test_without_a_launcher_it_is_one_rank_that_an_interrupt_ends_in_one_line() -> None:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    run = subprocess.Popen(
+        [sys.executable, SCRIPT, *MOCK, "--train-iters", "100000", "--eval-interval", "100000"],
         cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
+        env={name: value for name, value in os.environ.items() if name not in launcher},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "iteration        1/       1" in run.stdout
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "iteration        3/  100000" in line:
+            run.send_signal(signal.SIGINT)
+            break
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == -signal.SIGINT, errors[-3000:]
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].endswith(f"{SCRIPT}: error: stopped by an interrupt.")

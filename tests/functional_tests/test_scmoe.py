@@ -3,6 +3,7 @@
 `python -m tests.functional_tests.test_scmoe` records the golden losses anew.
 """
 
+import re
 import shlex
 import tempfile
 from collections.abc import Callable
@@ -88,10 +89,13 @@ def test_resume_is_exact_and_restores_our_options(
     stopped = ["--save", checkpoints, "--save-interval", "5", "--exit-interval", "5"]
     train(tmp_path / "stopped", *scmoe_options(text_prefix), *stopped)
 
-    options = [*TEXT_MODEL, *TEXT_MOE, "--data-path", str(text_prefix)]
+    options = [*TEXT_MODEL, *TEXT_MOE, "--data-path", str(text_prefix), "--num-layers", "6"]
     resumed = train(tmp_path / "resumed", *options, "--load", checkpoints, "--use-checkpoint-args")
     for tag in CURVES:
         assert resumed[tag] == {i: v for i, v in overlapped_run[tag].items() if i > 5}
+    said = (tmp_path / "resumed" / "rank0.txt").read_text()
+    (overruled,) = re.findall("--use-checkpoint-args overrules (.*)", said)
+    assert "--num-layers 6 by " in overruled and "--hidden-size" not in overruled
 
 
 def test_none_is_stock_megatron(data_prefix: Path, tmp_path: Path) -> None:

@@ -160,6 +160,9 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--lr-warmup-samples 8 does not end before --lr-decay-samples 8": Typed(
         COMPLETE, "--train-samples 16 --lr-decay-samples 8 --lr-warmup-samples 8"
     ),
+    "--seq-length 32 is longer than the model's 16 positions: use a shorter": Typed(
+        COMPLETE, "--max-position-embeddings 16"
+    ),
     "--reset-position-ids changes nothing with --position-embedding-type rope": Typed(
         COMPLETE, "--reset-position-ids --position-embedding-type rope"
     ),

@@ -64,6 +64,7 @@ ALLOWED = {
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
     "run.doctor": {"words", "host", "run.checkpoint"},
     "arguments": {
+        "words",
         "say",
         "host",
         "config",
