@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
+from megatron_scmoe.checks.command_line import _trace_of_nothing
 from megatron_scmoe.commands import overlap_report
+from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.json_lines import find_files
+from megatron_scmoe.commands.preprocess_data import check_output
+from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.run.checkpoint.record import (
     READ,
@@ -140,3 +145,56 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_whole(path, "a new one")
     assert [file.name for file in tmp_path.iterdir()] == ["page"]
     assert path.read_text() == "the old one"
+
+
+def test_links_to_nothing_are_no_documents_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    for given in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl is a link to nothing"):
+            find_files([str(given)])
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to nothing"):
+        find_files([str(tmp_path)])
+    with pytest.raises(DataError, match="--input '' is empty"):
+        find_files([""])
+
+
+def test_an_empty_prefix() -> None:
+    with pytest.raises(DataError, match="--output-prefix '' is empty"):
+        check_output(Namespace(output_prefix=""))
+
+
+def test_a_folder_of_traces_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    options = {"profile_step_start": 1, "profile_step_end": 2, "train_iters": 3}
+    for name, why in (("file/traces", "file is no folder"), ("loop", "loop is no folder")):
+        found = _trace_of_nothing(
+            Namespace(
+                scmoe_trace_dir=str(tmp_path / name), scmoe_shortcut_position="pos2", **options
+            )
+        )
+        assert isinstance(found, dict) and found["why"] == f"{tmp_path / why}"
+    (tmp_path / "traces").mkdir()
+    assert not _trace_of_nothing(
+        Namespace(
+            scmoe_trace_dir=str(tmp_path / "traces"), scmoe_shortcut_position="pos2", **options
+        )
+    )
+
+
+def test_a_full_disk_ends_the_traces_and_not_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker = UnitTracker("pos2", overlap=True, measures_slots=False, trace_dir="traces")
+    monkeypatch.setattr(tracker, "_write_trace", full)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    for iteration in (8, 9):
+        tracker._trace_if_possible(iteration, [])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "WARNING: no more traces of rank 1: [Errno 28] No space left on device"
