@@ -55,6 +55,10 @@ class ScMoEConfig:
     scmoe_router: str = _of_table(ROUTERS, "topk")
     """How experts are chosen."""
 
+    scmoe_tau: float = _shown_as("TAU", 0.75)
+    """Weight of an expert at home in the balancing loss of --scmoe-router heterogeneous: a routed
+    expert gets TAU times the tokens of one at home (MoE++)."""
+
     scmoe_shortcut_norm: Literal["own", "shared"] = "own"
     """Norm of the tapped tensor: its own, or the norm that the main branch applies to the same
     tensor (LongCat-Flash)."""

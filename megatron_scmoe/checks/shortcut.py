@@ -27,6 +27,8 @@ def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
         refuse(norm.REFUSALS, config)
     if scmoe.enabled:
         refuse(of_shortcut(config, scmoe), config, scmoe)
+    else:
+        refuse((WITHOUT_SHORTCUT,), config, scmoe)
 
 
 def of_shortcut(config: TransformerConfig, scmoe: ScMoEConfig) -> list[Refusal]:
@@ -284,6 +286,14 @@ SHORTCUT = (
         "MoE layer, and layer {layer} has none",
         "{advice}",
     ),
+)
+
+
+WITHOUT_SHORTCUT = Refusal(
+    lambda config, scmoe: scmoe.at_home or scmoe.scmoe_router != "topk",
+    "--scmoe-router {scmoe_router} and experts at home do not work without a shortcut",
+    "add --scmoe-shortcut-position",
+    "the layers are stock Megatron's then",
 )
 
 

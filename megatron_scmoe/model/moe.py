@@ -47,7 +47,8 @@ class ScMoELayer(MoELayer):
         name: str | None = None,
     ) -> None:
         at_home = scmoe.at_home
-        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router)
+        columns = sum(at_home.values())
+        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router, columns, scmoe.scmoe_tau)
         dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
         if config.moe_token_dispatcher_type != dispatcher.host_type:
             # The host chooses its own with an if/elif on the type (moe_layer.py:298).
@@ -55,7 +56,7 @@ class ScMoELayer(MoELayer):
             config.moe_token_dispatcher_type = dispatcher.host_type
         super().__init__(
             config=config,
-            submodules=replace(submodules, router=wide_builder(router, sum(at_home.values()))),
+            submodules=replace(submodules, router=wide_builder(router, columns)),
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
             name=name,

@@ -67,6 +67,7 @@ def added() -> dict[str, list[str]]:
         for value, variant in variants.items():
             for name in variant.names_on_disk:
                 table.setdefault(name, []).append(f"--scmoe-{option} {value}")
-    for kind in AT_HOME:
-        table[f"mlp.at_home.{kind}."] = [f"--scmoe-num-{kind}-experts"]
+    for kind, experts in AT_HOME.items():
+        if "weights" in vars(experts):  # else it has none
+            table[f"mlp.at_home.{kind}."] = [f"--scmoe-num-{kind}-experts"]
     return table

@@ -20,7 +20,6 @@ Shapes: s sequence, b micro-batch, h hidden, E experts, K top-k
 """
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -398,7 +397,8 @@ class _Counter:
             # A unit repeats the experts only, from their rows; the host the exchanges too.
             kept = row if self.scmoe.enabled else 0
         # Of K rows of a token, those of experts at home are not sent.
-        share = Fraction(experts, experts + sum(at_home.values()))
+        router = ROUTERS[self.scmoe.scmoe_router]
+        share = router.routed_share(experts, sum(at_home.values()), self.scmoe.scmoe_tau)
         rows = config.moe_router_topk * share
         capacity = config.moe_expert_capacity_factor
         filled = capacity if capacity and config.moe_pad_expert_input_to_capacity else 1

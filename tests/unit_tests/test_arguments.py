@@ -53,7 +53,8 @@ POS2 = "--scmoe-shortcut-position pos2"
 TYPED = {
     "scmoe_shortcut_position": ("--scmoe-shortcut-position pos3", "pos3"),
     "scmoe_combine": ("--scmoe-combine cg2", "cg2"),
-    "scmoe_router": ("--scmoe-router topk", "topk"),
+    "scmoe_router": ("--scmoe-router heterogeneous", "heterogeneous"),
+    "scmoe_tau": ("--scmoe-tau 0.5", 0.5),
     "scmoe_shortcut_norm": ("--scmoe-shortcut-norm shared", "shared"),
     "scmoe_post_norm": ("--scmoe-post-norm", True),
     "scmoe_overlap": ("--no-scmoe-overlap", False),
@@ -137,6 +138,7 @@ def test_help_of_ours_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:
     actions = scmoe_actions()
+    actions.pop("scmoe_experts_at_home")  # one for each kind
     options = [field for field in fields(ScMoEConfig) if field.name not in NO_OPTIONS]
     assert list(actions) == [field.name for field in options] == list(TYPED)
     for field in options:

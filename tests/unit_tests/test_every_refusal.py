@@ -72,6 +72,8 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "--mlp-chunks-for-training": {"mlp_chunks_for_training": 2},
     "CPU offloading": {"cpu_offloading": True},
 }
+WEIGHED = {"moe_router_load_balancing_type": "aux_loss"}
+HETEROGENEOUS = {"scmoe_router": "heterogeneous", "scmoe_experts_at_home": {"zero": 1}}
 OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--scmoe-expert-slot 1.5: write auto": ({}, {"scmoe_expert_slot": "1.5"}),
     "--scmoe-expert-slot 6 is outside": ({}, {"scmoe_expert_slot": "6"}),
@@ -88,6 +90,16 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"moe_router_num_groups": 2, "moe_router_topk": 2},
         {"scmoe_experts_at_home": {"fixed": 1}},
     ),
+    "--scmoe-router heterogeneous has nothing to weigh": (
+        WEIGHED,
+        {"scmoe_router": "heterogeneous"},
+    ),
+    "--scmoe-tau 2.0 is not above 0 and at most 1": (
+        WEIGHED,
+        {"scmoe_tau": 2.0, **HETEROGENEOUS},
+    ),
+    "--scmoe-router heterogeneous weighs a balancing loss, and --moe-router-load-balancing-type "
+    "is none": ({}, HETEROGENEOUS),
     "--moe-shared-expert-gate is --scmoe-combine cg1": (
         {"moe_shared_expert_gate": True},
         {"scmoe_combine": "add"},
@@ -292,6 +304,7 @@ ALL = [
     *OF_NORM,
     *OF_COMMAND_LINE,
     "pipeline stage 1 would start at layer 4",
+    "--scmoe-router topk and experts at home do not work without",
 ]
 
 
@@ -330,6 +343,9 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
             return next(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
+    if line.endswith("do not work without"):
+        scmoe = ScMoEConfig(scmoe_experts_at_home={"zero": 1})
+        return next(complaints((shortcut.WITHOUT_SHORTCUT,), host_config(), scmoe))
     if line not in OF_COMMAND_LINE:
         scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
         host = {"moe_layer_freq": [0, 1] * 3, "pipeline_model_parallel_size": 2}

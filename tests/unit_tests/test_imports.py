@@ -25,7 +25,7 @@ ALLOWED = {
     "model.variant": {"checks.refusal"},
     "model.combine": {"checks.refusal", "model.variant"},
     "model.dispatch": {"checks.refusal", "model.variant", "overlap"},
-    "model.routing": {"model.variant"},
+    "model.routing": {"checks.refusal", "model.variant"},
     "model.experts.grouped": {"model.names"},
     "model.experts": {"checks.refusal", "model.variant"},
     "model.names": {"model.combine", "model.experts", "model.routing"},
