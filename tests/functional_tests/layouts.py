@@ -38,6 +38,10 @@ MODEL = (
 )
 # The bias is a buffer that follows the tokens of all ranks.
 EXPERT_BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+MOEPP = (
+    "--scmoe-num-zero-experts 1 --scmoe-num-copy-experts 1 --scmoe-num-constant-experts 2 "
+    "--moe-router-pre-softmax"
+)
 DISTRIBUTED = "--use-distributed-optimizer"
 OVERLAPPED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -127,6 +131,19 @@ LAYOUTS = (
         "--untie-embeddings-and-output-weights --seed 7",
     ),
     Layout("EP 2, expert bias", 2, EP2, EXPERT_BIAS),
+    Layout(
+        "MoE++, EP 2, 3 chunks, all-gather", 2, f"{EP2} {ALL_GATHER} --scmoe-num-chunks 3", MOEPP
+    ),
+    Layout(
+        "MoE++, TP 2, expert TP 2, EP 2", 4, f"{TP2} --expert-tensor-parallel-size 2 {EP2}", MOEPP
+    ),
+    Layout(
+        "MoE++, PP 2 interleaved, EP 2, full recomputation",
+        4,
+        f"{PP2} --num-layers-per-virtual-pipeline-stage 2 {EP2} {OVERLAPPED} "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        MOEPP,
+    ),
     Layout("PP 2, EP 2, bf16", 4, f"{PP2} {EP2} {DISTRIBUTED}", "--bf16"),
 )
 

@@ -1,10 +1,11 @@
 """Part of `python -m tests.functional_tests.layouts`: layouts compute and resume as one process."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from .layouts import LAYOUTS, TOLERANCE, Runs, compare_checkpoints, compare_layouts
+from .layouts import LAYOUTS, MOEPP, TOLERANCE, Runs, compare_checkpoints, compare_layouts
 
 SLOW = pytest.mark.slow
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -20,6 +21,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     [
         ("TP 2, expert TP 1, EP 2", "pos1"),
         ("PP 2, 2 + 6 layers", "pos2"),
+        ("MoE++, TP 2, expert TP 2, EP 2", "pos2"),
+        pytest.param("MoE++, EP 2, 3 chunks, all-gather", "pos3", marks=SLOW),
+        pytest.param("MoE++, PP 2 interleaved, EP 2, full recomputation", "pos1", marks=SLOW),
         # The parts of these have tests of their own in tests/distributed_tests.
         pytest.param("TP 1, expert TP 2, EP 2", "pos1", marks=SLOW),
         pytest.param("TP 2, expert TP 2, EP 2, all-gather", "pos2", marks=SLOW),
@@ -39,8 +43,9 @@ def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> N
     [
         (("EP2", "PP2xVPP2", "TP2xEP2"), ()),
         (("EP2", "PP2xVPP2"), ("--async-save",)),  # each run starts processes that write
+        (("TP2xEP2", "PP2xVPP2"), tuple(shlex.split(MOEPP))),
     ],
-    ids=["sync", "async"],
+    ids=["sync", "async", "moepp"],
 )
 def test_checkpoint_goes_on_at_any_layout(
     tmp_path: Path, names: tuple[str, ...], options: tuple[str, ...]
