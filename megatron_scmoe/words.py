@@ -1,9 +1,11 @@
 """Numbers, options and tables as a reader wants them, and files that are whole or not there."""
 
+import json
 import os
 from collections.abc import Container, Iterable, Sequence
 from math import log10
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 def duration(seconds: float) -> str:
@@ -76,5 +78,54 @@ def table(
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under another name first, so that it is whole or not there."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds, whose numbers can all be computed with.
+
+    Raises:
+        ValueError: it holds no such thing; one line without the file's name.
+        OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # a pipe would be waited for
+    try:
+        content = json.loads(
+            path.read_bytes().decode(),
+            parse_int=_computable(int),
+            parse_float=_computable(float),
+            parse_constant=_no_number,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON, or not all of it: {error}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} and no object")
+    return content
+
+
+LARGEST = 2**63
+"""More than any count, time or seed of ours."""
+
+
+def _computable[N: (int, float)](kind: type[N]) -> Any:
+    def parse(text: str) -> N:
+        number = kind(text) if len(text) < 400 else None
+        if number is None or not abs(number) <= LARGEST:
+            _no_number(text)
+        return number
+
+    return parse
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is no number to compute with")

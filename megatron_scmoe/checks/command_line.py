@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_scmoe.checks.refusal import Found, Refusal
@@ -92,6 +93,12 @@ def _trace_of_nothing(args: Namespace) -> Found:
     if args.train_iters is not None and start >= args.train_iters:
         ends = f"the run ends at --train-iters {args.train_iters}"
         return {"why": f"it begins at --profile-step-start {start}, and {ends}"}
+    folder = Path(args.scmoe_trace_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return {"why": f"{there} is no folder"}
+    if not os.access(there, os.W_OK | os.X_OK):
+        return {"why": f"{there} is not writable"}
     return False
 
 

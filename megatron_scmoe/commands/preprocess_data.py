@@ -176,6 +176,8 @@ def check_output(args: argparse.Namespace) -> None:
     Raises:
         DataError: it cannot or, without --overwrite, it exists.
     """
+    if not args.output_prefix:
+        raise DataError("--output-prefix '' is empty: give the beginning of a file name")
     if os.path.isdir(args.output_prefix) or args.output_prefix.endswith(("/", ".")):
         raise DataError(
             f"--output-prefix {args.output_prefix}: is a folder; add the beginning of a file name"

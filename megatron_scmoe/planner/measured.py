@@ -26,7 +26,6 @@ are whole runs, `rest` included, that the prediction is compared with. `backward
 where it is left out.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from megatron_scmoe.planner.predict import (
     predict,
     stock_seconds,
 )
+from megatron_scmoe.words import read_json
 
 TOLERANCE = 0.1
 """A prediction is right if it is this close to the measured time, relative to it."""
@@ -100,8 +100,7 @@ class Measurement:
             OSError: it cannot be read.
         """
         try:
-            content = json.loads(path.read_text())
-            return cls._from_json(content)
+            return cls._from_json(read_json(path))
         except (KeyError, TypeError, ValueError) as error:
             detail = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
@@ -112,9 +111,13 @@ class Measurement:
     def _from_json(cls, content: Mapping[str, Any]) -> "Measurement":
         _check_keys(content, {"source", "topk", "forward", "backward"}, {"rest", "runs"})
         topk = content["topk"]
-        if not (isinstance(topk, int) and topk > 0):
+        _check_kind(topk, "topk", int)
+        if topk < 1:
             raise ValueError(f"topk {topk} is no positive integer")
-        forward, backward = content["forward"], content["backward"]
+        forward, backward, runs = content["forward"], content["backward"], content.get("runs", [])
+        for name, kind in (("source", str), ("forward", dict), ("backward", dict)):
+            _check_kind(content[name], name, kind)
+        _check_kind(runs, "runs", list)
         has_exchanges = "dispatch" in forward
         return cls(
             source=content["source"],
@@ -123,7 +126,7 @@ class Measurement:
             backward=_pass_times(backward, topk, has_exchanges),
             has_exchanges=has_exchanges,
             rest=_seconds(content.get("rest", 0.0), "rest"),
-            runs=tuple(_run(run, topk) for run in content.get("runs", ())),
+            runs=tuple(_run(run, topk) for run in runs),
         )
 
 
@@ -160,6 +163,14 @@ def _check_keys(content: Any, required: set[str], optional: set[str]) -> None:
         raise ValueError(f"unknown key '{key}'")
 
 
+KINDS = {str: "a text", int: "a whole number", bool: "true or false", dict: "an object"}
+
+
+def _check_kind(value: Any, name: str, kind: type) -> None:
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r:.40}, not {KINDS.get(kind, 'a list')}")
+
+
 def _seconds(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise ValueError(f"{name} is {value!r}, not a time in seconds")
@@ -186,6 +197,12 @@ def _run(content: Any, topk: int) -> MeasuredRun:
     forward = values.pop("slot", None)
     slots = Slots(forward, values.pop("backward_slot", forward))
     run = MeasuredRun(**values, slots=slots)
+    _check_kind(run.position, "position of a run", str)
+    for name, kind in (("topk", int), ("overlap", bool), ("shared_expert", bool)):
+        _check_kind(getattr(run, name), f"{name} of a run", kind)
+    if run.position in POSITIONS and run.position != "none":
+        for slot in slots:
+            _check_kind(slot, "slot of a run", int)
     if _seconds(run.seconds, "seconds of a run") == 0:
         raise ValueError("seconds of a run is 0")
     if run.position == "none":
@@ -197,6 +214,6 @@ def _run(content: Any, topk: int) -> MeasuredRun:
         raise ValueError(f"a run at position {run.position!r}")
     elif run.topk != topk:
         raise ValueError(f"a run at {run.position} with topk {run.topk}, the parts have {topk}")
-    elif not all(slot in range(len(window(run.position)) + 1) for slot in slots):
+    elif not all(0 <= slot <= len(window(run.position)) for slot in slots):
         raise ValueError(f"a run at {run.position} with slot {slots}")
     return run

@@ -1,6 +1,7 @@
 """What is on disk, without loading it; optimizers of another layout; differences of options."""
 
 import copy
+import random
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,60 @@ def test_corrupt_files_reads_every_byte(tmp_path: Path) -> None:
     shard.write_bytes(content)
     assert contents.defects(checkpoint) == []  # the sizes are right
     assert contents.corrupt_files(checkpoint) == [shard]
+
+
+def test_damaged_metadata_is_a_defect_that_is_named(tmp_path: Path) -> None:
+    """Other bytes of the same length, wherever they are: nothing but a phrase comes of it."""
+    checkpoint = write_checkpoint(tmp_path, 2)
+    whole = (checkpoint / ".metadata").read_bytes()
+    named = 0
+    for seed in range(500):
+        choose, content = random.Random(seed), bytearray(whole)
+        for _ in range(choose.choice([1, 2, 8])):
+            content[choose.randrange(len(content))] = choose.randrange(256)
+        (checkpoint / ".metadata").write_bytes(content)
+        found = contents.defects(checkpoint)
+        assert len(found) <= 1, seed
+        if found:
+            assert found[0].startswith(str(checkpoint)) and "\n" not in found[0], seed
+            named += 1
+        else:
+            contents.corrupt_files(checkpoint)
+    assert 100 < named < 500
+
+
+def test_damaged_tensors_are_found_whatever_the_damage(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 2)
+    (shard,) = checkpoint.glob("*.distcp")
+    whole = shard.read_bytes()
+    for seed in range(100):
+        choose, content = random.Random(seed), bytearray(whole)
+        for _ in range(50):
+            content[choose.randrange(len(content))] ^= 1 + choose.randrange(255)
+        shard.write_bytes(content)
+        assert contents.corrupt_files(checkpoint) == [shard], seed
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 10_000])
+def test_damaged_marker_of_the_host(tmp_path: Path, content: str) -> None:
+    checkpoint = write_checkpoint(tmp_path, 2)
+    (checkpoint / contents.DISTRIBUTED).write_text(content)
+    (line,) = contents.defects(checkpoint)
+    assert line.startswith(f"{checkpoint / contents.DISTRIBUTED} is corrupt (it ")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", "²".encode(), b"9" * 5000, b"-1"])
+def test_damaged_tracker(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / contents.TRACKER).write_bytes(content)
+    with pytest.raises(ValueError, match="and no iteration"):
+        contents.tracked_iteration(tmp_path)
+
+
+def test_folders_that_are_no_iterations(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2)
+    for name in ("iter_²", "iter_x", "iter_"):
+        (tmp_path / name).mkdir()
+    assert contents.saved_iterations(tmp_path) == [2]
 
 
 def test_tracker(tmp_path: Path) -> None:

@@ -42,16 +42,20 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
             .zst, sorted by name, subdirectories left out), or globs (`**` allowed, sorted).
 
     Raises:
-        DataError: an input without a file, a file named twice, or .zst without zstandard.
+        DataError: an input without a file, a link to nothing or to itself, a file named twice, or
+            .zst without zstandard.
     """
     files: list[Path] = []
     for name in inputs:
+        if not name:
+            raise DataError("--input '' is empty: name a file, a directory or a glob")
         path = Path(name)
         if path.is_dir():
             found = sorted(
                 file
                 for file in path.iterdir()
-                if file.name.endswith(DIRECTORY_SUFFIXES) and file.is_file()
+                if file.name.endswith(DIRECTORY_SUFFIXES)
+                and (file.is_file() or (file.is_symlink() and not file.exists()))
             )
             if not found:
                 raise DataError(
@@ -63,12 +67,16 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         else:
             matches = (Path(match) for match in glob.glob(name, recursive=True))
             found = sorted(match for match in matches if not match.is_dir())
+            if not found and path.is_symlink():
+                found = [path]
             if not found:
                 what = "matches no file" if glob.has_magic(name) else "does not exist"
                 raise DataError(f"--input {name}: {what}")
         files += found
     seen: set[Path] = set()
     for file in files:
+        if not file.exists():
+            raise DataError(f"--input {file} is a link to nothing: mend it, or take it away")
         if file.resolve() in seen:
             raise DataError(f"--input names {file} twice; its documents would be written twice")
         seen.add(file.resolve())

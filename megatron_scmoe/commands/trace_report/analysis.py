@@ -15,7 +15,7 @@ from megatron_scmoe.commands.trace_report.traces import Pass, Place, Run, TraceE
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
 from megatron_scmoe.overlap.measure.trace import EXCHANGES
-from megatron_scmoe.overlap.recorder import Direction, Exchange
+from megatron_scmoe.overlap.recorder import Direction, Exchange, Span
 from megatron_scmoe.overlap.schedule import Step, window
 
 
@@ -251,11 +251,13 @@ def _direction_figures(run: Run, direction: Direction) -> DirectionFigures:
     for place, record in run.records.items():
         try:
             times = unit_times(record, direction, run.position)
+            own = passes[place]
+            if not (own and all(_dense_or_experts(one, run.position) for one in own)):
+                raise ValueError(f"not every {direction} pass is whole")
         except ValueError as error:
             raise TraceError(
                 f"rank {place.rank}, layer {place.layer}, iteration {place.iteration}: {error}"
             ) from error
-        own = passes[place]
         measured = [
             fmean(_measured(one, run.position) for one in own),
             communication(x for one in own for x in one.exchanges).exposed / len(own),
@@ -293,10 +295,14 @@ def _seconds(one: Pass, step: Step) -> float:
     return sum(span.end - span.begin for span in one.steps if span.activity.name == step.value)
 
 
+def _dense_or_experts(one: Pass, position: str) -> list[Span]:
+    names = {step.value for step in (*window(position), Step.EXPERTS)}
+    return [span for span in one.steps if span.activity.name in names]
+
+
 def _measured(one: Pass, position: str) -> float:
     """What the formula predicts: dense work of the window, experts and exchanges."""
-    names = {step.value for step in (*window(position), Step.EXPERTS)}
-    ends = [span.end for span in one.steps if span.activity.name in names]
+    ends = [span.end for span in _dense_or_experts(one, position)]
     begin = min(exchange.begin for exchange in one.exchanges)
     return max(*ends, *(exchange.end for exchange in one.exchanges)) - begin
 

@@ -3,18 +3,19 @@
 Times are seconds since the first event of the run.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from megatron_scmoe.overlap.measure.trace import EXCHANGES, TRACED_LAYOUT, TRACED_OPTIONS
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
+from megatron_scmoe.words import read_json
 
 # What ranks of one run may differ in.
 OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots")
@@ -166,14 +167,75 @@ def read_run(folder: Path) -> Run:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        trace = json.loads(path.read_text())
+        trace = read_json(path)
+        _need(trace, "otherData", dict)
+        _need(trace, "traceEvents", list)
+        facts = trace["otherData"]
         for name in (*TRACED_OPTIONS, *TRACED_LAYOUT, "expert_slots"):
-            trace["otherData"][name]
-        if trace["otherData"]["scmoe_shortcut_position"] not in POSITIONS or not _steps(trace):
+            _need(facts, name, KINDS.get(name, int))
+        if facts["scmoe_shortcut_position"] not in POSITIONS or facts["scmoe_num_chunks"] < 1:
             raise ValueError("no step of a unit")
+        for rank in facts["expert_parallel_ranks"]:
+            _need({"rank": rank}, "rank", int)
+        for event in trace["traceEvents"]:
+            _check_event(event)
+        ranks = {event["pid"] for event in _steps(trace)}
+        if len(ranks) != 1 or not ranks <= set(facts["expert_parallel_ranks"]):
+            raise ValueError("no step of a unit" if not ranks else "it is not of one rank")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, error) from error
     return trace
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "scmoe_shortcut_position": str,
+    "scmoe_overlap": bool,
+    "moe_token_dispatcher_type": str,
+    "params_dtype": str,
+    "backend": str,
+    "expert_parallel_ranks": list,
+    "compute_slow_down": (int, float, NoneType),
+    "expert_slots": dict,
+}
+"""Of facts that are no whole numbers."""
+NUMBER = (int, float)
+OF_STEP = {"step": str, "iteration": int, "layer": int, "chunk": int, "pass": int}
+STEPS = {*EXCHANGES, *(step.value for step in Step)}
+
+
+def _need(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
+    """Raises KeyError or ValueError unless a field is there and of its kind."""
+    value = fields[name]
+    of_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not of_kind:
+        raise ValueError(f"'{name}' is {value!r:.40}")
+
+
+def _check_event(event: Any) -> None:
+    if not isinstance(event, dict):
+        raise ValueError(f"an event is {event!r:.40}")
+    _need(event, "ph", str)
+    if event["ph"] != "X":
+        return
+    _need(event, "args", dict)
+    args = event["args"]
+    for name, kind in OF_STEP.items():
+        _need(args, name, kind)
+    if args["step"] not in STEPS:
+        raise ValueError(f"'step' is {args['step']!r:.40}")
+    _need(event, "pid", int)
+    for name in ("ts", "dur"):
+        _need(event, name, NUMBER)
+    if event["cat"] not in ("forward", "backward"):
+        raise ValueError(f"'cat' is {event['cat']!r:.40}")
+    if args["step"] in EXCHANGES:
+        _need(args, "blocked_us", NUMBER)
+        _need(args, "bytes", NUMBER)
+    if args["pass"] < 1 or args["chunk"] < 0:
+        raise ValueError(f"'pass' is {args['pass']} and 'chunk' {args['chunk']}")
+    if event["dur"] < 0 or min(args.get("blocked_us", 0), args.get("bytes", 0)) < 0:
+        raise ValueError("an event takes less than no time, or sends less than nothing")
+    _need({"route": 0, **args}, "route", int)
 
 
 def _broken(path: Path, error: Exception) -> TraceError:
@@ -219,7 +281,8 @@ def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tupl
         try:
             slots = {int(i): Slots(*pair) for i, pair in trace["otherData"]["expert_slots"].items()}
             operators = len(window(trace["otherData"]["scmoe_shortcut_position"]))
-            if not all(0 <= slot <= operators for pair in slots.values() for slot in pair):
+            numbers = [slot for pair in slots.values() for slot in pair]
+            if not all(type(slot) is int and 0 <= slot <= operators for slot in numbers):
                 raise ValueError(f"expert slots outside 0..{operators}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _broken(path, error) from error

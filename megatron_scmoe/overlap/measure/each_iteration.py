@@ -83,6 +83,7 @@ class UnitTracker(MoEMetricsTracker):
         self._position = position
         self._trace_dir = trace_dir
         self._trace: TraceWriter | None = None
+        self._trace_failed = False
         self._measures_slots = measures_slots
         self._further = further
         self._first = FirstIterations(position, 1 + len(further)) if overlap else None
@@ -96,7 +97,7 @@ class UnitTracker(MoEMetricsTracker):
         losses = super().report(loss_scale, iteration, writer, wandb_writer, **options)
         records = [unit.recorder.take() for unit in self.units]
         totals = self._totals(records)
-        self._write_trace(iteration, records)  # with the slots that the iteration ran with
+        self._trace_if_possible(iteration, records)  # with the slots that the iteration ran with
         # Those without overlap are no part of what the run shows.
         alone = (
             self._first is not None and self._first.phase is ALONE and not self._traced(iteration)
@@ -201,6 +202,17 @@ class UnitTracker(MoEMetricsTracker):
             unit.attention_number: record for unit, record in zip(self.units, records, strict=True)
         }
         self._trace.add(iteration, by_layer, self.units[0].slots)
+
+    def _trace_if_possible(self, iteration: int, records: list[UnitRecord]) -> None:
+        """A full disk ends this rank's traces, with one warning, and not the training."""
+        if self._trace_failed:
+            return
+        try:
+            self._write_trace(iteration, records)
+        except OSError as error:
+            self._trace_failed = True
+            rank = torch.distributed.get_rank()
+            print(f"WARNING: no more traces of rank {rank}: {error}", flush=True)
 
     def _totals(self, records: list[UnitRecord]) -> "_Totals":
         """Of this iteration; the same on every rank."""

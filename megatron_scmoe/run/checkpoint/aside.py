@@ -82,7 +82,7 @@ def unsettled(folder: Path) -> list[int]:
     found = {path.name.removeprefix("aside_") for path in folder.glob("aside_*")}
     for name in (RECORD, TRACKER):
         found |= {path.parent.name.removeprefix("iter_") for path in folder.glob(f"iter_*/{name}")}
-    return sorted(int(name) for name in found if name.isdigit())
+    return sorted(int(name) for name in found if name.isdecimal())
 
 
 def settle_all(folder: Path) -> list[str]:

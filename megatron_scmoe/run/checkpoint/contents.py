@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
 
 from megatron_scmoe.run.checkpoint.unpickle import UntrustedError, read_metadata
+from megatron_scmoe.words import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DISTRIBUTED = "metadata.json"  # the host writes it last, into every distributed checkpoint
@@ -43,7 +44,7 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
 def saved_iterations(folder: Path) -> list[int]:
     """Every iteration with a folder of its own, whole or not, oldest first."""
     names = (path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def newest_complete(folder: Path, before: int | None = None) -> int | None:
@@ -67,11 +68,15 @@ def defects(checkpoint: Path) -> list[str]:
     if not (checkpoint / ".metadata").exists():
         return [f"{checkpoint / '.metadata'} is missing"]
     try:
+        read_json(checkpoint / DISTRIBUTED)
+    except ValueError as error:
+        return [f"{checkpoint / DISTRIBUTED} is corrupt ({error})"]
+    try:
         stored = list(read_metadata(checkpoint).storage_data.values())
     except UntrustedError as error:
         return [f"{checkpoint / '.metadata'} {error}"]
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        return [f"{checkpoint / '.metadata'} is corrupt ({type(error).__name__})"]
+    except pickle.UnpicklingError as error:
+        return [f"{checkpoint / '.metadata'} is corrupt ({error})"]
     sizes: dict[str, int] = {}
     for item in stored:
         end = item.offset + item.length
@@ -79,7 +84,7 @@ def defects(checkpoint: Path) -> list[str]:
     found = []
     for name, size in sorted(sizes.items()):
         path = checkpoint / name
-        if not path.exists():
+        if not path.is_file():
             found.append(f"{path} is missing")
         elif path.stat().st_size < size:
             found.append(f"{path} has {path.stat().st_size} of its {size} bytes")
@@ -101,7 +106,7 @@ def corrupt_files(checkpoint: Path) -> list[Path]:
         try:
             if zipfile.ZipFile(archive).testzip() is not None:
                 corrupt.add(path)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError):
+        except Exception:  # zipfile stumbles over damage in any way there is
             corrupt.add(path)
     return sorted(corrupt)
 
@@ -115,11 +120,13 @@ def tracked_iteration(folder: Path) -> int | str | None:
     path = folder / TRACKER
     if not path.exists():
         return None
-    text = path.read_text().strip()
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    text = path.read_bytes().decode(errors="replace").strip()
     if text == "release":
         return text
-    if not text.isdigit():
-        raise ValueError(f"{path} holds {text!r} and no iteration")
+    if not (text.isdecimal() and len(text) < 19):
+        raise ValueError(f"{path} holds {text!r:.40} and no iteration")
     return int(text)
 
 

@@ -143,11 +143,13 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             raise CheckpointError(
                 f"cannot load from {where}: the lines above say what is wrong."
             ) from error
-        except FAILURES as error:
+        except (CheckpointException, Exception) as error:  # torch's is no Exception
             if lost_peer(error):
                 raise  # a rank that knows more has spoken or will
             where = options.load or options.pretrained_checkpoint
-            broken = _corrupt_files(Path(where), options.ckpt_step)
+            broken = _corrupt_files(Path(where), options.ckpt_step) if where else []
+            if not (broken or isinstance(error, FAILURES)):
+                raise
             what = f"{broken[0]} is corrupt" if broken else cause_of(error)
             raise CheckpointError(f"cannot load from {where}: {what}.") from error
 
@@ -205,10 +207,13 @@ def _intact(folder: Path) -> list[str]:
 
 def _corrupt_files(folder: Path, iteration: int | str | None) -> list[Path]:
     """Those of the checkpoint that was asked for."""
-    iteration = iteration or contents.tracked_iteration(folder)
+    iteration = iteration or contents.readable_tracker(folder)
     if not isinstance(iteration, int):
         return []
-    return contents.corrupt_files(contents.iteration_folder(folder, iteration))
+    checkpoint = contents.iteration_folder(folder, iteration)
+    if not (checkpoint / contents.DISTRIBUTED).exists() or contents.defects(checkpoint):
+        return []  # not ours to read, or seen before anything was loaded
+    return contents.corrupt_files(checkpoint)
 
 
 def cause_of(error: BaseException) -> str:

@@ -18,9 +18,16 @@ import torch
 
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.words import read_json, write_whole
 
 SCHEMA = 1
 UNKNOWN = "unknown"
+# What others look up in a record, by part.
+READ: dict[str, set[str]] = {
+    "tokenizer": {"type", "vocab_size", "sha256"},
+    "versions": {"python"},
+    "machine": set(),
+}
 PACKAGES = ("megatron-scmoe", "megatron-core", "torch", "transformer-engine", "apex")
 
 
@@ -50,9 +57,7 @@ def write_record(folder: Path, iteration: int, args: Namespace) -> None:
     drop_records_without_checkpoint(folder)
     path = record_path(folder, iteration)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(build_record(args, iteration), indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(build_record(args, iteration), indent=1) + "\n")
 
 
 def drop_records_without_checkpoint(folder: Path) -> None:
@@ -72,11 +77,17 @@ def read_record(folder: Path, iteration: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}.")
+        record = read_json(path)
+        if "schema" in record and record["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {record['schema']}, this version reads {SCHEMA}")
+        for name, fields in READ.items():
+            part = record.setdefault(name, {})
+            if not isinstance(part, dict):
+                raise ValueError(f"'{name}' is no object")
+            if lacking := sorted(fields - part.keys()):
+                raise ValueError(f"'{name}' lacks {', '.join(lacking)}")
         return record
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path} is no record of a checkpoint's options ({error}): restore it, or delete it to "
             "load the checkpoint without."

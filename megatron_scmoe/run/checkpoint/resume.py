@@ -8,13 +8,13 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.run.checkpoint import aside, contents
-from megatron_scmoe.run.checkpoint.errors import FAILURES, cause_of
+from megatron_scmoe.run.checkpoint.errors import cause_of
 from megatron_scmoe.run.checkpoint.options import (
     ARCHITECTURE,
     LAYOUT,
@@ -28,7 +28,13 @@ from megatron_scmoe.run.checkpoint.record import machine_differences, read_recor
 
 NEW_TENSORS = SCMOE[1:]
 SECONDS_BETWEEN_LOOKS = 0.1
-UNREADABLE = (*FAILURES, EOFError, KeyError, UnpicklingError)
+# What is looked up in the options of a checkpoint.
+NEEDED = (
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "tensor_model_parallel_size",
+    "use_distributed_optimizer",
+)
 
 
 def settle_folders(args: Namespace) -> list[str]:
@@ -180,10 +186,16 @@ def _newest(folder: Path, but: int | None = None) -> str:
 
 def _common_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return load_common_state_dict(str(checkpoint))
-    except UNREADABLE as error:
-        cause = cause_of(error)
-        raise ValueError(f"--load {checkpoint} cannot be read: {cause}") from error
+        saved = load_common_state_dict(str(checkpoint))
+        if not isinstance(saved, dict):
+            raise ValueError(f"its options are a {type(saved).__name__}")
+        options = saved.get("args")
+        lacking = [name for name in NEEDED if options is not None and not hasattr(options, name)]
+        if lacking:
+            raise ValueError(f"its options lack {', '.join(lacking)}")
+    except (CheckpointException, Exception) as error:  # damage is stumbled over in any way there is
+        raise ValueError(f"--load {checkpoint} cannot be read: {cause_of(error)}.") from error
+    return saved
 
 
 def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: bool) -> None:

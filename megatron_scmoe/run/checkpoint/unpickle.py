@@ -55,15 +55,32 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
     Raises:
         UntrustedError: it names something else.
-        OSError, pickle.UnpicklingError and others of unpickling: it is not there, or not whole.
+        OSError, pickle.UnpicklingError: it is not there, or not what torch writes.
     """
     with (checkpoint / ".metadata").open("rb") as file:
         return load_metadata(file)
 
 
 def load_metadata(file: IO[bytes]) -> Any:
-    """`pickle.load` of nothing but metadata."""
-    return pickle.load(file) if _trusted else _MetadataUnpickler(file).load()
+    """`pickle.load` of nothing but metadata, whose places in files can be read.
+
+    Raises:
+        UntrustedError: it names something else.
+        pickle.UnpicklingError: it is damaged; unpickling stumbles over that in any way there is.
+    """
+    try:
+        metadata = pickle.load(file) if _trusted else _MetadataUnpickler(file).load()
+        places = [
+            (Path(where.relative_path).is_absolute(), where.offset < 0, where.length < 0)
+            for where in metadata.storage_data.values()
+        ]
+    except (OSError, UntrustedError):
+        raise
+    except Exception as error:
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
+    if any(any(place) for place in places):
+        raise pickle.UnpicklingError("a tensor lies outside its file")
+    return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
