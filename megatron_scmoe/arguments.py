@@ -5,6 +5,7 @@ from argparse import SUPPRESS, Action, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,14 @@ def set_defaults(args: Namespace) -> list[str]:
     return [
         f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
     ]
+
+
+def explain_hub(args: Namespace) -> list[str]:
+    """Say that a tokenizer is asked of a hub, which without a network takes most of a minute."""
+    name = args.tokenizer_model
+    if args.tokenizer_type != "HuggingFaceTokenizer" or not name or Path(name).exists():
+        return []
+    return [f"--tokenizer-model {name} is no folder here: the Hugging Face hub is asked for it"]
 
 
 def explain_grouped_gemm(args: Namespace) -> list[str]:
@@ -313,6 +322,7 @@ AFTER: tuple[Step, ...] = (
     partial(refuse, layout.RESOLVED),
     set_defaults,
     explain_grouped_gemm,
+    explain_hub,
     prepare_load,
 )
 

@@ -16,12 +16,25 @@ from megatron_scmoe.words import flag
 
 EMERGING = "emerging_optimizers"
 
+FOLDERS = ("save", "load", "pretrained_checkpoint", "tensorboard_dir", "scmoe_trace_dir")
+
+
+def _link_to_itself(args: Namespace) -> Found:
+    for dest in FOLDERS:
+        try:
+            Path(getattr(args, dest) or ".").resolve()
+        except (OSError, RuntimeError):
+            return {"option": f"{flag(dest)} {getattr(args, dest)}"}
+    return False
+
+
 PARSED = (
     Refusal(
         lambda args: args.yaml_cfg is not None,
         "--yaml-cfg has no place for the --scmoe options",
         "use the command line",
     ),
+    Refusal(_link_to_itself, "{option} is a link to itself", "mend it, or name another folder"),
 )
 
 ROTATES = ("rope", "yarn", "none")

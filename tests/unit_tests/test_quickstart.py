@@ -491,7 +491,7 @@ LINES = [
     " [2026-11-27] iteration       20/     620 | consumed samples:          320 | elapsed time per "
     "iteration (ms): 250.0 | learning rate: 2.0E-03 | global batch size:    16 | lm loss: "
     "8.357000E+00 | a2a hidden: 75.9% | number of nan iterations:   0 |\n",
-    " validation loss at iteration 20 on validation set | lm loss value: 8.1E+00 | lm loss PPL: 1 |\n",
+    " validation loss at iteration 20 on validation set | lm loss value: 8.1E+00 | PPL: 1\n",
     "pretrain_gpt_scmoe.py: error: the disk is full.\n",
     " iteration       40/     620 | global batch size:    16 | lm loss: 7.0E+00 |\n",
 ]
