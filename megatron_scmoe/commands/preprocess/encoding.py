@@ -1,6 +1,8 @@
 """One line of JSON to token ids, or the reason why not."""
 
+import contextlib
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.byte_level_bpe import ByteLevelBPE
 from megatron_scmoe.commands.preprocess.json_lines import Batch
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -58,6 +62,8 @@ class Encoder:
         dtype: of the ids on disk.
         eod: id to append to documents, or None.
         split: text to sentences, or None.
+        engine: encodes in the tokenizer's place the texts that it can, if there is one.
+        verify: of 1000 documents how many, drawn at random, the tokenizer encodes again.
     """
 
     def __init__(
@@ -67,12 +73,16 @@ class Encoder:
         dtype: type[np.number],
         eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
+        engine: ByteLevelBPE | None = None,
+        verify: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.keys = keys
         self.dtype = dtype
         self.eod = eod
         self.split = split
+        self.engine = engine
+        self.verify = verify
         try:
             self._empty: list[int] = list(tokenizer.tokenize(""))
         except ValueError:
@@ -88,6 +98,8 @@ class Encoder:
             try:
                 texts, repaired = self._parse(line)
                 document = {key: self._encode(key, text) for key, text in texts.items()}
+                if self.engine and random.random() * 1000 < self.verify:
+                    self._compare(f"{batch.path}:{number}", texts)
             except _BadLineError as error:
                 result.bad_lines.append(BadLine(batch.path, number, str(error)))
                 continue
@@ -99,6 +111,14 @@ class Encoder:
         nothing = np.empty(0, self.dtype)
         result.tokens = {key: np.concatenate([nothing, *arrays]) for key, arrays in ids.items()}
         return result
+
+    def texts(self, batch: Batch) -> list[str]:
+        """The texts of those lines that are documents."""
+        found: list[str] = []
+        for line in batch.lines:
+            with contextlib.suppress(_BadLineError):
+                found += self._parse(line)[0].values()
+        return found
 
     def _parse(self, line: bytes) -> tuple[dict[str, str], int]:
         try:
@@ -126,30 +146,50 @@ class Encoder:
         return texts, repaired
 
     def _encode(self, key: str, text: str) -> tuple[np.ndarray, list[int]]:
-        document: list[int] = []
-        lengths: list[int] = []
+        document: list[np.ndarray] = []
         try:
             for sequence in [text] if self.split is None else self.split(text):
-                ids = self.tokenizer.tokenize(sequence) if sequence else self._empty
+                ids = self._ids(sequence)
                 if len(ids) > 0:
-                    document.extend(ids)
-                    lengths.append(len(ids))
+                    document.append(ids)
         except Exception as error:  # each tokenizer library has its own; the cause is shown
             raise _BadLineError(
                 f"the tokenizer refuses the value of {key!r}: {type(error).__name__}: {error}"
             ) from error
+        lengths = [len(ids) for ids in document]
         if document and self.eod is not None:
-            document.append(self.eod)
+            document.append(np.array([self.eod], np.int64))
             lengths[-1] += 1
-        tokens = np.array(document, dtype=np.int64)
+        tokens = np.concatenate(document) if document else np.empty(0, np.int64)
         bounds = np.iinfo(np.dtype(self.dtype))
-        outside = tokens[(tokens < bounds.min) | (tokens > bounds.max)]
-        if outside.size:
+        if tokens.size and (tokens.min() < bounds.min or tokens.max() > bounds.max):
+            outside = tokens[(tokens < bounds.min) | (tokens > bounds.max)]
             raise _BadLineError(
                 f"{key!r} has the token id {outside[0]}, which {np.dtype(self.dtype)}, the type "
                 "chosen for the vocabulary size, cannot hold"
             )
         return tokens.astype(self.dtype), lengths
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = self.engine.encode(text) if self.engine and text else None
+        return self._reference(text) if ids is None else ids
+
+    def _reference(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.tokenize(text) if text else self._empty, np.int64)
+
+    def _compare(self, place: str, texts: dict[str, str]) -> None:
+        for key, text in texts.items():
+            for sequence in [text] if self.split is None else self.split(text):
+                fast, reference = self._ids(sequence), self._reference(sequence)
+                if not np.array_equal(fast, reference):
+                    common = min(len(fast), len(reference))
+                    different = np.flatnonzero(fast[:common] != reference[:common])
+                    raise DataError(
+                        f"{place}: the ids of {key!r} by tiktoken and by the tokenizer differ from "
+                        f"number {different[0] if different.size else common} on; nothing was "
+                        "written. --engine reference encodes with the tokenizer alone; please "
+                        "report the line and the tokenizer"
+                    )
 
 
 class _BadLineError(ValueError):

@@ -1,0 +1,236 @@
+"""tiktoken in a tokenizer's place: the same ids for every text, or not used at all."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EOD, write_lines
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.byte_level_bpe import (
+    GPT2,
+    LLAMA3,
+    QWEN2,
+    WORDS,
+    ByteLevelBPE,
+    NotExactError,
+    find_byte_level_bpe,
+    prove,
+)
+from megatron_scmoe.commands.preprocess.encoding import Encoder
+from megatron_scmoe.commands.preprocess.json_lines import Batch
+
+CORPUS = (
+    "def encode(self, text: str) -> list[int]:\n        return [self.ids[word] for word in text]\n"
+    "\nThe quick brown foxes' den isn't theirs; we'll see 1234567890 of them in 2026.\r\n\t\t"
+    "Übergrößenträger naïve \u4f60\u597d\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 !!"
+)
+PLANES = st.characters(codec="utf-8")  # every code point but surrogates
+SPACES = (" ", "  ", " " * 40, "\t", "\n", "\r\n", "\n \n", "\u00a0", "\u3000", "\x85", "\x1c")
+WORD_LIKE = ("'s", "'LL", "'\u017f", "don't", " the", "self.ids", "ab" * 90, "x" * 300, "größe")
+NUMBERS = ("1", "12", "123", "1234567", "\u0663", "\u00bd", "...", "!?\n", "=" * 50, "\0")
+COMPOSED = ("e\u0301", "\u212b", "\U0001f468\u200d\U0001f469", "\uac00\u1100\u1161")
+SPECIAL = ("<|endoftext|", EOD, "<s>")
+PIECES = st.sampled_from((*SPACES, *WORD_LIKE, *NUMBERS, *COMPOSED, *SPECIAL))
+TEXTS = st.lists(st.one_of(PIECES, PLANES, st.text(PLANES, max_size=8)), max_size=12).map("".join)
+
+
+@functools.cache
+def make(words: str, normalize: bool = False, bos: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=words == LLAMA3))
+    if normalize:
+        tokenizer.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words == GPT2)
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    tokenizer.pre_tokenizer = (
+        byte_level if words == GPT2 else pre_tokenizers.Sequence([split, byte_level])
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [CORPUS] * 3,
+        trainers.BpeTrainer(
+            vocab_size=450, special_tokens=[EOD], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.add_tokens([AddedToken("<s>", normalized=True)])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{EOD} $A {EOD}", special_tokens=[(EOD, 0)]
+        )
+    return tokenizer
+
+
+def reference(tokenizer: Tokenizer):
+    return lambda text: tokenizer.encode(text).ids
+
+
+@functools.cache
+def engine(words: str, normalize: bool = False, bos: bool = False) -> ByteLevelBPE:
+    tokenizer = make(words, normalize, bos)
+    return ByteLevelBPE(tokenizer, reference(tokenizer))
+
+
+def changed(**parts: object) -> Tokenizer:
+    """GPT-2's tokenizer with other parts in its tokenizer.json, those of the model too."""
+    state = json.loads(make(GPT2).to_str())
+    for name, part in parts.items():
+        (state if name in state else state["model"])[name] = part
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, words=st.sampled_from(WORDS), normalize=st.booleans(), bos=st.booleans())
+@example(text="\u017f'\u017f a'\u212a", words=LLAMA3, normalize=False, bos=False)
+@example(text="e\u0301<s>\u212b", words=QWEN2, normalize=True, bos=True)
+def test_the_same_ids(text: str, words: str, normalize: bool, bos: bool) -> None:
+    ids = engine(words, normalize, bos).encode(text)
+    if ids is None:
+        assert EOD in text or "<s>" in text
+    else:
+        assert ids.tolist() == make(words, normalize, bos).encode(text).ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(lines=st.lists(st.one_of(st.binary(max_size=30), TEXTS.map(lambda t: t.encode()))))
+def test_whatever_the_bytes_of_a_line(lines: list[bytes]) -> None:
+    """Invalid UTF-8 and half escapes are bad lines to both, and the documents are the same."""
+    batch = Batch("c.jsonl", 1, [b'{"text": "' + line + b'"}\n' for line in lines], 0)
+    tokenizer = Adapter(make(LLAMA3))
+    slow = Encoder(tokenizer, ["text"], np.uint16)(batch)
+    fast = Encoder(tokenizer, ["text"], np.uint16, engine=engine(LLAMA3), verify=1000)(batch)
+    assert fast.bad_lines == slow.bad_lines and fast.lengths == slow.lengths
+    assert np.array_equal(fast.tokens["text"], slow.tokens["text"])
+
+
+class Adapter:
+    """A backend with the one method of Megatron's tokenizers that encoding needs."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenize = reference(tokenizer)
+
+
+@pytest.mark.parametrize("words", WORDS, ids=["gpt2", "llama3", "qwen2"])
+def test_proof_on_the_stress_text(words: str) -> None:
+    prove(engine(words), reference(make(words)), [CORPUS])
+
+
+def test_the_proof_sees_one_wrong_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word of the sample has a letter that is none to tiktoken."""
+    from megatron_scmoe.commands.preprocess import byte_level_bpe
+
+    exact = byte_level_bpe._ranges
+
+    def without_sharp_s(name: str) -> list[tuple[int, int]]:
+        cut = [part for a, b in exact(name) for part in ((a, min(b, 0xDE)), (max(a, 0xE0), b))]
+        return [(a, b) for a, b in cut if a <= b]
+
+    monkeypatch.setattr(byte_level_bpe, "_ranges", without_sharp_s)
+    tokenizer = make(LLAMA3)
+    different = ByteLevelBPE(tokenizer, reference(tokenizer))
+    with pytest.raises(NotExactError, match="differently"):
+        prove(different, reference(tokenizer), [CORPUS])
+
+
+def test_words_too_long_for_the_stack_are_left_to_the_reference() -> None:
+    assert engine(GPT2).encode("x" + " " * 50_000 + "y") is None
+    for unit in (" ", "\t", "\n"):
+        ids = engine(GPT2).encode("x" + unit * 49_999 + "y")
+        assert ids is not None and ids.tolist() == make(GPT2).encode("x" + unit * 49_999 + "y").ids
+
+
+def test_a_large_text_has_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_scmoe.commands.preprocess import byte_level_bpe
+
+    monkeypatch.setattr(byte_level_bpe, "_LARGE_TEXT", 10)
+    assert engine(QWEN2).encode(CORPUS).tolist() == make(QWEN2).encode(CORPUS).ids
+
+
+# "abc" is ab, c to the reference, because only a, bc makes abc; tiktoken would make abc of ab, c.
+UNREACHED = {
+    "merges": [["a", "b"], ["b", "c"], ["a", "bc"]],
+    "vocab": {
+        letter: number
+        for number, letter in enumerate(
+            [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "bc", "abc"]
+        )
+    },
+}
+TWICE = {
+    "merges": [["a", "b"], ["b", "c"], ["ab", "c"], ["c", "c"], ["a", "bc"]],
+    "vocab": UNREACHED["vocab"] | {"cc": 259},
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({**UNREACHED, "added_tokens": []}, "do not make the token 'abc'"),
+        ({**TWICE, "added_tokens": []}, "reach the token 'abc' in two places"),
+        ({"vocab": {"a": 0}, "merges": [], "added_tokens": []}, "no token for some bytes"),
+        ({"dropout": 0.1}, "not byte-level BPE"),
+        ({"byte_fallback": True}, "not byte-level BPE"),
+        ({"end_of_word_suffix": "</w>", "merges": []}, "last part of a word"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizer is NFKC"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer is not"),
+        ({"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0}}, "truncates"),
+    ],
+)
+def test_what_is_not_exact_is_not_used(parts: dict[str, object], reason: str) -> None:
+    tokenizer = changed(**parts)
+    with pytest.raises(NotExactError, match=reason):
+        ByteLevelBPE(tokenizer, reference(tokenizer))
+
+
+def test_other_tokenizers_have_no_engine() -> None:
+    with pytest.raises(NotExactError, match="not one of Hugging Face's"):
+        find_byte_level_bpe(object())
+
+
+def test_verify_stops_at_a_difference() -> None:
+    tokenizer = make(GPT2)
+    wrong = ByteLevelBPE(tokenizer, reference(tokenizer))
+    wrong._ids = wrong._ids.copy()
+    wrong._ids[-1] = 0
+    line = json.dumps({"text": CORPUS}).encode()
+    batch = Batch("c.jsonl", 7, [line], 0)
+    assert Encoder(Adapter(tokenizer), ["text"], np.uint16, engine=wrong)(batch).documents == 1
+    with pytest.raises(DataError, match=r"c\.jsonl:7: the ids of 'text' by tiktoken .* differ"):
+        Encoder(Adapter(tokenizer), ["text"], np.uint16, engine=wrong, verify=1000)(batch)
+
+
+def test_the_run_says_what_encodes(tool, tmp_path: Path, tokenizers) -> None:
+    corpus = write_lines(tmp_path / "c.jsonl", [{"text": "the fox"}, {"text": f"a {EOD} b"}])
+    run = ["--input", corpus, "--output-prefix", tmp_path / "o", "--overwrite", "--verify", 1000]
+    said = {
+        "hf": "tokens of text, encoded by tiktoken\n",
+        "hf_bos": "tokens of text, encoded by tiktoken\n",
+        "sp": "encoded by the tokenizer itself: it is not one of Hugging Face's fast tokenizers\n",
+    }
+    for name, end in said.items():
+        outcome = tool(*run, *tokenizers[name])
+        assert outcome.code == 0 and outcome.stderr.endswith(end), outcome.stderr
+    outcome = tool(*run, *tokenizers["hf"], "--engine", "reference")
+    assert outcome.stderr.endswith("encoded by the tokenizer itself: --engine reference\n")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    changed(pre_tokenizer={"type": "Whitespace"}).save(str(folder / "tokenizer.json"))
+    outcome = tool(*run, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
+    first = outcome.stderr.splitlines()[0]
+    assert first.endswith(
+        "encoding is several times slower than with tiktoken: "
+        "its pre-tokenizer is not GPT-2's, Llama 3's or Qwen2's"
+    )
