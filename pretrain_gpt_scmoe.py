@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,8 +49,11 @@ from megatron_scmoe.arguments import parse_and_validate_args, prepare
 from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.doctor.machine import start_up
+from megatron_scmoe.run.shared_folder import SharedFolderError, check_shared
 from megatron_scmoe.run.watch import watched_ranks
 
+# Whose message is for the user, without a traceback.
+FOR_USERS = (CheckpointError, SharedFolderError)
 SPIKY_LOSS_FACTOR = 10  # times the largest loss seen, as in the host's script
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -171,6 +175,8 @@ def train_valid_test_datasets_provider(
 
     config = dataset_config_from_args(get_args())
     dataset_type = MockGPTDataset if config.mock else GPTDataset
+    if config.path_to_cache is not None and not config.mock:
+        check_shared(Path(config.path_to_cache), "--data-cache-path")
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     return BlendedMegatronDatasetBuilder(
         dataset_type, train_val_test_num_samples, reads_data, config
@@ -195,10 +201,10 @@ def main() -> None:
     guard: AbstractContextManager[Any]
     if args.inprocess_restart or args.fake_process_group:
         # The one has a monitor of its own, the other no other ranks.
-        guard = say.user_errors((CheckpointError,))
+        guard = say.user_errors(FOR_USERS)
     else:
         timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        guard = watched_ranks(timeout, CheckpointError)
+        guard = watched_ranks(timeout, FOR_USERS)
     try:
         with guard as watched_store:
             run(

@@ -341,6 +341,50 @@ MUTATIONS = (
         "return self.exposed / self.in_flight if self.in_flight else 0.0",
         f"{UNIT}overlap_report.py",
     ),
+    # MoE++.
+    Mutation(
+        "megatron_scmoe/model/routing/heterogeneous.py",
+        "eta[-self._at_home :] = self._tau",
+        "eta[: self._at_home] = self._tau",
+        f"{UNIT}moepp.py -k loss",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/at_home.py",
+        "of_input, of_vector = (probs",
+        "of_vector, of_input = (probs",
+        f"{UNIT}moepp.py -k equations",
+    ),
+    Mutation(
+        "megatron_scmoe/model/routing/__init__.py",
+        "return weighted / (weighted + at_home)",
+        "return weighted / (routed + at_home)",
+        f"{UNIT}moepp.py -k shares",
+    ),
+    # What is refused, and what is said.
+    Mutation(
+        "megatron_scmoe/checks/ranges.py",
+        "above = value > self.least if self.open_least else value >= self.least",
+        "above = value >= self.least",
+        f"{UNIT}every_refusal.py -k range",
+    ),
+    Mutation(
+        "megatron_scmoe/checks/refusal.py",
+        'raise ValueError(" ".join(lines))',
+        "raise ValueError(lines[0])",
+        f"{UNIT}every_refusal.py -k all_at_once",
+    ),
+    Mutation(
+        "megatron_scmoe/planner/twin.py",
+        "for dest in SHARED_EXPERT & args.scmoe_implied.keys():",
+        "for dest in SHARED_EXPERT & set():",
+        f"{UNIT}plan_overlap.py -k one_flag",
+    ),
+    Mutation(
+        "megatron_scmoe/host/wheel.py",
+        'track_names = [name for name in track_names if name != "load_balancing_loss"]',
+        "pass",
+        f"{FUNCTIONAL}host_defects.py -k balancing",
+    ),
 )
 
 

@@ -149,7 +149,6 @@ RANGES: dict[str, Range] = {
     "moe_aux_loss_coeff": NOT_NEGATIVE,
     "moe_z_loss_coeff": NOT_NEGATIVE,
     "moe_input_jitter_eps": Range(0, 1),
-    "moe_expert_capacity_factor": POSITIVE,
     "moe_router_bias_update_rate": NOT_NEGATIVE,
     "profile_step_start": NOT_NEGATIVE,
     "profile_step_end": NOT_NEGATIVE,

@@ -38,6 +38,28 @@ def test_full_validation_of_one_data_set(tmp_path: Path) -> None:
     assert run.stdout.count("validation loss at iteration 4 ") >= 1
 
 
+def be_on_another_node() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    if os.environ["RANK"] == "1":
+        sys.argv = [word.replace("cache of node 0", "cache of node 1") for word in sys.argv]
+
+
+def test_nodes_without_a_common_cache_are_told_so(tmp_path: Path) -> None:
+    """In place of a FileNotFoundError of document_index.npy; with a common one it trains."""
+    data = ["--data-path", str(write_text(tmp_path)), "--vocab-size", "256", "--train-iters", "2"]
+    data += ["--split", "900,100,0"]
+    cache = ["--data-cache-path", str(tmp_path / "cache of node 0")]
+    run = launch_forked([*POS1, *data, *cache], 2, tmp_path / "a", hook=be_on_another_node)
+    assert run.returncode == 2, run.stdout[-3000:]
+    (line,) = (line for line in run.stdout.splitlines() if f"{SCRIPT}: error: " in line)
+    assert "--data-cache-path" in line and "all nodes share" in line
+    assert "Traceback" not in run.stdout
+    common = ["--data-cache-path", str(tmp_path / "common")]
+    run = launch_forked([*POS1, *data, *common], 2, tmp_path / "b", hook=be_on_another_node)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert not list((tmp_path / "common").glob(".shared-*"))
+
+
 def make_losses_nan() -> None:
     import torch
 

@@ -57,5 +57,6 @@ def test_too_few_ranks() -> None:
     """Under torchrun: both ranks leave, one of them speaks."""
     run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)
     assert run.returncode != 0
-    (line,) = error_lines(run.stderr)
+    # On a machine so busy that rank 0 comes 20 s after rank 1 both say it.
+    (line,) = set(error_lines(run.stderr))
     assert "The number of ranks, 2, is no multiple" in line

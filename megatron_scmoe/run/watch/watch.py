@@ -35,11 +35,13 @@ CLEAN_UP_S = 20.0  # for a rank to end by itself after a user error of another r
 
 
 @contextmanager
-def watched_ranks(timeout: timedelta, user_error: type[Exception]) -> Iterator[Store | None]:
+def watched_ranks(
+    timeout: timedelta, user_errors_of_run: tuple[type[Exception], ...]
+) -> Iterator[Store | None]:
     """Surround a run so that no rank outlives another for longer than the collectives' time-out.
 
     A rank that is lost or fails ends the process on all ranks, with one line from one of them. An
-    error of a rank's own also keeps its traceback; one of the kind `user_error` is the line alone.
+    error of a rank's own also keeps its traceback; one of `user_errors_of_run` is the line alone.
 
     Args:
         timeout: until all ranks have joined.
@@ -48,14 +50,14 @@ def watched_ranks(timeout: timedelta, user_error: type[Exception]) -> Iterator[S
         The job's store, for `init_process_group`; None for a single rank.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        with user_errors((user_error,)):
+        with user_errors(user_errors_of_run):
             yield None
         return
     store, board = _join(timeout)
     watch = Watch(board)
     try:
         yield store
-    except user_error as error:
+    except user_errors_of_run as error:
         watch.fail(error, Alarm(board.rank, "refused", one_line(error), EXIT_CODE))
     except Exception as error:
         lost = lost_peer(error)
