@@ -101,8 +101,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="JSON lines, plain, .gz or .zst: files, directories (their *.jsonl and *.json, plain "
-        "or packed), or globs; UTF-8, one object a line",
+        help="JSON lines, plain, .gz, .zst or .xz: files, directories (their *.jsonl and *.json, "
+        "plain or packed), or globs; UTF-8, one object a line",
     )
     group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
     group.add_argument(

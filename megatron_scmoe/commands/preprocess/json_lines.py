@@ -1,10 +1,11 @@
-"""Which files make up a corpus, and their lines: plain, gzip or Zstandard JSON lines."""
+"""Which files make up a corpus, and their lines: plain, gzip, Zstandard or xz JSON lines."""
 
 import codecs
 import glob
 import gzip
 import importlib.util
 import io
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import BinaryIO
 from megatron_scmoe.commands.preprocess import DataError
 
 DIRECTORY_SUFFIXES = tuple(
-    text + packed for text in (".jsonl", ".json") for packed in ("", ".gz", ".zst")
+    text + packed for text in (".jsonl", ".json") for packed in ("", ".gz", ".zst", ".xz")
 )
 BATCH_BYTES = 1 << 18  # large enough that handing it to another process costs nothing
 BATCH_LINES = 1000
@@ -38,8 +39,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     """The files that `inputs` name, in reading order.
 
     Args:
-        inputs: paths of files, of directories (their `*.jsonl` and `*.json` files, also .gz and
-            .zst, sorted by name, subdirectories left out), or globs (`**` allowed, sorted).
+        inputs: paths of files, of directories (their `*.jsonl` and `*.json` files, also .gz,
+            .zst and .xz, sorted by name, subdirectories left out), or globs (`**` allowed, sorted).
 
     Raises:
         DataError: an input without a file, a link to nothing or to itself, a file named twice, or
@@ -60,7 +61,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
             if not found:
                 raise DataError(
                     f"--input {name}: this directory has no *.jsonl or *.json file "
-                    "(also .gz, .zst); name the files with a glob"
+                    "(also .gz, .zst, .xz); name the files with a glob"
                 )
         elif path.exists():
             found = [path]
@@ -109,7 +110,7 @@ def read_batches(files: Iterable[Path]) -> Iterator[Batch]:
                         lines, size = [], 0
                 if lines:
                     yield Batch(str(path), number, lines, _tell(raw) - position)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(
                 f"{path}:{number + len(lines)}: the file cannot be read on from here: {error}"
             ) from error
@@ -119,11 +120,13 @@ def _tell(raw: BinaryIO) -> int:
     return raw.tell() if raw.seekable() else 0
 
 
-def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO | gzip.GzipFile:
+def _decompress(raw: io.BufferedReader, suffix: str) -> BinaryIO | gzip.GzipFile | lzma.LZMAFile:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".zst":
         return io.BufferedReader(_ZstdFile(raw), buffer_size=1 << 20)
+    if suffix == ".xz" and raw.peek(1):  # like the others, a file of nothing has no lines
+        return lzma.LZMAFile(raw)
     return raw
 
 

@@ -39,6 +39,9 @@ CORPUS = (
     "\nThe quick brown foxes' den isn't theirs; we'll see 1234567890 of them in 2026.\r\n\t\t"
     "Übergrößenträger naïve \u4f60\u597d\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 !!"
 )
+# Without threads in the tokenizers' library, because one test forks.
+pytestmark = pytest.mark.usefixtures("preloaded")
+
 PLANES = st.characters(codec="utf-8")  # every code point but surrogates
 SPACES = (" ", "  ", " " * 40, "\t", "\n", "\r\n", "\n \n", "\u00a0", "\u3000", "\x85", "\x1c")
 WORD_LIKE = ("'s", "'LL", "'\u017f", "don't", " the", "self.ids", "ab" * 90, "x" * 300, "größe")
@@ -234,3 +237,12 @@ def test_the_run_says_what_encodes(tool, tmp_path: Path, tokenizers) -> None:
         "encoding is several times slower than with tiktoken: "
         "its pre-tokenizer is not GPT-2's, Llama 3's or Qwen2's"
     )
+
+
+def test_the_benchmark_trains_tokenizers_that_tiktoken_takes(tmp_path: Path) -> None:
+    from tools.benchmarks.preprocess_speed import train_byte_level, write_corpus
+
+    sample = write_corpus(tmp_path / "c.jsonl", 0.1)
+    *_, folder = train_byte_level(tmp_path / "qwen2", sample, QWEN2, 500)
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    prove(ByteLevelBPE(tokenizer, reference(tokenizer)), reference(tokenizer), sample)

@@ -1,6 +1,7 @@
 """Which files and lines megatron_scmoe.commands.preprocess.json_lines finds."""
 
 import gzip
+import lzma
 import random
 from pathlib import Path
 
@@ -15,13 +16,15 @@ LINES = [b'{"text": "%d"}\n' % number for number in range(5000)]
 
 
 def pack(path: Path, data: bytes) -> Path:
-    """Writes data as the suffix says; .gz and .zst in two members, as `cat a.gz b.gz` makes."""
+    """Writes data as the suffix says; packed files in two members, as `cat a.gz b.gz` makes."""
     half = len(data) // 2
     halves = (data[:half], data[half:])
     if path.suffix == ".gz":
         path.write_bytes(b"".join(map(gzip.compress, halves)))
     elif path.suffix == ".zst":
         path.write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, halves)))
+    elif path.suffix == ".xz":
+        path.write_bytes(b"".join(map(lzma.compress, halves)))
     else:
         path.write_bytes(data)
     return path
@@ -35,14 +38,14 @@ def read(*files: Path) -> list[tuple[str, int, bytes]]:
     ]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".gz", ".zst", ".xz"])
 def test_lines_and_numbers(tmp_path: Path, suffix):
     path = pack(tmp_path / f"c{suffix}", b"".join(LINES))
     assert read(path) == [(path.name, number, line) for number, line in enumerate(LINES, 1)]
     assert sum(batch.disk_bytes for batch in json_lines.read_batches([path])) == path.stat().st_size
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
 def test_cut_short(tmp_path: Path, suffix):
     noise = random.Random(0)
     data = b"".join(b'{"text": "%d"}\n' % noise.getrandbits(500) for _ in range(5000))
@@ -52,7 +55,7 @@ def test_cut_short(tmp_path: Path, suffix):
         read(path)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
 def test_not_packed_at_all(tmp_path: Path, suffix):
     path = tmp_path / f"c{suffix}"
     path.write_bytes(LINES[0])
@@ -61,20 +64,20 @@ def test_not_packed_at_all(tmp_path: Path, suffix):
 
 
 def test_empty_packed_files(tmp_path: Path):
-    for suffix in (".jsonl", ".gz", ".zst"):
+    for suffix in (".jsonl", ".gz", ".zst", ".xz"):
         path = tmp_path / f"c{suffix}"
         path.write_bytes(b"")
         assert read(path) == []
 
 
 def test_directory_and_glob_by_name(tmp_path: Path):
-    for name in ("b.jsonl.gz", "a.jsonl", "c.json.zst", "notes.txt", "d.jsonl"):
+    for name in ("b.jsonl.gz", "a.jsonl", "c.json.zst", "notes.txt", "d.jsonl.xz"):
         pack(tmp_path / name, LINES[0])
     (tmp_path / "e.jsonl").mkdir()
-    wanted = ["a.jsonl", "b.jsonl.gz", "c.json.zst", "d.jsonl"]
+    wanted = ["a.jsonl", "b.jsonl.gz", "c.json.zst", "d.jsonl.xz"]
     assert [path.name for path in json_lines.find_files([str(tmp_path)])] == wanted
     assert [path.name for path in json_lines.find_files([str(tmp_path / "?.json*")])] == wanted
-    given_order = [str(tmp_path / "d.jsonl"), str(tmp_path / "a.jsonl")]
+    given_order = [str(tmp_path / "d.jsonl.xz"), str(tmp_path / "a.jsonl")]
     assert list(map(str, json_lines.find_files(given_order))) == given_order
 
 

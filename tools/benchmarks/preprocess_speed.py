@@ -1,0 +1,184 @@
+"""How fast tools/preprocess_data.py turns text into tokens, by tokenizer, engine and workers.
+
+    python -m tools.benchmarks.preprocess_speed --megabytes 40 --workers 1 2 \\
+        [--megatron-lm PATH/tools/preprocess_data.py]
+
+The corpus is this Python's library, site-packages included, one file a document; the tokenizers are
+trained on a part of it. Each row is a run of the tool as a user starts it, net of the start-up: the
+same run with one document. CPU seconds are those of all processes, so that they also mean something
+on a machine that does other work, where the wall clock does not. Output of --megatron-lm, a copy
+of Megatron-LM's tool, is compared byte for byte.
+"""
+
+import argparse
+import filecmp
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tools.benchmarks.provenance import as_markdown, describe
+from tools.benchmarks.real_text import REPOSITORY
+
+TOOL = REPOSITORY / "tools" / "preprocess_data.py"
+TOKENIZERS = ("gpt2", "llama3", "qwen2", "llama2")
+TRAINING_MEGABYTES = 2
+NAME = "o_text_document"
+
+
+def write_corpus(path: Path, megabytes: float) -> list[str]:
+    """Writes JSON lines; returns a sample to train tokenizers on."""
+    sample: list[str] = []
+    size = 0
+    with path.open("w") as stream:
+        for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            if size >= megabytes * 1e6:
+                break
+            size += len(text.encode())
+            stream.write(json.dumps({"text": text}) + "\n")
+            if size < TRAINING_MEGABYTES * 1e6:
+                sample.append(text)
+    return sample
+
+
+def train_byte_level(folder: Path, sample: list[str], words: str, vocab_size: int) -> list[str]:
+    """A byte-level BPE with the given expression of words; returns the tool's options."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+
+
+def train_sentencepiece(folder: Path, sample: list[str], vocab_size: int) -> list[str]:
+    """A BPE in Llama 2's way: bytes for what is unknown, digits apart, white space kept."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=itertools.chain.from_iterable(text.splitlines() for text in sample),
+        model_prefix=str(folder),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{folder}.model"]
+
+
+def run(tool: Path, corpus: Path, output: Path, options: list[str]) -> tuple[float, float]:
+    """Wall and CPU seconds of one run."""
+    output.mkdir(exist_ok=True)
+    command = [sys.executable, str(tool), "--input", str(corpus), *options]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(
+        [
+            *command,
+            "--output-prefix",
+            str(output / "o"),
+            "--append-eod",
+            "--log-interval",
+            "999999",
+        ],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    )
+    wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    from megatron_scmoe.commands.preprocess.byte_level_bpe import GPT2, LLAMA3, QWEN2
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=TOKENIZERS)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--megatron-lm", type=Path, help="its tools/preprocess_data.py, to compare")
+    args = parser.parse_args()
+    environment = describe()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus, one = folder / "corpus.jsonl", folder / "one.jsonl"
+        sample = write_corpus(corpus, args.megabytes)
+        one.write_text(json.dumps({"text": sample[0][:1000]}) + "\n")
+        megabytes = sum(len(json.loads(line)["text"].encode()) for line in corpus.open()) / 1e6
+        tokenizers = {
+            words_name: train_byte_level(folder / words_name, sample, words, args.vocab_size)
+            for words_name, words in (("gpt2", GPT2), ("llama3", LLAMA3), ("qwen2", QWEN2))
+            if words_name in args.tokenizers
+        }
+        if "llama2" in args.tokenizers:
+            tokenizers["llama2"] = train_sentencepiece(folder / "llama2", sample, args.vocab_size)
+        programs = {
+            "tiktoken": (TOOL, ["--overwrite"]),
+            "tokenizer": (TOOL, ["--overwrite", "--engine", "reference"]),
+        }
+        if args.megatron_lm:
+            programs["Megatron-LM"] = (args.megatron_lm, [])
+        print(as_markdown(environment))
+        print(
+            f"\n{megabytes:.1f} MB of text, vocabularies of {args.vocab_size}. Net of start-up. "
+            "All outputs of a tokenizer are the same bytes.\n\n"
+            "| tokenizer | encoded by | workers | start-up, s (CPU s) | s (CPU s) | MB/s "
+            "| MB a CPU s | tokens/s |\n|---|---|---|---|---|---|---|---|"
+        )
+        for tokenizer, options in tokenizers.items():
+            first = None
+            for workers, (program, (tool, more)) in itertools.product(
+                args.workers, programs.items()
+            ):
+                if tokenizer == "llama2" and program == "tiktoken":
+                    continue
+                output = folder / f"{tokenizer}_{program}"
+                every = [*options, *more, "--workers", str(workers)]
+                start, start_cpu = run(tool, one, output, every)
+                wall, cpu = run(tool, corpus, output, every)
+                wall, cpu = wall - start, cpu - start_cpu
+                size = (output / f"{NAME}.bin").stat().st_size
+                tokens = size // np.dtype(np.uint16).itemsize
+                for suffix in (".bin", ".idx"):
+                    if first and not filecmp.cmp(
+                        first / f"{NAME}{suffix}", output / f"{NAME}{suffix}", shallow=False
+                    ):
+                        raise SystemExit(f"{output} and {first}: {suffix} differ")
+                first = first or output
+                print(
+                    f"| {tokenizer} | {program} | {workers} | {start:.1f} ({start_cpu:.1f}) "
+                    f"| {wall:.1f} ({cpu:.1f}) | {megabytes / wall:.1f} | {megabytes / cpu:.1f} "
+                    f"| {tokens / wall:,.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
