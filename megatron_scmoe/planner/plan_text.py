@@ -26,7 +26,7 @@ def as_text(
 ) -> str:
     """Tables to read."""
     parts = [
-        "\n".join([_verdict(config, plan), *what_the_flag_changes(args)]),
+        "\n".join([_verdict(args, config, plan), *what_the_flag_changes(args)]),
         _head(args, config, plan),
         _parts_table(config, plan.model),
         _positions_table(config, plan),
@@ -159,7 +159,7 @@ def assumptions(
 # Text. --------------------------------------------------------------------------------------------
 
 
-def _verdict(config: TransformerConfig, plan: Plan) -> str:
+def _verdict(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     """What to do, in one line."""
     best = plan.fastest
     if best is None:
@@ -171,6 +171,9 @@ def _verdict(config: TransformerConfig, plan: Plan) -> str:
         f"{typed:.2f}x over the command line as it stands, {hidden}, "
         f"{plan.memory.total_bytes / GIB:.0f} GiB"
     )
+    memory = args.cluster_memory_gib
+    if memory is not None and plan.memory.total_bytes > memory * GIB:
+        line += f", which do not fit in {memory:g}"
     return f"{line}\n        SLOWER than stock as it stands" if typed < 1 else line
 
 

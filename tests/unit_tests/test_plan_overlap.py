@@ -520,6 +520,8 @@ def test_what_one_flag_does_to_a_published_model(output) -> None:
     first, second, changed, advice, *_ = output(MIXTRAL, "--moe-router-topk 2", CLUSTER).split("\n")
     assert first.startswith("Best    pos1, slot ") and "0." in first.split("top-3, ")[1]
     assert second.strip() == "SLOWER than stock as it stands"
+    small = output(MIXTRAL, EQUAL, CLUSTER, "--cluster-memory-gib 0.001").splitlines()[0]
+    assert small.endswith(" GiB, which do not fit in 0.001")
     ratio = float(re.search(r"and ([\d.]+) x the FLOPs", changed)[1])  # type: ignore[index]
     assert 1.2 < ratio < 1.5
     assert advice.endswith(f"the same FLOPs as before: {EQUAL}")

@@ -79,8 +79,10 @@ class CopyExperts(ExpertsAtHome):
 
 
 class ConstantExperts(ExpertsAtHome):
-    """Experts that mix their input with a vector of their own, E_i(z) = a_1 z + a_2 v_i,
-    [a_1, a_2] = Softmax(W_i z), W_i in R^{2 x h} (5)"""
+    """Experts that mix their input with a vector of their own, E_i(z) = a_1 z + a_2 v_i (5)
+
+    [a_1, a_2] = Softmax(W_i z), W_i in R^{2 x h}.
+    """
 
     def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__(config, number)
