@@ -26,6 +26,7 @@ import logging
 import os
 import socket
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import partial
@@ -38,7 +39,14 @@ from megatron.training import training
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe import __version__
-from megatron_scmoe.arguments import add_scmoe_args, prepare, validate
+from megatron_scmoe.arguments import (
+    add_scmoe_args,
+    model_config_from_args,
+    prepare,
+    validate,
+)
+from megatron_scmoe.planner.iteration import micro_batches_to_win
+from megatron_scmoe.planner.memory import training_from_args
 from megatron_scmoe.run.doctor import gpu, links, machine
 from megatron_scmoe.run.doctor.findings import Finding, RankOfHost, merge, name_ranks
 
@@ -56,7 +64,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # what the host logs is not asked for
     with say.user_errors():
         args = parse_args(add_options) if sys.argv[1:] else None
-    layout = [] if args is None else [judge_layout(args)]
+    layout = [] if args is None else judge_layout(args)
     is_sound = all(finding.severity != "error" for finding in layout)
     of_machine = machine.examine(args if is_sound else None)
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -74,7 +82,7 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def judge_layout(args: Namespace) -> Finding:
+def judge_layout(args: Namespace) -> list[Finding]:
     """Everything that the entry script does before its process groups, without its output."""
     try:
         with redirect_stdout(StringIO()):
@@ -82,7 +90,7 @@ def judge_layout(args: Namespace) -> Finding:
             vars(args).update(NOT_OURS)
             prepare(args)
     except say.USER_ERRORS as error:
-        return Finding("error", say.one_line(error))
+        return [Finding("error", say.one_line(error))]
     experts = (
         f"; {args.num_experts} experts over {args.expert_model_parallel_size} expert parallel x "
         f"{args.expert_tensor_parallel_size} expert tensor parallel ranks"
@@ -90,12 +98,34 @@ def judge_layout(args: Namespace) -> Finding:
         else ""
     )
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    return Finding(
+    layout = Finding(
         "ok",
         f"tensor {args.tensor_model_parallel_size} x context {args.context_parallel_size} x "
         f"pipeline {args.pipeline_model_parallel_size} x data {args.data_parallel_size}{experts}; "
         f"micro-batches a step: {micro_batches}",
     )
+    return [layout, *judge_gradients(args, micro_batches)]
+
+
+def judge_gradients(args: Namespace, micro_batches: int) -> Iterator[Finding]:
+    """Whether the shared experts' gradients cost more than the shortcut can save, on a link so slow
+    that bytes decide; on a faster one the planner knows."""
+    if args.scmoe_shortcut_position == "none" or args.overlap_grad_reduce:
+        return
+    try:
+        training = training_from_args(args, micro_batches)
+        needed = micro_batches_to_win(args, model_config_from_args(args), training)
+    except ValueError:
+        return  # what the planner does not count, the memory report names
+    if micro_batches < needed:
+        yield Finding(
+            "warning",
+            f"micro-batches a step: {micro_batches}; on a slow link the gradients of the shared "
+            f"experts cost as much as {needed:.1f} micro-batches of top-"
+            f"{args.moe_router_topk + 1}'s further expert",
+            "add --overlap-grad-reduce, more micro-batches (--global-batch-size), or take a "
+            "smaller --moe-shared-expert-intermediate-size; tools/plan_overlap.py knows your link",
+        )
 
 
 def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Finding]) -> int:

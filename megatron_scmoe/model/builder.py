@@ -87,6 +87,7 @@ def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
             ShortcutLayer.further_routes,
         )
         set_moe_metrics_tracker(tracker)
+    tracker.chunks.append(model)
     tracker.units += [module for module in model.modules() if isinstance(module, ShortcutLayer)]
 
 

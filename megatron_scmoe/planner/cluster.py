@@ -1,4 +1,4 @@
-"""A cluster as numbers, and the time of an all-to-all on it."""
+"""A cluster as numbers, and the times of collectives on it."""
 
 from dataclasses import dataclass
 
@@ -115,3 +115,29 @@ class Cluster:
             network = sent * self.share_leaving_node(ranks, stride) / self.network_bandwidth
             seconds = max(seconds, network)
         return seconds / self.efficiency + self.message_latency * (ranks - 1)
+
+    def ring_seconds(self, held: float, ranks: int, stride: int = 1) -> float:
+        """Time of a reduce-scatter or an all-gather; an all-reduce is both.
+
+        Every rank passes on all but its own part. As many rings leave a node as the group has GPUs
+        there, each by a link of its own.
+
+        Args:
+            held: bytes that every rank holds before, or after.
+            ranks: size of the group.
+            stride: distance of its members.
+
+        Raises:
+            ValueError: the group leaves the node and the network is unknown.
+        """
+        local = self.ranks_in_node(ranks, stride)
+        passed_on = held * (ranks - 1) / ranks
+        seconds = passed_on / self.intra_node_bandwidth if local > 1 else 0.0
+        if local < ranks:
+            if self.network_bandwidth is None:
+                raise ValueError(
+                    f"gradients of {ranks} ranks leave the node and no network is known: add "
+                    "--cluster-network-gbytes."
+                )
+            seconds = max(seconds, passed_on / (local * self.network_bandwidth))
+        return seconds / self.efficiency

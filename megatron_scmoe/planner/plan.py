@@ -11,6 +11,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
+from megatron_scmoe.planner.iteration import Race, race
 from megatron_scmoe.planner.measured import Comparison, Measurement, compare
 from megatron_scmoe.planner.memory import RankMemory, Training, memory_of_ranks, training_from_args
 from megatron_scmoe.planner.predict import (
@@ -109,6 +110,9 @@ class Plan:
     typed: float
     """Seconds of a pair of the command line as it stands, without a shortcut: top-K, and a shared
     expert only if it names one."""
+    race: Race | None = None
+    """Iterations of the fastest position, with data parallelism's traffic; None without data
+    parallelism, a network or a position."""
 
     def over_typed(self, prediction: Prediction) -> float:
         """Speed-up of the pair over the command line as it stands."""
@@ -159,7 +163,7 @@ def make_plan(
     size = model_size(config, args.seq_length, args.micro_batch_size)
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     training = training_from_args(args, num_microbatches)
-    return Plan(
+    plan = Plan(
         model=model,
         predictions={position: _predictions(model, position) for position in positions},
         refused=refused,
@@ -174,6 +178,13 @@ def make_plan(
             shared_expert="moe_shared_expert_intermediate_size" not in args.scmoe_implied,
         ),
     )
+    if (cluster := source.cluster) is None or plan.fastest is None:
+        return plan
+    leaves_node = args.world_size > cluster.gpus_per_node
+    alone = args.data_parallel_size * args.context_parallel_size == 1
+    if alone or (leaves_node and cluster.network_bandwidth is None):
+        return plan
+    return replace(plan, race=race(args, config, model, plan.fastest, training, cluster))
 
 
 def _predictions(model: Model, position: str) -> list[Prediction]:

@@ -10,15 +10,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import default_slots
 from megatron_scmoe.planner.cluster import PRESETS
+from megatron_scmoe.planner.iteration import Contender, Race
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
 from megatron_scmoe.planner.predict import Model, Prediction
 from megatron_scmoe.planner.times import tokens_per_rank
 from megatron_scmoe.planner.twin import what_the_flag_changes
-from megatron_scmoe.words import table
+from megatron_scmoe.words import size, table
 
 GIB = 2**30
+LARGE_BUCKET = 0.5
+"""Share of the gradients in the last bucket that is worth a word."""
 
 
 def as_text(
@@ -30,11 +33,13 @@ def as_text(
         _head(args, config, plan),
         _parts_table(config, plan.model),
         _positions_table(config, plan),
+        _race_table(args, config, plan),
         _degrees_table(plan),
         _larger_table(plan),
         _comparison_table(source, plan),
         _memory_table(args, plan),
-        "Assumed\n" + "\n".join(f"- {line}" for line in assumptions(args, config, source, notes)),
+        "Assumed\n"
+        + "\n".join(f"- {line}" for line in assumptions(args, config, source, plan, notes)),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -94,8 +99,9 @@ def as_json(
             {**comparison._asdict(), "deviation": comparison.deviation}
             for comparison in plan.comparisons
         ],
+        "data_parallelism": None if plan.race is None else _race(plan.race),
         "memory": _memory(plan.memory),
-        "assumptions": assumptions(args, config, source, notes),
+        "assumptions": assumptions(args, config, source, plan, notes),
     }
 
 
@@ -107,7 +113,7 @@ def communication_share(model: Model) -> float:
 
 
 def assumptions(
-    args: Namespace, config: TransformerConfig, source: Source, notes: Sequence[str]
+    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
 ) -> list[str]:
     """One line each."""
     lines = list(notes)
@@ -136,10 +142,17 @@ def assumptions(
         "experts and exchanges of the baselines grow with the number of rows"
         if source.measurement is not None
         else "the baselines wait for every exchange where it starts",
-        "collectives of TP, CP, PP and DP, and the pipeline's bubble, take no time",
+        f"collectives of TP, CP{', PP and DP' if plan.race is None else ' and PP'}, and the "
+        "pipeline's bubble, take no time",
         "forward and backward have an expert slot each (1,3, or 1 if equal); the best slots "
         "minimise the time of each direction on its own",
     ]
+    if plan.race is not None:
+        lines.append(
+            "gradients and gathered parameters: rings at the all-to-all's share of the bandwidths, "
+            "between nodes over the links of all GPUs of the group; with overlap they travel where "
+            "no all-to-all does, and the last bucket beside nothing; optimizer steps take no time"
+        )
     if config.recompute_granularity == "full":
         lines.append(
             "full recomputation: every micro-batch runs the forward pass twice, at the forward slot"
@@ -174,7 +187,29 @@ def _verdict(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     memory = args.cluster_memory_gib
     if memory is not None and plan.memory.total_bytes > memory * GIB:
         line += f", which do not fit in {memory:g}"
-    return f"{line}\n        SLOWER than stock as it stands" if typed < 1 else line
+    lines = [line]
+    if typed < 1:
+        lines.append("        SLOWER than stock as it stands")
+    if plan.race is not None:
+        lines += _lost_iteration(_wider(config), plan.race)
+    return "\n".join(lines)
+
+
+def _lost_iteration(wider: str, race: Race) -> list[str]:
+    """A line where micro-batches are faster and an iteration of them is not, with what helps."""
+    enough = race.now(race.shortcut).wins_from(race.now(race.wider))
+    if enough is None or enough <= race.num_microbatches:
+        return []
+    cures = [f"{enough} micro-batches (--global-batch-size)"]
+    with_overlap = race.shortcut.overlapped.wins_from(race.wider.overlapped)
+    if not race.overlaps and with_overlap is not None and with_overlap < enough:
+        few = with_overlap <= race.num_microbatches
+        cures.insert(0, "--overlap-grad-reduce" + ("" if few else f" with {with_overlap}"))
+    return [
+        f"        SLOWER than {wider} in an iteration of {_micro_batches(race.num_microbatches)}, "
+        f"{race.over(race.wider):.2f}x: the gradients of its shared experts cross the link too; "
+        f"it takes {', or '.join(cures)}, or a smaller --moe-shared-expert-intermediate-size"
+    ]
 
 
 def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
@@ -185,7 +220,7 @@ def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
             f"Model   {plan.parameters / 1e9:.3g} B parameters; {len(pattern)} layers, "
             f"{sum(pattern)} of them MoE with {config.num_moe_experts} experts, "
             f"top-{config.moe_router_topk} and a shared expert",
-            "Layout  " + ", ".join(f"{name} {size}" for name, size in layout.items()),
+            "Layout  " + ", ".join(f"{name} {ranks}" for name, ranks in layout.items()),
             f"Batch   {args.micro_batch_size} x {args.seq_length} tokens, "
             f"{tokens_per_rank(args, config)} on a rank",
         ]
@@ -241,6 +276,64 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
         + "\n* default slot, + best slots; yours: the command line without a shortcut; "
         f"model: over {_wider(config)} with all other layers" + refused
     )
+
+
+def _race_table(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
+    """Iterations, with what data parallelism sends."""
+    race, best = plan.race, plan.fastest
+    if race is None or best is None:
+        return ""
+    names = {
+        f"{best.position}, slot {best.slots}": race.shortcut,
+        _wider(config): race.wider,
+        f"top-{config.moe_router_topk}+shared": race.shared,
+    }
+    rows = [
+        [
+            name,
+            size(each.traffic.sent),
+            _ms(each.traffic.gradients),
+            _ms(each.traffic.parameters),
+            _ms(each.waiting.exposed),
+            _ms(each.overlapped.exposed),
+            _ms(race.now(each).seconds(race.num_microbatches)),
+            f"{race.over(each):.2f}x",
+        ]
+        for name, each in names.items()
+    ]
+    header = ["", "a GPU sends", "gradients", "parameters", "exposed"]
+    header += ["overlapped", "iteration", "shortcut over it"]
+    used = "with" if race.overlaps else "without"
+    return "\n".join(
+        [
+            f"Data parallelism: an iteration of {_micro_batches(race.num_microbatches)}, {used} "
+            "--overlap-grad-reduce (ms)",
+            table(header, rows),
+            "exposed: what compute waits for without overlap; overlapped: with "
+            f"--overlap-grad-reduce{' --overlap-param-gather' * args.overlap_param_gather}",
+            f"faster than {_wider(config)} {_wins(race.shortcut, race.wider)}",
+            *(
+                [
+                    f"the last bucket has {last:.0%} of it, which nothing is left to hide: "
+                    "take a smaller --ddp-bucket-size"
+                ]
+                if (last := race.shortcut.traffic.last_bucket) > LARGE_BUCKET
+                else []
+            ),
+        ]
+    )
+
+
+def _wins(ours: Contender, theirs: Contender) -> str:
+    waiting = ours.waiting.wins_from(theirs.waiting)
+    overlapped = ours.overlapped.wins_from(theirs.overlapped)
+    if waiting is None or overlapped is None:
+        return "at no number of micro-batches"
+    return f"from {_micro_batches(waiting)} on, from {overlapped} on with --overlap-grad-reduce"
+
+
+def _micro_batches(number: int) -> str:
+    return f"{number} micro-batch{'' if number == 1 else 'es'}"
 
 
 def _degrees_table(plan: Plan) -> str:
@@ -323,8 +416,8 @@ def _comparison_table(source: Source, plan: Plan) -> str:
 def _memory_table(args: Namespace, plan: Plan) -> str:
     memory = plan.memory
     rows = [
-        [name.replace("_estimate", " (estimate)"), f"{size / GIB:.2f}"]
-        for name, size in _memory_parts(memory).items()
+        [name.replace("_estimate", " (estimate)"), f"{number / GIB:.2f}"]
+        for name, number in _memory_parts(memory).items()
     ]
     text = (
         f"Memory of a GPU (GiB), pipeline stage {memory.pipeline_rank}, which needs most; "
@@ -387,6 +480,27 @@ def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:
         "speedup_over_wider": prediction.over_wider,
         "speedup_over_shared": prediction.over_shared,
         "model_speedup_over_wider": prediction.model_over_wider,
+    }
+
+
+def _race(race: Race) -> dict[str, Any]:
+    """Seconds and bytes of an iteration."""
+    ours = race.shortcut
+    return {
+        "num_microbatches": race.num_microbatches,
+        "overlap_grad_reduce": race.overlaps,
+        **{
+            name: {
+                **each.traffic._asdict(),
+                "micro_batch": each.waiting.micro_batch,
+                "exposed": each.waiting.exposed,
+                "exposed_with_overlap": each.overlapped.exposed,
+                "speedup_over_it": race.over(each),
+                "wins_from": ours.waiting.wins_from(each.waiting),
+                "wins_from_with_overlap": ours.overlapped.wins_from(each.overlapped),
+            }
+            for name, each in (("shortcut", ours), ("wider", race.wider), ("shared", race.shared))
+        },
     }
 
 

@@ -5,6 +5,7 @@ the log.
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def test_report_of_a_real_trace(
     # Times of a trace are whole quarters of a microsecond.
     shares = (percent(hidden / in_flight + error) for error in (-1e-3, 0, 1e-3))
     assert any(said.startswith(f"Hidden      {share} of") for share in shares)
+    assert re.search(r"^Gradients +data parallelism sends .* kB are the shared", said, re.MULTILINE)
 
 
 def test_no_bit_is_lost(chosen: tuple[Run, Path], data_prefix: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_scmoe.commands import overlap_report
 from megatron_scmoe.commands.trace_report.advice import advise
@@ -15,7 +16,7 @@ from megatron_scmoe.commands.trace_report.picture import draw
 from megatron_scmoe.commands.trace_report.report_text import render, slot_name
 from megatron_scmoe.commands.trace_report.traces import Run, read_run
 from megatron_scmoe.overlap.measure.cost import UnitTimes
-from megatron_scmoe.overlap.measure.trace import TraceWriter
+from megatron_scmoe.overlap.measure.trace import TraceWriter, traced_parameters
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
 from megatron_scmoe.words import change, duration, numbers, size
@@ -68,6 +69,13 @@ FACTS: dict[str, Any] = {
     "context_parallel_size": 1,
     "expert_model_parallel_size": 2,
     "expert_tensor_parallel_size": 1,
+    "overlap_grad_reduce": False,
+    "use_distributed_optimizer": False,
+    "dense_parameters": 10_000,
+    "shared_expert_parameters": 2_000,
+    "expert_parameters": 40_000,
+    "gradient_bytes": 4,
+    "parameter_bytes": 2,
     "params_dtype": "float32",
     "backend": "gloo",
     "expert_parallel_ranks": [0, 1],
@@ -206,7 +214,7 @@ def test_the_example_is_typical(tmp_path: Path) -> None:
     place = analyse(run).example["forward"].place
     slow = run.records[place]
     slow.exchanges[:] = [x._replace(end=x.end + 1) for x in slow.exchanges]
-    again = Run(run.facts, run.groups, run.slots, (), run.records)
+    again = Run(run.facts, run.groups, run.parameters, run.slots, (), run.records)
     for rank in (None, 0, 1):
         example = analyse(again, rank).example
         assert example["forward"].place == example["backward"].place != place
@@ -269,6 +277,57 @@ def test_nothing_to_gain_where_all_is_hidden(
         monkeypatch.setitem(EXCHANGES, direction, hidden)
     (line,) = advice_of(tmp_path).splitlines()
     assert line.startswith("100.0% of the communication is hidden: another schedule has nothing")
+
+
+def test_gradients_beside_the_exchanges(tmp_path: Path) -> None:
+    """Two ranks, EP 2: dense parameters are all-reduced over both, experts with nobody."""
+    run, figures = figures_of(tmp_path / "all-reduce")
+    own = figures.data_parallel
+    assert (own.sent, own.shared) == (10_000 * 2 * 4 / 2, 2_000 * 2 * 4 / 2)
+    assert run.num_microbatches == 2
+    speeds = sorted(link.median for link in figures.links.values() if link is not None)
+    assert own.speed == pytest.approx((speeds[1] + speeds[2]) / 2)
+    text = render(run, figures)
+    assert "40.0 kB of gradients an iteration, " in text
+    assert "8.00 kB are the shared experts'; without --overlap-grad-reduce" in text
+    sharded = {"use_distributed_optimizer": True, "expert_model_parallel_size": 1}
+    _, figures = figures_of(tmp_path / "sharded", facts=sharded)
+    assert figures.data_parallel.sent == (10_000 + 40_000) * (4 + 2) / 2
+
+
+def test_what_a_trace_says_of_parameters() -> None:
+    """Experts are what the host does not reduce over all ranks; a gradient has its own type."""
+    layer = torch.nn.ModuleDict(
+        {
+            "router": torch.nn.Linear(3, 2, bias=False, dtype=torch.bfloat16),
+            "shared_experts": torch.nn.Linear(3, 5, bias=False, dtype=torch.bfloat16),
+            "experts": torch.nn.Linear(3, 7, bias=False, dtype=torch.bfloat16),
+        }
+    )
+    layer["experts"].weight.allreduce = False
+    for parameter in layer.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    assert traced_parameters([torch.nn.ModuleDict({"mlp": layer})]) == {
+        "dense_parameters": 21,
+        "shared_expert_parameters": 15,
+        "expert_parameters": 21,
+        "gradient_bytes": 4,
+        "parameter_bytes": 2,
+    }
+
+
+def test_advice_on_gradients(tmp_path: Path) -> None:
+    """Where they take longer than what is hidden."""
+    _, figures = figures_of(tmp_path / "few")
+    assert figures.data_parallel.speed is not None
+    many = int(figures.total.hidden * figures.data_parallel.speed / 4) + 1
+    facts = {"shared_expert_parameters": many, "dense_parameters": many}
+    assert "more micro-batches than 2" in advice_of(tmp_path / "many", facts=facts)
+    for name, other in {
+        "fewer": {"shared_expert_parameters": many - 2},
+        "overlapped": {"overlap_grad_reduce": True},
+    }.items():
+        assert "shared experts" not in advice_of(tmp_path / name, facts=facts | other)
 
 
 def test_advice_on_slots(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from megatron.training.theoretical_memory_usage import compute_weight_and_optimi
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from megatron_scmoe.arguments import model_config_from_args
 from megatron_scmoe.commands import plan_overlap
+from megatron_scmoe.commands.doctor import judge_gradients
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
+from megatron_scmoe.planner.iteration import micro_batches_to_win
+from megatron_scmoe.planner.memory import training_from_args
 from megatron_scmoe.planner.plan import Plan, make_plan
 from megatron_scmoe.planner.predict import (
     MOE_LAYER,
@@ -167,6 +172,21 @@ def test_all_to_all_moves_what_it_must(ranks: int, stride: int, gpus_per_node: i
     seconds = max(sent["node"] / 50, sent["network"] / 5) + (ranks - 1) * 1e-3
     assert cluster.all_to_all_seconds(800, ranks, stride) == pytest.approx(seconds)
     assert cluster.share_leaving_node(ranks, stride) == pytest.approx(sent["network"] / 800)
+
+
+@pytest.mark.parametrize(("gpus_per_node", "stride"), [(1, 1), (4, 1), (4, 2), (8, 1), (16, 1)])
+def test_a_ring_passes_on_what_it_must(gpus_per_node: int, stride: int) -> None:
+    """Eight ranks, step by step: in each of seven every rank passes an eighth to the next one."""
+    cluster = Cluster(gpus_per_node, 100.0, 10.0, 0.5)
+    nodes = [rank * stride // gpus_per_node for rank in range(8)]
+    sent = {"node": 0.0, "network": 0.0}
+    for _ in range(7):
+        for here, there in zip(nodes, nodes[1:] + nodes[:1], strict=True):
+            sent["node" if here == there else "network"] += 800 / 8
+    # All GPUs of the group share what leaves a node; the ring itself is one in each of them.
+    leaving = sent["network"] / len(set(nodes)) / nodes.count(0) / 5 if len(set(nodes)) > 1 else 0
+    within = 700 / 50 if nodes.count(0) > 1 else 0
+    assert cluster.ring_seconds(800, 8, stride) == pytest.approx(max(leaving, within))
 
 
 def test_presets_are_of_gpus_that_exist() -> None:
@@ -321,6 +341,110 @@ def test_positions_that_the_pattern_refuses(planned) -> None:
     assert list(plan.predictions) == ["pos1"]
     assert list(plan.refused) == ["pos2", "pos3"]
     assert not plan.model.paired
+
+
+# Data parallelism. --------------------------------------------------------------------------------
+
+SLOW = (
+    MODEL.replace("--global-batch-size 4096", "--global-batch-size 4")
+    .replace("--bf16 ", "")
+    .replace("--seq-length 128", "--seq-length 32")
+    + " --cluster-nodes 2 --cluster-gpus-per-node 1 --cluster-tflops 100 "
+    "--cluster-intra-node-gbytes 100 --cluster-network-gbytes 0.01 "
+    "--cluster-flops-efficiency 0.5 --cluster-bandwidth-efficiency 0.8 "
+    "--expert-model-parallel-size 2 " + POS2
+)
+
+
+def test_traffic_by_hand(planned) -> None:
+    """Two hosts hold the same dense weights and different experts, in fp32."""
+    _, plan = planned(SLOW.replace("--use-distributed-optimizer", ""))
+    attention = 4 * (64 * (64 + 2 * 16) + 64 * 64 + 64)  # 2 query groups of 8; the input norm
+    dense = 2 * (3 * 64 * 160 + 64)
+    moe = 2 * (16 * 64 + 64)  # router and norm
+    rest = 2 * 512 * 64 + 64  # 500 tokens, padded
+    wider = attention + dense + moe + rest
+    shared = 2 * 3 * 64 * 160
+    shortcut = 2 * (64 + 64)  # its norm, and the gate
+    assert plan.race.wider.traffic.sent == 2 * wider * 4 / 2
+    assert plan.race.shared.traffic.sent == 2 * (wider + shared) * 4 / 2
+    assert plan.race.shortcut.traffic.sent == 2 * (wider + shared + shortcut) * 4 / 2
+    all_reduce = plan.race.wider.traffic.sent / (0.01e9 * 0.8)
+    assert plan.race.wider.traffic.gradients == pytest.approx(all_reduce)
+    assert plan.race.wider.waiting.exposed == pytest.approx(all_reduce)
+    # Reduce-scatter of gradients and all-gather of parameters are the same bytes here.
+    _, sharded = planned(SLOW)
+    assert sharded.race.wider.traffic.parameters == pytest.approx(all_reduce / 2)
+    assert sharded.race.wider.traffic.sent == plan.race.wider.traffic.sent
+
+
+def test_what_overlap_leaves(planned) -> None:
+    """The gradients less the compute beside which no exchange travels, or the last bucket."""
+    options = SLOW.replace("--cluster-network-gbytes 0.01", "--cluster-network-gbytes 1000")
+    options = options.replace("--cluster-tflops 100", "--cluster-tflops 0.001")
+    _, one = planned(options)
+    assert one.race.shortcut.traffic.last_bucket == 1
+    assert one.race.shortcut.overlapped == one.race.shortcut.waiting
+    _, four = planned(options, "--ddp-num-buckets 4 --overlap-grad-reduce")
+    own = four.race.shortcut
+    assert own.waiting.exposed == pytest.approx(own.traffic.gradients + own.traffic.parameters)
+    last = own.traffic.last_bucket * own.traffic.gradients
+    assert own.overlapped.exposed == pytest.approx(last + own.traffic.parameters)
+    _, gathers = planned(
+        options, "--ddp-num-buckets 4 --overlap-grad-reduce --overlap-param-gather"
+    )
+    assert gathers.race.shortcut.overlapped.exposed == pytest.approx(
+        own.traffic.last_bucket * (own.traffic.gradients + own.traffic.parameters)
+    )
+    _, link = planned(SLOW, "--ddp-num-buckets 1000 --overlap-grad-reduce")
+    own, backward = link.race.wider, link.model.passes[-1]
+    compute = sum(backward.dense.values()) - backward.dense[Step.SHARED_EXPERT]
+    rest = link.model.rest * 2 / 3
+    idle = 2 * (compute + backward.wider.experts + rest)
+    left = own.traffic.gradients - idle + own.traffic.parameters
+    assert own.overlapped.exposed == pytest.approx(left)
+
+
+@pytest.mark.parametrize("overlap", ["", "--overlap-grad-reduce --ddp-num-buckets 100"])
+@pytest.mark.parametrize("speed", [100, 0.05])
+def test_the_crossing_is_where_it_is_said_to_be(planned, overlap: str, speed: float) -> None:
+    args, plan = planned(SLOW.replace("tflops 100", f"tflops {speed}"), overlap)
+    race = plan.race
+    enough = race.now(race.shortcut).wins_from(race.now(race.wider))
+    assert replace(race, num_microbatches=enough).over(race.wider) > 1
+    if enough > 1:
+        assert replace(race, num_microbatches=enough - 1).over(race.wider) <= 1
+    if speed == 100:  # compute takes no time, and hides nothing: bytes decide
+        config = model_config_from_args(args)
+        bytes_decide = micro_batches_to_win(args, config, training_from_args(args, 1))
+        assert 3 < bytes_decide < enough <= bytes_decide + 1.1
+
+
+def test_a_plan_that_loses_an_iteration_says_so(output) -> None:
+    """Few micro-batches on a slow link, many of them, and one GPU with nobody to reduce with."""
+    few = output(SLOW)
+    (warning,) = (line for line in few.splitlines() if "SLOWER than top-2" in line)
+    assert warning.startswith("        SLOWER than top-2 in an iteration of 1 micro-batch, 0.")
+    number = int(re.search(r"it takes (\d+) micro-batches \(", warning)[1])  # type: ignore[index]
+    content = json.loads(output(SLOW, "--json"))["data_parallelism"]
+    assert content["wider"]["wins_from"] == number
+    assert content["wider"]["speedup_over_it"] < 1
+    assert "take a smaller --ddp-bucket-size" in few
+    many = output(SLOW.replace("--global-batch-size 4", f"--global-batch-size {4 * number}"))
+    assert "SLOWER than top-2" not in many
+    alone = output(MODEL, CLUSTER.replace("nodes 4", "nodes 1").replace("node 4", "node 1"), POS2)
+    assert "Data parallelism" not in alone
+    assert "collectives of TP, CP, PP and DP" in alone and "CP and PP" in few
+
+
+def test_the_doctor_counts_bytes(command_line) -> None:
+    """Enough micro-batches, or an overlap, and there is nothing to say."""
+    args, _ = command_line(SLOW)
+    (finding,) = judge_gradients(args, 3)
+    assert "micro-batches a step: 3; " in finding.seen and "cost as much as 3.7 mic" in finding.seen
+    assert not list(judge_gradients(args, 4))
+    args, _ = command_line(SLOW, "--overlap-grad-reduce")
+    assert not list(judge_gradients(args, 1))
 
 
 # Measured times. ----------------------------------------------------------------------------------

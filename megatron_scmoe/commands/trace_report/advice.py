@@ -31,6 +31,7 @@ def advise(run: Run, figures: Figures) -> list[str]:
             "schedule has nothing to gain."
         )
     lines += _ranks(run, figures)
+    lines += _gradients(run, figures)
     for direction, own in figures.directions.items():
         lines += [f"{direction.capitalize()}: {line}" for line in _window(run, own)]
     lines += _slots(run, figures)
@@ -60,6 +61,22 @@ def _ranks(run: Run, figures: Figures) -> list[str]:
             "routing is uneven (--moe-aux-loss-coeff, --moe-expert-capacity-factor)."
         )
     return lines
+
+
+def _gradients(run: Run, figures: Figures) -> list[str]:
+    """The shared experts send gradients once an iteration; every micro-batch hides something."""
+    own = figures.data_parallel
+    if run.facts["overlap_grad_reduce"] or own.speed is None:
+        return []
+    seconds = own.shared / own.speed
+    if seconds <= figures.total.hidden:
+        return []
+    return [
+        f"The gradients of the shared experts cross the link for about {duration(seconds)} an "
+        f"iteration, more than the {duration(figures.total.hidden)} that are hidden: add "
+        f"--overlap-grad-reduce, more micro-batches than {run.num_microbatches} an iteration "
+        "(--global-batch-size), or take a smaller --moe-shared-expert-intermediate-size."
+    ]
 
 
 def _window(run: Run, own: DirectionFigures) -> list[str]:

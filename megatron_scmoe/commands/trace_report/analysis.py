@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from megatron_scmoe.commands.trace_report.traces import Pass, Place, Run, TraceError
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
-from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
+from megatron_scmoe.overlap.measure.cost import (
+    SlotCost,
+    UnitTimes,
+    best_slot,
+    data_parallel_bytes,
+    slot_seconds,
+)
 from megatron_scmoe.overlap.measure.trace import EXCHANGES
 from megatron_scmoe.overlap.recorder import Direction, Exchange, Span
 from megatron_scmoe.overlap.schedule import Step, window
@@ -103,6 +109,21 @@ class DirectionFigures:
 
 
 @dataclass(frozen=True)
+class DataParallel:
+    """What data parallelism sends beside the exchanges, in an iteration, from one rank.
+
+    Attributes:
+        sent: bytes, of gradients and gathered parameters.
+        shared: of them, those of the shared experts.
+        speed: bytes/s, the median of the exchanges' medians; None where nothing was exchanged.
+    """
+
+    sent: float
+    shared: float
+    speed: float | None
+
+
+@dataclass(frozen=True)
 class Figures:
     """Everything that the report shows.
 
@@ -119,6 +140,7 @@ class Figures:
     directions: dict[Direction, DirectionFigures]
     links: dict[tuple[Direction, str], LinkSpeed | None]
     example: dict[Direction, Pass]
+    data_parallel: DataParallel
 
 
 def analyse(run: Run, rank: int | None = None) -> Figures:
@@ -147,6 +169,11 @@ def analyse(run: Run, rank: int | None = None) -> Figures:
         for layer in run.layers
     }
     starts = _starts(run)
+    links = {
+        (direction, name): _link(run, direction, name, starts)
+        for direction in DIRECTIONS
+        for name in EXCHANGES
+    }
     return Figures(
         total=communication((exchange for *_, exchange in exchanges), samples),
         layers={
@@ -155,12 +182,30 @@ def analyse(run: Run, rank: int | None = None) -> Figures:
         },
         ranks={rank: _rank_figures(run, rank, starts) for rank in run.ranks},
         directions={direction: _direction_figures(run, direction) for direction in DIRECTIONS},
-        links={
-            (direction, name): _link(run, direction, name, starts)
-            for direction in DIRECTIONS
-            for name in EXCHANGES
-        },
+        links=links,
         example=_example(run, rank),
+        data_parallel=_data_parallel(run, [link for link in links.values() if link is not None]),
+    )
+
+
+def _data_parallel(run: Run, links: list[LinkSpeed]) -> DataParallel:
+    facts, own = run.facts, run.parameters
+    stage = facts["world_size"] // facts["pipeline_model_parallel_size"]
+    expert_ranks = facts["expert_model_parallel_size"] * facts["expert_tensor_parallel_size"]
+    gathered = own["parameter_bytes"] if facts["use_distributed_optimizer"] else None
+
+    def sent(kind: str, model_ranks: int) -> float:
+        ranks = max(stage // model_ranks, 1)
+        return data_parallel_bytes(own[kind], ranks, own["gradient_bytes"], gathered)
+
+    dense, shared = (
+        sent(kind, facts["tensor_model_parallel_size"])
+        for kind in ("dense_parameters", "shared_expert_parameters")
+    )
+    return DataParallel(
+        sent=dense + sent("expert_parameters", expert_ranks),
+        shared=shared,
+        speed=median(link.median for link in links) if links else None,
     )
 
 

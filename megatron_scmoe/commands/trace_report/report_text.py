@@ -3,7 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from megatron_scmoe.commands.trace_report.advice import advise
-from megatron_scmoe.commands.trace_report.analysis import Communication, DirectionFigures, Figures
+from megatron_scmoe.commands.trace_report.analysis import (
+    Communication,
+    DataParallel,
+    DirectionFigures,
+    Figures,
+)
 from megatron_scmoe.commands.trace_report.traces import Pass, Run
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS
 from megatron_scmoe.overlap.measure.trace import EXCHANGES, LANES
@@ -65,14 +70,26 @@ def _head(run: Run, figures: Figures) -> str:
         "Model": f"{facts['num_layers']} layers, hidden {facts['hidden_size']}, "
         f"{facts['params_dtype']}",
         "Batch": f"{facts['global_batch_size']} sequences of {facts['seq_length']} tokens, "
-        f"micro-batch {facts['micro_batch_size']}",
+        f"micro-batch {facts['micro_batch_size']}, {run.num_microbatches} an iteration",
     }
+    if figures.data_parallel.sent:
+        rows["Gradients"] = _data_parallel(run, figures.data_parallel)
     if facts["compute_slow_down"]:
         rows["Compute"] = (
             f"{facts['compute_slow_down']:.3f} x its time alone beside exchanges, in the run's "
             "first iterations"
         )
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _data_parallel(run: Run, own: DataParallel) -> str:
+    time = "" if own.speed is None else f", {duration(own.sent / own.speed)} at the link's speed"
+    gathers = " and parameters" if run.facts["use_distributed_optimizer"] else ""
+    overlap = "with" if run.facts["overlap_grad_reduce"] else "without"
+    return (
+        f"data parallelism sends {size(own.sent)} of gradients{gathers} an iteration{time}; "
+        f"{size(own.shared)} are the shared experts'; {overlap} --overlap-grad-reduce"
+    )
 
 
 def _timeline(one: Pass) -> str:

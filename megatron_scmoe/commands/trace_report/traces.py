@@ -3,6 +3,7 @@
 Times are seconds since the first event of the run.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +13,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from megatron_scmoe.overlap.measure.trace import EXCHANGES, TRACED_LAYOUT, TRACED_OPTIONS
+from megatron_scmoe.overlap.measure.trace import (
+    EXCHANGES,
+    TRACED_LAYOUT,
+    TRACED_OPTIONS,
+    TRACED_PARAMETERS,
+)
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.words import read_json
 
 # What ranks of one run may differ in.
-OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots")
+OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots", *TRACED_PARAMETERS)
+MODEL_PARALLEL = ("tensor_model", "pipeline_model", "context")
 # Clocks of machines differ by less; two runs into one folder are further apart.
 SAME_RUN_SECONDS = 60.0
 
@@ -65,12 +72,14 @@ class Run:
         facts: options and layout, as megatron_scmoe/overlap/measure/each_iteration.py writes them.
         groups: the expert parallel ranks of each rank.
         slots: where the experts ran, in all iterations of the report.
+        parameters: TRACED_PARAMETERS of the rank that has most.
         left_out: iterations that ran with other slots; they are not in `records`.
         records: what each unit did.
     """
 
     facts: Mapping[str, Any]
     groups: Mapping[int, tuple[int, ...]]
+    parameters: Mapping[str, int]
     slots: Slots
     left_out: tuple[int, ...]
     records: Mapping[Place, UnitRecord]
@@ -86,6 +95,14 @@ class Run:
     @property
     def overlaps(self) -> bool:
         return self.facts["scmoe_overlap"]
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of an iteration."""
+        facts = self.facts
+        samples = facts["micro_batch_size"] * facts["world_size"]
+        ranks_of_a_sample = math.prod(facts[f"{name}_parallel_size"] for name in MODEL_PARALLEL)
+        return facts["global_batch_size"] * ranks_of_a_sample // samples
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -162,7 +179,14 @@ def read_run(folder: Path) -> Run:
             f"the traces in {folder} hold no exchange: with one expert parallel rank nothing is "
             "sent, and there is nothing to report"
         )
-    return Run(facts, groups, slots, left_out, dict(records))
+    parameters = max(
+        (
+            {name: trace["otherData"][name] for name in TRACED_PARAMETERS}
+            for trace in traces.values()
+        ),
+        key=lambda of_rank: of_rank["dense_parameters"],
+    )
+    return Run(facts, groups, parameters, slots, left_out, dict(records))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -171,8 +195,11 @@ def _load(path: Path) -> dict[str, Any]:
         _need(trace, "otherData", dict)
         _need(trace, "traceEvents", list)
         facts = trace["otherData"]
-        for name in (*TRACED_OPTIONS, *TRACED_LAYOUT, "expert_slots"):
+        for name in (*TRACED_OPTIONS, *TRACED_PARAMETERS, *TRACED_LAYOUT, "expert_slots"):
             _need(facts, name, KINDS.get(name, int))
+        sizes = [facts[name] for name in TRACED_OPTIONS if KINDS.get(name, int) is int]
+        if min(sizes) < 1 or min(facts[name] for name in TRACED_PARAMETERS) < 0:
+            raise ValueError("a size is not positive")
         if facts["scmoe_shortcut_position"] not in POSITIONS or facts["scmoe_num_chunks"] < 1:
             raise ValueError("no step of a unit")
         for rank in facts["expert_parallel_ranks"]:
@@ -190,6 +217,8 @@ def _load(path: Path) -> dict[str, Any]:
 KINDS: dict[str, type | tuple[type, ...]] = {
     "scmoe_shortcut_position": str,
     "scmoe_overlap": bool,
+    "overlap_grad_reduce": bool,
+    "use_distributed_optimizer": bool,
     "moe_token_dispatcher_type": str,
     "params_dtype": str,
     "backend": str,

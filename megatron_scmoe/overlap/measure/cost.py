@@ -117,6 +117,21 @@ def slot_seconds(times: UnitTimes, slot: int) -> SlotCost:
     )
 
 
+def data_parallel_bytes(
+    parameters: float, ranks: int, gradient_bytes: int, gathered_bytes: int | None
+) -> float:
+    """What a rank sends in an iteration for parameters that `ranks` hold alike, in rings.
+
+    Args:
+        gradient_bytes: of one parameter.
+        gathered_bytes: of one parameter, with the distributed optimizer: gradients are
+            reduce-scattered and parameters gathered. None without: gradients are all-reduced, which
+            is a reduce-scatter and an all-gather of them.
+    """
+    back = gradient_bytes if gathered_bytes is None else gathered_bytes
+    return parameters * (gradient_bytes + back) * (ranks - 1) / ranks
+
+
 def best_slot(times: UnitTimes) -> int:
     """The slot at which a unit takes the least time in one direction.
 

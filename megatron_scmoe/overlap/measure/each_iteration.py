@@ -37,7 +37,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
     slow_down,
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
-from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter
+from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter, traced_parameters
 from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Route, Slots, default_slots
 
@@ -80,6 +80,7 @@ class UnitTracker(MoEMetricsTracker):
     ) -> None:
         super().__init__()
         self.units: list[Unit] = []
+        self.chunks: list[torch.nn.Module] = []
         self._position = position
         self._trace_dir = trace_dir
         self._trace: TraceWriter | None = None
@@ -194,6 +195,7 @@ class UnitTracker(MoEMetricsTracker):
             facts = {name: getattr(args, name) for name in TRACED_OPTIONS}
             facts["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
             facts["backend"] = torch.distributed.get_backend(group)
+            facts |= traced_parameters(self.chunks)
             facts["compute_slow_down"] = self._slow_down and self._slow_down.backward
             facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
             rank = torch.distributed.get_rank()
