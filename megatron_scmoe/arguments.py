@@ -37,6 +37,7 @@ from megatron_scmoe.model.combine import COMBINES
 from megatron_scmoe.model.dispatch import DISPATCHERS
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts, why_no_grouped_mm
+from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.specs import block_config
 from megatron_scmoe.model.variant import values_help
 from megatron_scmoe.run.checkpoint.folders import check_folders
@@ -291,6 +292,10 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
             f"--moe-shared-expert-intermediate-size {args.ffn_hidden_size} (--ffn-hidden-size): "
             "the shared expert on the current representation"
         )
+    for dest, (value, reason) in ROUTERS[scmoe.scmoe_router].implied.items():
+        if getattr(args, dest) != value:
+            imply(dest, value)
+            notes.append(f"{flag(dest)}: with --scmoe-router {scmoe.scmoe_router} {reason}")
     if router_has_no_gradient(args):
         imply("moe_router_pre_softmax", True)
         notes.append(

@@ -59,6 +59,26 @@ class ScMoEConfig:
     """Weight of an expert at home in the balancing loss of --scmoe-router heterogeneous: a routed
     expert gets TAU times the tokens of one at home (MoE++)."""
 
+    scmoe_routed_topk: float | None = _shown_as("K", None)
+    """Routed experts that a token is to get on average with --scmoe-router longcat, whose
+    bias grows by --moe-router-bias-update-rate times what is missing of their share; by default in
+    proportion to their number."""
+
+    scmoe_bias_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How --moe-router-bias-update-rate of --scmoe-router longcat falls to 0 over the run."""
+
+    scmoe_balance_groups: int | None = _shown_as("D", None)
+    """Groups of routed experts in the balancing loss of --scmoe-router longcat; by default one for
+    each expert-parallel rank."""
+
+    scmoe_scaled_experts: Literal["all", "routed"] = "all"
+    """Whose weights --scmoe-router longcat multiplies by --moe-router-topk-scaling-factor: those of
+    experts at home too (transformers, vLLM), or not (SGLang)."""
+
+    scmoe_mla_scale: bool = False
+    """Multiply queries and keys and values of multi-latent attention by the square root of hidden
+    size / rank of the latent they come from (LongCat-Flash)."""
+
     scmoe_shortcut_norm: Literal["own", "shared"] = "own"
     """Norm of the tapped tensor: its own, or the norm that the main branch applies to the same
     tensor (LongCat-Flash)."""

@@ -45,9 +45,10 @@ def all_rows() -> tuple[Replacement, ...]:
 def rows_of_others() -> tuple[Replacement, ...]:
     """Of the parts that import the host, which has to be prepared before."""
     from megatron_scmoe.planner import memory
+    from megatron_scmoe.run import router_bias
     from megatron_scmoe.run.checkpoint import replacements
 
-    return (*replacements.TABLE, *memory.REPLACEMENTS)
+    return (*replacements.TABLE, *memory.REPLACEMENTS, *router_bias.REPLACEMENTS)
 
 
 if __name__ == "__main__":

@@ -360,6 +360,19 @@ MUTATIONS = (
         "return weighted / (routed + at_home)",
         f"{UNIT}moepp.py -k shares",
     ),
+    # LongCat-Flash.
+    Mutation(
+        "megatron_scmoe/model/routing/longcat.py",
+        "wanted = self._routed_topk / (self.topk * self._routed)",
+        "wanted = 1 / len(counts)",
+        f"{UNIT}longcat.py -k missing",
+    ),
+    Mutation(
+        "megatron_scmoe/model/attention.py",
+        "(config.hidden_size / rank) ** 0.5",
+        "(config.hidden_size / rank) ** 0.25",
+        f"{UNIT}longcat.py -k transformers",
+    ),
     # What is refused, and what is said.
     Mutation(
         "megatron_scmoe/checks/ranges.py",

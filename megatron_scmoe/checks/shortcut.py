@@ -23,6 +23,7 @@ def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
         ValueError: one line that says what is wrong and what to do.
     """
     refuse((TRANSFORMER_ENGINE,), config)
+    refuse(WITHOUT_EFFECT, config, scmoe)
     if norm.is_torchs(config):
         refuse(norm.REFUSALS, config)
     if scmoe.enabled:
@@ -288,6 +289,33 @@ SHORTCUT = (
     ),
 )
 
+
+def _of_longcat(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    """The first option of that router which stands without it."""
+    names = ("routed_topk", "bias_decay", "balance_groups", "scaled_experts")
+    given = [
+        name
+        for name in names
+        if getattr(scmoe, f"scmoe_{name}") != getattr(ScMoEConfig, f"scmoe_{name}")
+    ]
+    if not given or scmoe.scmoe_router == "longcat":
+        return False
+    return {"option": f"--scmoe-{given[0].replace('_', '-')}"}
+
+
+# Options that would be ignored.
+WITHOUT_EFFECT = (
+    Refusal(
+        _of_longcat,
+        "{option} is an option of --scmoe-router longcat, and this one is {scmoe_router}",
+        "drop it, or use --scmoe-router longcat",
+    ),
+    Refusal(
+        lambda config, scmoe: scmoe.scmoe_mla_scale and not config.multi_latent_attention,
+        "--scmoe-mla-scale scales the latents of --multi-latent-attention, which is not given",
+        "drop it, or add that",
+    ),
+)
 
 WITHOUT_SHORTCUT = Refusal(
     lambda config, scmoe: scmoe.at_home or scmoe.scmoe_router != "topk",

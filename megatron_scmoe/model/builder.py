@@ -19,6 +19,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import names
+from megatron_scmoe.model.attention import scale_latents
 from megatron_scmoe.model.specs import (
     block_config,
     scmoe_block_spec,
@@ -64,6 +65,8 @@ class ScMoEModelBuilder(GPTModelBuilder):
         model = GPTModelBuilder(model_config).build_model(
             pg_collection, pre_process, post_process, vp_stage
         )
+        if scmoe.scmoe_mla_scale:
+            scale_latents(model)
         if scmoe.enabled:
             # GPTModel builds TransformerBlock by name (gpt_model.py:227); ours has the same layout
             # and overrides one method.

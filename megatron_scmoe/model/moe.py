@@ -48,7 +48,7 @@ class ScMoELayer(MoELayer):
     ) -> None:
         at_home = scmoe.at_home
         columns = sum(at_home.values())
-        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router, columns, scmoe.scmoe_tau)
+        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router, columns, scmoe)
         dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
         if config.moe_token_dispatcher_type != dispatcher.host_type:
             # The host chooses its own with an if/elif on the type (moe_layer.py:298).

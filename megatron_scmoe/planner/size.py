@@ -398,7 +398,7 @@ class _Counter:
             kept = row if self.scmoe.enabled else 0
         # Of K rows of a token, those of experts at home are not sent.
         router = ROUTERS[self.scmoe.scmoe_router]
-        share = router.routed_share(experts, sum(at_home.values()), self.scmoe.scmoe_tau)
+        share = router.routed_share(config, sum(at_home.values()), self.scmoe)
         rows = config.moe_router_topk * share
         capacity = config.moe_expert_capacity_factor
         filled = capacity if capacity and config.moe_pad_expert_input_to_capacity else 1

@@ -16,7 +16,9 @@ LATENT = shlex.split(
     "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type rope --qk-layernorm"
 )
 SCMOE = shlex.split(
-    "--moe-layer-freq ([0,1]*1) --scmoe-shortcut-position pos2 --scmoe-shortcut-norm shared"
+    "--moe-layer-freq ([0,1]*1) --scmoe-shortcut-position pos2 --scmoe-shortcut-norm shared "
+    # With these a unit is a layer of LongCat-Flash.
+    "--scmoe-mla-scale --scmoe-router longcat --scmoe-num-copy-experts 2 --scmoe-combine add"
 )
 CURVES = ("lm loss", "load_balancing_loss", "grad-norm")
 

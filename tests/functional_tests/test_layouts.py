@@ -1,11 +1,19 @@
 """Part of `python -m tests.functional_tests.layouts`: layouts compute and resume as one process."""
 
-import shlex
 from pathlib import Path
 
 import pytest
 
-from .layouts import LAYOUTS, MOEPP, TOLERANCE, Runs, compare_checkpoints, compare_layouts
+from .layouts import (
+    EXPERT_BIAS,
+    LAYOUTS,
+    LONGCAT,
+    MOEPP,
+    TOLERANCE,
+    Runs,
+    compare_checkpoints,
+    compare_layouts,
+)
 
 SLOW = pytest.mark.slow
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -22,6 +30,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ("TP 2, expert TP 1, EP 2", "pos1"),
         ("PP 2, 2 + 6 layers", "pos2"),
         ("MoE++, TP 2, expert TP 2, EP 2", "pos2"),
+        ("LongCat-Flash, TP 2, EP 2", "pos2"),
+        pytest.param("LongCat-Flash, EP 4, expert DP 2", "pos1", marks=SLOW),
+        pytest.param(
+            "LongCat-Flash, PP 2 interleaved, EP 2, full recomputation", "pos3", marks=SLOW
+        ),
         pytest.param("MoE++, EP 2, 3 chunks, all-gather", "pos3", marks=SLOW),
         pytest.param("MoE++, PP 2 interleaved, EP 2, full recomputation", "pos1", marks=SLOW),
         # The parts of these have tests of their own in tests/distributed_tests.
@@ -39,17 +52,19 @@ def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> N
 
 @pytest.mark.slow  # test_pretrain.py resumes at two other layouts
 @pytest.mark.parametrize(
-    ("names", "options"),
+    ("names", "variant"),
     [
-        (("EP2", "PP2xVPP2", "TP2xEP2"), ()),
-        (("EP2", "PP2xVPP2"), ("--async-save",)),  # each run starts processes that write
-        (("TP2xEP2", "PP2xVPP2"), tuple(shlex.split(MOEPP))),
+        (("EP2", "PP2xVPP2", "TP2xEP2"), EXPERT_BIAS),
+        # Each run starts processes that write.
+        (("EP2", "PP2xVPP2"), f"{EXPERT_BIAS} --async-save"),
+        (("TP2xEP2", "PP2xVPP2"), f"{EXPERT_BIAS} {MOEPP}"),
+        (("TP2xEP2", "PP2xVPP2"), LONGCAT),
     ],
-    ids=["sync", "async", "moepp"],
+    ids=["sync", "async", "moepp", "longcat"],
 )
 def test_checkpoint_goes_on_at_any_layout(
-    tmp_path: Path, names: tuple[str, ...], options: tuple[str, ...]
+    tmp_path: Path, names: tuple[str, ...], variant: str
 ) -> None:
     """Optimizer state, expert bias and data position included; bitwise at the same layout."""
-    for saved, loaded, loss, norm in compare_checkpoints(Runs(tmp_path), names, *options):
+    for saved, loaded, loss, norm in compare_checkpoints(Runs(tmp_path), names, variant):
         assert max(loss, norm) <= (0 if saved == loaded else TOLERANCE), f"{saved} to {loaded}"

@@ -74,6 +74,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 WEIGHED = {"moe_router_load_balancing_type": "aux_loss"}
 HETEROGENEOUS = {"scmoe_router": "heterogeneous", "scmoe_experts_at_home": {"zero": 1}}
+LONGCAT = {"scmoe_router": "longcat", "scmoe_experts_at_home": {"copy": 1}}
 OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--scmoe-expert-slot 1.5: write auto": ({}, {"scmoe_expert_slot": "1.5"}),
     "--scmoe-expert-slot 6 is outside": ({}, {"scmoe_expert_slot": "6"}),
@@ -98,6 +99,27 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         WEIGHED,
         {"scmoe_tau": 2.0, **HETEROGENEOUS},
     ),
+    "--scmoe-router longcat takes a softmax, and --moe-router-score-function is sigmoid": (
+        {"moe_router_score_function": "sigmoid"},
+        LONGCAT,
+    ),
+    "--scmoe-router longcat takes the softmax of all": (
+        {"moe_router_pre_softmax": False, "moe_router_topk": 2},
+        LONGCAT,
+    ),
+    "--scmoe-router longcat has a balancing loss of its own": (
+        {"moe_router_load_balancing_type": "seq_aux_loss"},
+        LONGCAT,
+    ),
+    "--scmoe-router longcat works neither with": ({"moe_router_fusion": True}, LONGCAT),
+    "--scmoe-routed-topk leaves slots": ({}, {"scmoe_routed_topk": 1.0, "scmoe_router": "longcat"}),
+    "--scmoe-routed-topk 1.0 is not between": ({}, {"scmoe_routed_topk": 1.0, **LONGCAT}),
+    "--scmoe-balance-groups 3 does not divide": ({}, {"scmoe_balance_groups": 3, **LONGCAT}),
+    "--scmoe-bias-decay is an option of --scmoe-router longcat": (
+        {},
+        {"scmoe_bias_decay": "linear"},
+    ),
+    "--scmoe-mla-scale scales": ({"multi_latent_attention": False}, {"scmoe_mla_scale": True}),
     "--scmoe-router heterogeneous weighs a balancing loss, and --moe-router-load-balancing-type "
     "is none": ({}, HETEROGENEOUS),
     "--moe-shared-expert-gate is --scmoe-combine cg1": (
@@ -341,7 +363,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
         scmoe = ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **own})
         config = host_config(**host)
         with registered():
-            return next(complaints(shortcut.of_shortcut(config, scmoe), config, scmoe))
+            rows = (*shortcut.WITHOUT_EFFECT, *shortcut.of_shortcut(config, scmoe))
+            return next(complaints(rows, config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
     if line.endswith("do not work without"):

@@ -1,35 +1,58 @@
 """How experts are chosen, by the value of --scmoe-router."""
 
 import copy
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
 from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.model.routing.heterogeneous import HeterogeneousRouter
+from megatron_scmoe.model.routing.longcat import LongCatRouter
 from megatron_scmoe.model.variant import Variant
+
+
+class RouterOptions(Protocol):
+    """What routers read of ScMoEConfig."""
+
+    scmoe_tau: float
+    scmoe_routed_topk: float | None
+    scmoe_balance_groups: int | None
+    scmoe_scaled_experts: Literal["all", "routed"]
 
 
 class Router(Variant):
     """A value of --scmoe-router."""
 
+    implied: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    """Options of the host that it sets: by dest, the value and the reason."""
+
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, tau: float) -> RouterBuilder:
+    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
         """What builds the module: z, [s, b, h], to weights and map, [T, E + H].
 
         Args:
             host: what builds the host's, by the host's spec.
             at_home: H, experts at home, the last columns.
-            tau: --scmoe-tau.
+            options: ours.
         """
         raise NotImplementedError
 
     @classmethod
-    def routed_share(cls, routed: int, at_home: int, tau: float) -> Fraction:
-        """Of all slots, those of routed experts, where the balancing loss has its least value."""
-        return Fraction(routed, routed + at_home)
+    def routed_share(
+        cls, config: TransformerConfig, at_home: int, options: RouterOptions
+    ) -> Fraction:
+        """Of all slots, those of routed experts, where the router is balanced.
+
+        Args:
+            config: without experts at home.
+            at_home: H.
+            options: ours.
+        """
+        assert config.num_moe_experts is not None
+        return Fraction(config.num_moe_experts, config.num_moe_experts + at_home)
 
     @classmethod
     def weights(cls, config: TransformerConfig) -> int:
@@ -41,7 +64,7 @@ class TopK(Router):
     """Megatron's router: the K largest scores"""
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, tau: float) -> RouterBuilder:
+    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
         return host
 
 
@@ -67,19 +90,110 @@ class Heterogeneous(Router):
     )
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, tau: float) -> RouterBuilder:
+    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
         def build(**arguments: Any) -> Any:
-            return HeterogeneousRouter(**arguments, at_home=at_home, tau=tau)
+            return HeterogeneousRouter(**arguments, at_home=at_home, tau=options.scmoe_tau)
 
         return build
 
     @classmethod
-    def routed_share(cls, routed: int, at_home: int, tau: float) -> Fraction:
-        weighted = Fraction(tau).limit_denominator(1000) * routed
+    def routed_share(
+        cls, config: TransformerConfig, at_home: int, options: RouterOptions
+    ) -> Fraction:
+        assert config.num_moe_experts is not None
+        weighted = Fraction(options.scmoe_tau).limit_denominator(1000) * config.num_moe_experts
         return weighted / (weighted + at_home)
 
 
-ROUTERS: dict[str, type[Router]] = {"topk": TopK, "heterogeneous": Heterogeneous}
+class LongCat(Router):
+    """LongCat-Flash's, whose selection a bias steers to the wanted number of routed experts"""
+
+    names_on_disk = ("mlp.router.expert_bias",)
+    implied: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "moe_router_pre_softmax": (True, "its weights are scores of all experts")
+    }
+    refusals = (
+        Refusal(
+            lambda config, scmoe: config.moe_router_score_function != "softmax",
+            "--scmoe-router longcat takes a softmax, and --moe-router-score-function is "
+            "{moe_router_score_function}",
+            "drop it",
+        ),
+        Refusal(
+            lambda config, scmoe: not config.moe_router_pre_softmax,
+            "--scmoe-router longcat takes the softmax of all experts",
+            "add --moe-router-pre-softmax",
+        ),
+        Refusal(
+            lambda config, scmoe: config.moe_router_load_balancing_type not in ("none", "aux_loss"),
+            "--scmoe-router longcat has a balancing loss of its own, and "
+            "--moe-router-load-balancing-type is {moe_router_load_balancing_type}",
+            "use aux_loss, or none",
+        ),
+        Refusal(
+            lambda config, scmoe: config.moe_router_num_groups or config.moe_router_fusion,
+            "--scmoe-router longcat works neither with --moe-router-num-groups nor with "
+            "--moe-router-fusion",
+            "drop them",
+        ),
+        Refusal(
+            lambda config, scmoe: scmoe.scmoe_routed_topk is not None and not scmoe.at_home,
+            "--scmoe-routed-topk leaves slots to experts at home, and there are none",
+            "add --scmoe-num-copy-experts",
+        ),
+        Refusal(
+            lambda config, scmoe: (
+                scmoe.scmoe_routed_topk is not None
+                and not 0 < scmoe.scmoe_routed_topk < config.moe_router_topk
+            ),
+            "--scmoe-routed-topk {scmoe_routed_topk} is not between 0 and --moe-router-topk "
+            "{moe_router_topk}",
+        ),
+        Refusal(
+            lambda config, scmoe: (
+                scmoe.scmoe_balance_groups is not None
+                and (
+                    scmoe.scmoe_balance_groups < 1
+                    or config.num_moe_experts % scmoe.scmoe_balance_groups
+                )
+            ),
+            "--scmoe-balance-groups {scmoe_balance_groups} does not divide --num-experts "
+            "{num_moe_experts}",
+        ),
+    )
+
+    @classmethod
+    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
+        def build(*, config: TransformerConfig, **others: Any) -> Any:
+            # The host has the bias, but no softmax with it: its router is made with both, behind
+            # the check, and counts what is selected.
+            config = copy.copy(config)
+            config.moe_router_enable_expert_bias = True
+            return LongCatRouter(
+                config=config,
+                **others,
+                at_home=at_home,
+                routed_topk=options.scmoe_routed_topk,
+                groups=options.scmoe_balance_groups or config.expert_model_parallel_size,
+                scales_at_home=options.scmoe_scaled_experts == "all",
+            )
+
+        return build
+
+    @classmethod
+    def routed_share(
+        cls, config: TransformerConfig, at_home: int, options: RouterOptions
+    ) -> Fraction:
+        if options.scmoe_routed_topk is None:
+            return super().routed_share(config, at_home, options)
+        return Fraction(options.scmoe_routed_topk / config.moe_router_topk).limit_denominator(1000)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopK,
+    "heterogeneous": Heterogeneous,
+    "longcat": LongCat,
+}
 
 
 def with_columns(config: TransformerConfig, further: int) -> TransformerConfig:

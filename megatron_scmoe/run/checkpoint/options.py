@@ -13,6 +13,8 @@ SCMOE = (
     "scmoe_experts_at_home",
     "scmoe_shortcut_norm",
     "scmoe_post_norm",
+    "scmoe_scaled_experts",
+    "scmoe_mla_scale",
 )
 
 # The host's. A checkpoint of a model that differs in one of them cannot be gone on with: either
