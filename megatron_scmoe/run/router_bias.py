@@ -39,7 +39,7 @@ REPLACEMENTS = (
         "megatron.core.distributed.finalize_model_grads.reset_model_temporary_tensors",
         "always",
         "core/distributed/finalize_model_grads.py:675",
-        "its bias moves by the sign, towards equal shares, and not with a softmax",
+        "no hook after a step: its expert bias moves by the sign, and with sigmoids alone",
         moving_biases,
     ),
 )
