@@ -48,7 +48,9 @@ def defects(expected_torch: str) -> list[str]:
 def main() -> int:
     """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--torch", required=True, help="the torch that must be there: torch==X")
+    parser.add_argument(
+        "--torch", required=True, metavar="TORCH", help="the torch that must be there: torch==X"
+    )
     found = defects(parser.parse_args().torch)
     print(*(f"error: {line}" for line in found), sep="\n", file=sys.stderr)
     return 1 if found else 0

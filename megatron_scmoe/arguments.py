@@ -173,7 +173,8 @@ class _OwnHelp(Action):
 
 
 def offer_own_help(parser: ArgumentParser, groups: list[_ArgumentGroup]) -> None:
-    """Add --help-scmoe, to which the host's four thousand lines of --help point at their top.
+    """Add --help-scmoe, to which the host's four thousand lines of --help point at their top; where
+    it is there, add to it.
 
     Args:
         groups: our options, which get their defaults into their texts.
@@ -181,6 +182,10 @@ def offer_own_help(parser: ArgumentParser, groups: list[_ArgumentGroup]) -> None
     for action in (action for group in groups for action in group._group_actions):
         if action.nargs != 0 and action.default is not None and action.default != SUPPRESS:
             action.help = f"{action.help} Default: {action.default}."
+    if (own := parser._option_string_actions.get("--help-scmoe")) is not None:
+        assert isinstance(own, _OwnHelp)
+        own.groups += groups
+        return
     parser.add_argument(
         "--help-scmoe", action=_OwnHelp, groups=groups, help="Print the options of ScMoE alone."
     )

@@ -290,10 +290,18 @@ def build_corpus(
 def main(argv: list[str] | None = None) -> int:
     """Write train.jsonl, valid.jsonl and corpus.json, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output-dir", type=Path, required=True, help="receives the .jsonl files")
-    parser.add_argument("--max-megabytes", type=float, default=24, help="train + valid, 10**6 B")
-    parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of documents")
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling and the split")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, metavar="FOLDER", help="receives the .jsonl files"
+    )
+    parser.add_argument(
+        "--max-megabytes", type=float, default=24, metavar="MB", help="train + valid, 10**6 B"
+    )
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, metavar="SHARE", help="share of documents"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="of the sampling and the split"
+    )
     args = parser.parse_args(argv)
     try:
         if not 0 < args.valid_fraction < 1:

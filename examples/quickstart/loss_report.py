@@ -253,9 +253,27 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, write both files, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--run-dir", type=Path, required=True, help="receives summary.json and loss.png")
-    add("--tokens-per-iteration", type=int, required=True, help="global batch x sequence length")
-    add("--resumed-from-iteration", type=int, required=True, help="that of the checkpoint")
+    add(
+        "--run-dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="receives summary.json and loss.png",
+    )
+    add(
+        "--tokens-per-iteration",
+        type=int,
+        required=True,
+        metavar="TOKENS",
+        help="global batch x sequence length",
+    )
+    add(
+        "--resumed-from-iteration",
+        type=int,
+        required=True,
+        metavar="N",
+        help="that of the checkpoint",
+    )
     args = parser.parse_args(argv)
     try:
         summary, curves = summarize(

@@ -77,9 +77,15 @@ def follow(lines: Iterable[str], log: TextIO, sequence_length: int, screen: Text
 def main() -> int:
     """Follow the standard input; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--log", type=Path, required=True, help="receives every line, appended")
     parser.add_argument(
-        "--sequence-length", type=int, required=True, help="tokens of a sample, for tokens/s"
+        "--log", type=Path, required=True, metavar="FILE", help="receives every line, appended"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        required=True,
+        metavar="TOKENS",
+        help="tokens of a sample, for tokens/s",
     )
     options = parser.parse_args()
     with options.log.open("a", encoding="utf-8") as log:

@@ -76,10 +76,18 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: Path) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--input", type=Path, required=True, help='.jsonl with a "text" per line')
-    parser.add_argument("--output-dir", type=Path, required=True, help="Megatron --tokenizer-model")
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="entries, special tokens included"
+        "--input", type=Path, required=True, metavar="FILE", help='.jsonl with a "text" per line'
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="Megatron --tokenizer-model",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="entries, special tokens included"
     )
     return parser.parse_args(argv)
 

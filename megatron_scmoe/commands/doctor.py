@@ -6,8 +6,9 @@
 With the command line of a run it checks the machine of every rank (versions, GPUs, NCCL,
 Transformer Engine, apex, CUDA_DEVICE_MAX_CONNECTIONS, make, disk, shared memory), refuses what the
 run would refuse, builds Megatron's process groups and measures every expert parallel group: latency
-and bandwidth of a small all-to-all, and the slowest rank. Without options it looks at the machines,
-and under torchrun at the exchange of all ranks. It trains nothing, and writes nothing.
+and bandwidth of a small all-to-all, and the slowest rank; between nodes also whether they share
+--data-cache-path. Without options it looks at the machines,
+and under torchrun at the exchange of all ranks. It trains nothing, and leaves nothing behind.
 
 A collective that does not end gives up after --distributed-timeout-minutes, here 2 by default.
 
@@ -31,6 +32,7 @@ from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import partial
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,11 @@ from megatron_scmoe.planner.iteration import micro_batches_to_win
 from megatron_scmoe.planner.memory import training_from_args
 from megatron_scmoe.run.doctor import gpu, links, machine
 from megatron_scmoe.run.doctor.findings import Finding, RankOfHost, merge, name_ranks
+from megatron_scmoe.run.shared_folder import (
+    SharedFolderError,
+    check_shared,
+    has_several_nodes,
+)
 
 TIMEOUT_MINUTES = 2
 # Traces of a run, which an examination does not leave.
@@ -156,11 +163,24 @@ def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Fin
     }
     if not any(finding.severity == "error" for found in parts.values() for finding, _ in found):
         hosts = {place.rank: place.host for place, _, _ in everyone}
+        parts["folders"] = [(finding, "") for finding in examine_folders(args)]
         parts["links"] = [(finding, "") for finding in examine_links(args, control, timeout, hosts)]
     exit_code = report(parts)
     torch.distributed.barrier(control)  # the first rank to leave would end the others
     torch.distributed.destroy_process_group()
     return exit_code
+
+
+def examine_folders(args: Namespace | None) -> Iterator[Finding]:
+    """What rank 0 writes for all nodes; a collective."""
+    if args is None or args.data_cache_path is None or args.mock_data or not has_several_nodes():
+        return
+    try:
+        check_shared(Path(args.data_cache_path), "--data-cache-path")
+    except SharedFolderError as error:
+        yield Finding("error", str(error))
+    else:
+        yield Finding("ok", f"--data-cache-path {args.data_cache_path} is one folder on all nodes")
 
 
 def meet(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:

@@ -34,9 +34,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = _Parser(description="What the traces of a run say.", allow_abbrev=False)
     parser.add_argument("trace_dir", type=Path, help="the run's --scmoe-trace-dir")
-    parser.add_argument("--picture", type=Path, help="draw into this file too: .png, .svg, .pdf")
     parser.add_argument(
-        "--rank", type=int, help="whose unit is drawn (default: the median unit of all)"
+        "--picture", type=Path, metavar="FILE", help="draw into this file too: .png, .svg, .pdf"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="N",
+        help="whose unit is drawn (default: the median unit of all)",
     )
     return parser.parse_args(argv)
 

@@ -35,6 +35,7 @@ from megatron_scmoe.arguments import (
     add_scmoe_args,
     apply_scmoe_defaults,
     model_config_from_args,
+    offer_own_help,
 )
 from megatron_scmoe.checks import layout
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -52,25 +53,38 @@ GIGA, TERA = 1e9, 1e12
 def add_planner_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The package's options and the planner's; an `extra_args_provider` of the host."""
     add_scmoe_args(parser)
-    group = parser.add_argument_group("cluster", "Bandwidths: GB/s, one direction, for each GPU.")
+    group = cluster = parser.add_argument_group(
+        "cluster", "Bandwidths: GB/s, one direction, for each GPU."
+    )
     group.add_argument("--cluster-preset", choices=sorted(PRESETS), help="Peak numbers of a GPU.")
-    group.add_argument("--cluster-nodes", type=int, help="Machines of the job.")
-    group.add_argument("--cluster-gpus-per-node", type=int, help="GPUs of one of them.")
-    group.add_argument("--cluster-tflops", type=float, help="Peak of one GPU.")
-    group.add_argument("--cluster-intra-node-gbytes", type=float, help="NVLink or PCIe.")
-    group.add_argument("--cluster-network-gbytes", type=float, help="Between nodes.")
-    group.add_argument("--cluster-memory-gib", type=float, help="Memory of one GPU.")
+    group.add_argument("--cluster-nodes", type=int, metavar="N", help="Machines of the job.")
     group.add_argument(
-        "--cluster-flops-efficiency", type=float, help="Share of the peak that operators reach."
+        "--cluster-gpus-per-node", type=int, metavar="N", help="GPUs of one of them."
+    )
+    group.add_argument("--cluster-tflops", type=float, metavar="TFLOPS", help="Peak of one GPU.")
+    group.add_argument(
+        "--cluster-intra-node-gbytes", type=float, metavar="GB/S", help="NVLink or PCIe."
+    )
+    group.add_argument(
+        "--cluster-network-gbytes", type=float, metavar="GB/S", help="Between nodes."
+    )
+    group.add_argument("--cluster-memory-gib", type=float, metavar="GIB", help="Memory of one GPU.")
+    group.add_argument(
+        "--cluster-flops-efficiency",
+        type=float,
+        metavar="SHARE",
+        help="Share of the peak that operators reach.",
     )
     group.add_argument(
         "--cluster-bandwidth-efficiency",
         type=float,
+        metavar="SHARE",
         help="Share of the bandwidths that an all-to-all reaches.",
     )
     group.add_argument(
         "--cluster-message-us",
         type=float,
+        metavar="US",
         default=0.0,
         help="Microseconds that an all-to-all needs for each peer, whatever the size.",
     )
@@ -78,6 +92,7 @@ def add_planner_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument("--measured", type=Path, metavar="FILE", help="Measured operator times.")
     group.add_argument("--extrapolate", action="store_true", help="Also 64 to 4096 GPUs.")
     group.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
+    offer_own_help(parser, [cluster, group])
     return parser
 
 

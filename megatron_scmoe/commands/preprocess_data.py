@@ -104,7 +104,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="JSON lines, plain, .gz, .zst or .xz: files, directories (their *.jsonl and *.json, "
         "plain or packed), or globs; UTF-8, one object a line",
     )
-    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    group.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="values of a line to encode, each into files of its own (default: text)",
+    )
     group.add_argument(
         "--on-error",
         choices=("fail", "skip"),
@@ -124,11 +130,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="with --split-sentences: keep the white space after a sentence",
     )
-    group.add_argument("--lang", default="english", help="of --split-sentences (default: english)")
+    group.add_argument(
+        "--lang",
+        default="english",
+        metavar="LANGUAGE",
+        help="of --split-sentences (default: english)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-prefix",
         required=True,
+        metavar="PATH",
         help="path without suffix; its folder is created if missing",
     )
     group.add_argument(
@@ -141,6 +153,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--workers",
         type=_count,
         default=_cores(),
+        metavar="N",
         help="encoding processes (default: every core, %(default)s here); the output does not "
         "depend on it",
     )
@@ -148,6 +161,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--partitions",
         type=_count,
         default=1,
+        metavar="N",
         help="order documents as Megatron-LM's N partitions do (0, N, 2N, ..., 1, N+1, ...); "
         "independent of --workers, which serve all partitions at once",
     )
@@ -176,6 +190,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--log-interval",
         type=_count,
         default=1000,
+        metavar="N",
         help="documents between progress reports where stderr is not a terminal (default: 1000)",
     )
     args = parser.parse_args(argv)

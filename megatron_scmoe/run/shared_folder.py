@@ -3,6 +3,7 @@
 import os
 import socket
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,41 @@ class SharedFolderError(ValueError):
     """A folder that nodes do not share; the message is for the user."""
 
 
+def has_several_nodes() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+
+
 def check_shared(folder: Path, option: str) -> None:
-    """Let the first rank write a file that every other node has to see.
+    """Let the first rank write a file that every other node has to see; nothing of it stays.
 
     A collective: all ranks of the default group call it. On one node there is nothing to check.
 
     Raises:
-        SharedFolderError: on every rank, with the hosts that do not see it.
+        SharedFolderError: on every rank, with the hosts that do not see it, or why nothing can be
+            written there.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if not has_several_nodes():
         return
-    name: list[Any] = [f".shared-{uuid.uuid4().hex}"]
-    torch.distributed.broadcast_object_list(name)
-    file = folder / name[0]
     first = torch.distributed.get_rank() == 0
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    name: list[Any] = [f".shared-{uuid.uuid4().hex}"]
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    torch.distributed.barrier()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name[0]).touch()
+        except OSError as error:
+            name = [error]
+    torch.distributed.broadcast_object_list(name)
+    if isinstance(name[0], OSError):
+        raise SharedFolderError(f"{option} {folder} cannot be written: {name[0].strerror}.")
+    file = folder / name[0]
     seen: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(seen, (file.exists(), socket.gethostname()))
     if first:
-        file.unlink()
+        with suppress(OSError):  # somebody else is there already
+            file.unlink()
+            for path in made:
+                path.rmdir()
     if blind := sorted({host for sees, host in seen if not sees}):
         raise SharedFolderError(
             f"{option} {folder} is not the same folder everywhere: what rank 0 on {seen[0][1]} "

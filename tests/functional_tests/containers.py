@@ -146,7 +146,9 @@ def kill_and_start(node: str, job: subprocess.Popen[str]) -> None:
 def main() -> int:
     """Run the program; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--image", default="megatron-scmoe:cpu", help="made by Dockerfile.cpu")
+    parser.add_argument(
+        "--image", default="megatron-scmoe:cpu", metavar="IMAGE", help="made by Dockerfile.cpu"
+    )
     parser.add_argument("--build", metavar="BASE_IMAGE", help="make the image first, on this one")
     options = parser.parse_args()
     if shutil.which("docker") is None or not docker("info", check=False):

@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from .forked import launch_forked
-from .launch import REPOSITORY, SCRIPT, TINY_MODEL, TINY_MOE
+from .launch import REPOSITORY, SCRIPT, TINY_MODEL, TINY_MOE, Run
+from .test_doctor import doctor
 from .text import write_text
 
 POS1 = [*TINY_MODEL, *TINY_MOE, "--scmoe-shortcut-position", "pos1"]
@@ -49,13 +51,27 @@ def test_nodes_without_a_common_cache_are_told_so(tmp_path: Path) -> None:
     data = ["--data-path", str(write_text(tmp_path)), "--vocab-size", "256", "--train-iters", "2"]
     data += ["--split", "900,100,0"]
     cache = ["--data-cache-path", str(tmp_path / "cache of node 0")]
-    run = launch_forked([*POS1, *data, *cache], 2, tmp_path / "a", hook=be_on_another_node)
-    assert run.returncode == 2, run.stdout[-3000:]
-    (line,) = (line for line in run.stdout.splitlines() if f"{SCRIPT}: error: " in line)
-    assert "--data-cache-path" in line and "all nodes share" in line
-    assert "Traceback" not in run.stdout
+    (tmp_path / "file").touch()
+    nowhere = ["--data-cache-path", str(tmp_path / "file" / "cache")]
     common = ["--data-cache-path", str(tmp_path / "common")]
-    run = launch_forked([*POS1, *data, *common], 2, tmp_path / "b", hook=be_on_another_node)
+
+    def look(options: list[str], main: Callable[[], int] | None = None) -> Run:
+        return launch_forked(
+            [*POS1, *data, *options], 2, tmp_path / "job", hook=be_on_another_node, main=main
+        )
+
+    for options, remedy in ((cache, "all nodes share"), (nowhere, "cannot be written: Not a dir")):
+        run = look(options)
+        assert run.returncode == 2, run.stdout[-3000:]
+        (line,) = (line for line in run.stdout.splitlines() if f"{SCRIPT}: error: " in line)
+        assert "--data-cache-path" in line and remedy in line
+        assert "Traceback" not in run.stdout
+        doctors = look(options, doctor)
+        assert doctors.returncode == 1
+        assert f"error    {line.partition('error: ')[2]}" in doctors.stdout
+    assert f"ok       {' '.join(common)} is one folder on all nodes" in look(common, doctor).stdout
+    assert not list(tmp_path.glob("c*"))
+    run = look(common)
     assert run.returncode == 0, run.stdout[-3000:]
     assert not list((tmp_path / "common").glob(".shared-*"))
 

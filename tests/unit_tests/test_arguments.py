@@ -22,6 +22,7 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
+from megatron_scmoe.commands.plan_overlap import add_planner_args
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.run.checkpoint.options import (
@@ -139,6 +140,15 @@ def test_help_of_ours_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "--help-scmoe prints ours alone" in parser.format_help().split("Megatron-LM Arguments")[0]
     )
+
+
+def test_help_of_the_planner_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = add_planner_args(add_megatron_arguments(argparse.ArgumentParser()))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help-scmoe"])
+    shown = capsys.readouterr().out
+    assert "--scmoe-num-chunks N" in shown and "--hidden-size" not in shown
+    assert "--cluster-nodes N" in shown and "--measured FILE" in shown
 
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:

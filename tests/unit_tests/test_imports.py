@@ -107,6 +107,7 @@ ALLOWED = {
         "checks",
         "checks.refusal",
         "planner",
+        "run",
         "run.doctor",
     },
 }

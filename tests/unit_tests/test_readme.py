@@ -1,12 +1,13 @@
 """README's cheap commands run; its options, files and links exist, and those of docs/."""
 
 import argparse
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,34 @@ def test_every_option_of_ours_has_a_row() -> None:
     assert len(rows) == len(parser._actions)
     for action in parser._actions:
         assert set(action.option_strings) & set(rows), action.option_strings
+
+
+def added_options(source: Path) -> Iterator[tuple[str, set[str]]]:
+    """Every call of argparse's add_argument, or of `add`, its short name: option and keywords."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and node.args:
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            option = ast.unparse(node.args[0])
+            if called == "add_argument" or (called == "add" and "--" in option):
+                yield option, {str(keyword.arg) for keyword in node.keywords}
+
+
+def test_every_option_of_every_program_is_explained() -> None:
+    """In words, and its value by a name that is not the option's again."""
+    programs = [
+        path
+        for part in ("megatron_scmoe", "tools", "examples", "docker", "tests")
+        for path in (ROOT / part).rglob("*.py")
+        if path.parent.name != "unit_tests"
+    ]
+    options = {
+        (path.name, option): given for path in programs for option, given in added_options(path)
+    }
+    assert len(options) > 90
+    silent = [name for name, given in options.items() if "help" not in given]
+    named = {"metavar", "action", "choices"}
+    nameless = [name for name, given in options.items() if "'--" in name[1] and not given & named]
+    assert (silent, nameless) == ([], [])
 
 
 def test_tree_is_the_packages() -> None:

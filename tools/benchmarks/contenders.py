@@ -10,7 +10,7 @@ tests/functional_tests/test_scmoe.py::test_none_is_stock_megatron).
 """
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,22 +18,27 @@ from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.real_text import VOCABULARY
 
 
+def _size(default: int, what: str) -> Any:
+    return field(default=default, metadata={"help": what})
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Dimensions of the model and of a step, for each of two ranks."""
 
-    hidden_size: int = 256
-    ffn_hidden_size: int = 1024
-    """Of the dense MLP, the shared expert and every routed expert."""
-    num_attention_heads: int = 4
-    num_layers: int = 2
-    num_experts: int = 8
-    seq_length: int = 128
-    micro_batch_size: int = 8
-    num_micro_batches: int = 4
-    """Of a step: the more, the less the gradients' reduction weighs, which uses the same link."""
-    moe_every_layer: bool = False
-    """LLaMA2-MoE's layout; otherwise every second layer, as in the GPT models of the paper."""
+    hidden_size: int = _size(256, "of the model")
+    ffn_hidden_size: int = _size(1024, "of the dense MLP, the shared and every routed expert")
+    num_attention_heads: int = _size(4, "of every layer")
+    num_layers: int = _size(2, "attention layers, as on Megatron's command line")
+    num_experts: int = _size(8, "routed experts of a layer, over both ranks")
+    seq_length: int = _size(128, "tokens of a sample")
+    micro_batch_size: int = _size(8, "samples of a micro-batch on each rank")
+    num_micro_batches: int = _size(
+        4, "of a step; the more, the less its gradients weigh, which cross the same link"
+    )
+    moe_every_layer: bool = _size(
+        False, "LLaMA2-MoE's layout; by default every second layer, as in the paper's GPT models"
+    )
 
     @property
     def tokens_per_micro_batch(self) -> int:

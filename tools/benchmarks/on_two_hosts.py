@@ -17,8 +17,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="on_two_hosts", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--mbit", type=float, help="rate of each direction; default: no limit")
-    parser.add_argument("--mtu", type=int, default=MTU, help="bytes of the largest frame")
+    parser.add_argument(
+        "--mbit", type=float, metavar="MBIT", help="rate of each direction; default: no limit"
+    )
+    parser.add_argument(
+        "--mtu", type=int, default=MTU, metavar="BYTES", help="bytes of the largest frame"
+    )
     parser.add_argument("script", nargs="+", help="behind --: what torchrun starts")
     args = parser.parse_args(argv)
     try:

@@ -341,14 +341,40 @@ def _row(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="one_device", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="overlap-cluster")
-    add("--ranks", type=int, default=4, help="expert parallel ranks that this one stands among")
-    add("--shares", type=float, nargs="+", default=[0.15, 0.3, 0.6, 0.75])
-    add("--seq-length", type=int, default=512)
-    add("--micro-batch-size", type=int, default=1)
-    add("--repetitions", type=int, default=3, help="how often the contenders take turns")
-    add("--steps", type=int, default=3, help="counted steps of each turn")
-    add("--output", type=Path, default=Path("runs/one_device"), help="folder of the results")
+    add("--shape", choices=SHAPES, default="overlap-cluster", help="sizes of the pair of layers")
+    add(
+        "--ranks",
+        type=int,
+        default=4,
+        metavar="N",
+        help="expert parallel ranks that this one stands among",
+    )
+    shares = "of communication in the top-2 MoE layer's time"
+    add(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[0.15, 0.3, 0.6, 0.75],
+        metavar="SHARE",
+        help=shares,
+    )
+    add("--seq-length", type=int, default=512, metavar="N", help="tokens of a sample")
+    add("--micro-batch-size", type=int, default=1, metavar="N", help="samples of a micro-batch")
+    add(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often the contenders take turns",
+    )
+    add("--steps", type=int, default=3, metavar="N", help="counted steps of each turn")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/one_device"),
+        metavar="FOLDER",
+        help="folder of the results",
+    )
     return parser.parse_args(argv)
 
 

@@ -200,11 +200,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="one share, few contenders, 5 minutes")
-    add("--output", type=Path, default=Path("runs/overlap_cluster"), help="folder of the results")
-    add("--shares", type=float, nargs="+", help="of communication in the top-2 MoE layer's time")
-    add("--repetitions", type=int, help="turns of each contender on each link")
-    add("--warmup", type=int, help="first steps of each run, not counted")
-    add("--steps", type=int, help="counted steps of each turn")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/overlap_cluster"),
+        metavar="FOLDER",
+        help="folder of the results",
+    )
+    add(
+        "--shares",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="of communication in the top-2 MoE layer's time",
+    )
+    add("--repetitions", type=int, metavar="N", help="turns of each contender on each link")
+    add("--warmup", type=int, metavar="N", help="first steps of each run, not counted")
+    add("--steps", type=int, metavar="N", help="counted steps of each turn")
     add("--only", nargs="+", metavar="NAME", help="these contenders, and their baselines")
     add(
         "--contender",
@@ -214,14 +226,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="one more contender: BASE's command line with further options",
     )
     add("--slots", nargs="+", default=[], metavar="POSITION", help="also with every fixed slot")
-    add("--megatron-options", default="", help="further options of every contender, one string")
+    add(
+        "--megatron-options",
+        default="",
+        metavar="N",
+        help="further options of every contender, one string",
+    )
     sizes = parser.add_argument_group("sizes")
     for field in fields(Sizes):
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            sizes.add_argument(flag, action="store_true")
+            sizes.add_argument(flag, action="store_true", help=field.metadata["help"])
         else:
-            sizes.add_argument(flag, type=int, default=field.default)
+            text = f"{field.metadata['help']} (default: %(default)s)"
+            sizes.add_argument(flag, type=int, default=field.default, metavar="N", help=text)
     return parser.parse_args(argv)
 
 

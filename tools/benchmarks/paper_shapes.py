@@ -378,12 +378,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="paper_shapes", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("--shape", choices=SHAPES, required=True)
-    add("--seq-length", type=int, default=512)
-    add("--micro-batch-size", type=int, default=1)
-    add("--repetitions", type=int, default=3, help="how often the contenders take turns")
-    add("--steps", type=int, default=3, help="counted steps of each turn")
-    add("--output", type=Path, default=Path("runs/paper_shapes"), help="folder of the results")
+    add("--shape", choices=SHAPES, required=True, help="which of the paper's models")
+    add("--seq-length", type=int, default=512, metavar="N", help="tokens of a sample")
+    add("--micro-batch-size", type=int, default=1, metavar="N", help="samples of a micro-batch")
+    add(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often the contenders take turns",
+    )
+    add("--steps", type=int, default=3, metavar="N", help="counted steps of each turn")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/paper_shapes"),
+        metavar="FOLDER",
+        help="folder of the results",
+    )
     return parser.parse_args(argv)
 
 

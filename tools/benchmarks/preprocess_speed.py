@@ -119,11 +119,20 @@ def main() -> None:
     from megatron_scmoe.commands.preprocess.byte_level_bpe import GPT2, LLAMA3, QWEN2
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=40)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=TOKENIZERS)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--megatron-lm", type=Path, help="its tools/preprocess_data.py, to compare")
+    add = parser.add_argument
+    add("--megabytes", type=float, default=40, metavar="MB", help="of text (default: 40)")
+    add(
+        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of them to try"
+    )
+    add("--tokenizers", nargs="+", choices=TOKENIZERS, default=TOKENIZERS, help="kinds to try")
+    add(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="of the trained ones (default: 4096)",
+    )
+    add("--megatron-lm", type=Path, metavar="FILE", help="its tools/preprocess_data.py, to compare")
     args = parser.parse_args()
     environment = describe()
     with tempfile.TemporaryDirectory() as name:

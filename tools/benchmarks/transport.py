@@ -70,8 +70,12 @@ def _wake_ups() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="transport", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--megabytes", type=float, default=4, help="buffer; half of it travels")
-    parser.add_argument("--products", type=int, default=60, help="beside each exchange")
+    parser.add_argument(
+        "--megabytes", type=float, default=4, metavar="MB", help="buffer; half of it travels"
+    )
+    parser.add_argument(
+        "--products", type=int, default=60, metavar="N", help="beside each exchange"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

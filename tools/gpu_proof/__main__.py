@@ -144,8 +144,14 @@ def parse_args(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
         prog="gpu_proof", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
-    add("--output", type=Path, required=True, help="folder for what is found")
+    add(
+        "--minutes",
+        type=float,
+        default=8.0,
+        metavar="MINUTES",
+        help="for all parts together (default: 8)",
+    )
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for what is found")
     add("--only", action="append", choices=names, metavar="PART", help=f"one of {', '.join(names)}")
     add(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal (default: cuda)"

@@ -157,10 +157,23 @@ def site() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="observed_run")
-    parser.add_argument("--record", type=Path, required=True)
-    parser.add_argument("--travel", action="store_true")
-    parser.add_argument("--one-by-one", action="store_true")
-    parser.add_argument("--waits-of", type=int, default=0)
+    add = parser.add_argument
+    add(
+        "--record",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="receives what was observed, as JSON",
+    )
+    add("--travel", action="store_true", help="let exchanges of one rank travel")
+    add("--one-by-one", action="store_true", help="reduce gradients' buckets one by one")
+    add(
+        "--waits-of",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the iteration whose waits of the host are listed",
+    )
     end = sys.argv.index("--")
     args = parser.parse_args(sys.argv[1:end])
     sys.argv = [pretrain_gpt_scmoe.__file__, *sys.argv[end + 1 :]]

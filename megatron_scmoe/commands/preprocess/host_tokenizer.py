@@ -28,30 +28,84 @@ _FOLDER_PATTERNS = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktok
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add Megatron's tokenizer options, as far as they decide the ids of a text."""
     group = parser.add_argument_group("tokenizer, as in Megatron-LM")
-    group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    group.add_argument(
+        "--tokenizer-type",
+        required=True,
+        choices=TOKENIZER_TYPES,
+        help="Megatron's name of the kind",
+    )
     group.add_argument(
         "--tokenizer-model",
+        metavar="PATH",
         help="file of a SentencePiece or tiktoken model; folder or hub name for Hugging Face",
     )
-    group.add_argument("--vocab-file", help="vocabulary file (GPT2BPETokenizer, Bert...)")
-    group.add_argument("--merge-file", help="BPE merges file (GPT2BPETokenizer)")
-    group.add_argument("--vocab-size", type=int, help="number of ids (NullTokenizer, TikTokenizer)")
-    group.add_argument("--tokenizer-metadata", dest="metadata_path", help="JSON file")
-    group.add_argument("--tokenizer-special-tokens", dest="special_tokens", nargs="+")
-    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"))
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
-    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
+    group.add_argument(
+        "--vocab-file", metavar="FILE", help="vocabulary file (GPT2BPETokenizer, Bert...)"
+    )
+    group.add_argument("--merge-file", metavar="FILE", help="BPE merges file (GPT2BPETokenizer)")
+    group.add_argument(
+        "--vocab-size", type=int, metavar="N", help="number of ids (NullTokenizer, TikTokenizer)"
+    )
+    group.add_argument(
+        "--tokenizer-metadata", dest="metadata_path", metavar="FILE", help="JSON file"
+    )
+    group.add_argument(
+        "--tokenizer-special-tokens",
+        dest="special_tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="tokens that are never split (TikTokenizer, SentencePiece)",
+    )
+    group.add_argument(
+        "--tiktoken-pattern", choices=("v1", "v2"), help="how TikTokenizer splits a text"
+    )
+    group.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="ids in front of TikTokenizer's vocabulary (default: 1000)",
+    )
+    group.add_argument(
+        "--tokenizer-sentencepiece-legacy",
+        action="store_true",
+        help="SentencePiece as before its fix for special tokens",
+    )
     group.add_argument(
         "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
         "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
         dest="tokenizer_sentencepiece_ignore_extra_whitespaces",
         action="store_false",
+        help="SentencePiece keeps white space as it is",
     )
-    group.add_argument("--tokenizer-hf-no-use-fast", action="store_true")
-    group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
-    group.add_argument("--trust-remote-code", action="store_true")
-    group.add_argument("--null-tokenizer-eod-id", type=int)
-    group.add_argument("--null-tokenizer-pad-id", type=int, default=-1)
+    group.add_argument(
+        "--tokenizer-hf-no-use-fast",
+        action="store_true",
+        help="Hugging Face's tokenizer in Python instead of Rust",
+    )
+    group.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        action="store_true",
+        help="Hugging Face adds no tokens at the ends of a text",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that a Hugging Face tokenizer brings",
+    )
+    group.add_argument(
+        "--null-tokenizer-eod-id",
+        type=int,
+        metavar="ID",
+        help="end of document (NullTokenizer; default: behind all other ids)",
+    )
+    group.add_argument(
+        "--null-tokenizer-pad-id",
+        type=int,
+        default=-1,
+        metavar="ID",
+        help="padding (NullTokenizer; default: none, -1)",
+    )
 
 
 def check_tokenizer_arguments(args: argparse.Namespace) -> None:
