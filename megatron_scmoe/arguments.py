@@ -291,7 +291,13 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
         args.scmoe_implied = {**args.scmoe_implied, dest: getattr(args, dest)}
         setattr(args, dest, value)
 
-    if args.moe_shared_expert_intermediate_size is None:
+    if scmoe.dual_gating:
+        if scmoe.scmoe_combine == ScMoEConfig.scmoe_combine:
+            imply("scmoe_combine", "add")
+            notes.append(
+                "--scmoe-combine add: two gates have no shared expert, and nothing to weigh"
+            )
+    elif args.moe_shared_expert_intermediate_size is None:
         imply("moe_shared_expert_intermediate_size", args.ffn_hidden_size)
         notes.append(
             f"--moe-shared-expert-intermediate-size {args.ffn_hidden_size} (--ffn-hidden-size): "
@@ -307,7 +313,7 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
             "--moe-router-pre-softmax: with top-1 a softmax over the selected expert is always 1 "
             "and would leave the router no gradient"
         )
-    if COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
+    if COMBINES[args.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
         imply("moe_shared_expert_gate", True)
         notes.append(f"--moe-shared-expert-gate: this is --scmoe-combine {scmoe.scmoe_combine}")
     return notes

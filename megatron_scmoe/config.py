@@ -15,6 +15,7 @@ from megatron_scmoe.model.combine import COMBINES
 from megatron_scmoe.model.dispatch import DISPATCHERS
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS
+from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots
 
@@ -79,6 +80,21 @@ class ScMoEConfig:
     """Multiply queries and keys and values of multi-latent attention by the square root of hidden
     size / rank of the latent they come from (LongCat-Flash)."""
 
+    scmoe_dual_gating: str = _of_table(GATINGS, "none")
+    """How many gates a unit has, and whose weights."""
+
+    scmoe_distinct_experts: bool = field(
+        default=True,
+        metadata={
+            "argparse_meta": {
+                "help": "Let both gates of --scmoe-dual-gating send a token to the same expert. By "
+                "default the gate on the current representation takes its second expert then."
+            }
+        },
+    )
+    """Where both gates of --scmoe-dual-gating want the same expert, the gate on the current
+    representation takes its second one."""
+
     scmoe_shortcut_norm: Literal["own", "shared"] = "own"
     """Norm of the tapped tensor: its own, or the norm that the main branch applies to the same
     tensor (LongCat-Flash)."""
@@ -130,6 +146,11 @@ class ScMoEConfig:
         return self.scmoe_shortcut_position != "none"
 
     @property
+    def dual_gating(self) -> bool:
+        """Whether a unit has two gates, and no shared expert."""
+        return self.scmoe_dual_gating != "none"
+
+    @property
     def at_home(self) -> dict[str, int]:
         """Numbers of the kinds of experts at home that exist, in the order of their columns."""
         numbers = {kind: self.scmoe_experts_at_home.get(kind, 0) for kind in AT_HOME}
@@ -145,6 +166,7 @@ class ScMoEConfig:
             ("--moe-token-dispatcher-type", config.moe_token_dispatcher_type, DISPATCHERS),
             ("--scmoe-combine", self.scmoe_combine, COMBINES),
             ("--scmoe-router", self.scmoe_router, ROUTERS),
+            ("--scmoe-dual-gating", self.scmoe_dual_gating, GATINGS),
             *(("A kind of experts at home:", kind, AT_HOME) for kind in self.scmoe_experts_at_home),
         ]
         for option, value, table in chosen:

@@ -46,7 +46,7 @@ class Case:
             "kv_channels": 4,
             "num_moe_experts": 4,
             "moe_ffn_hidden_size": 12,
-            "moe_shared_expert_intermediate_size": 20,
+            "moe_shared_expert_intermediate_size": None if self.scmoe_config().dual_gating else 20,
             "moe_router_topk": 1,
             "moe_router_pre_softmax": True,
             "moe_router_load_balancing_type": "none",
@@ -104,6 +104,8 @@ class Case:
             # The host computes scores and angles in float32 whatever the model's precision is.
             router_score_dtype=torch.float32,
             rotary_dtype=torch.float32,
+            dual_gating=scmoe.scmoe_dual_gating,
+            distinct_experts=scmoe.scmoe_distinct_experts,
         )
 
 

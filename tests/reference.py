@@ -11,7 +11,12 @@ One unit is the paper's pair: Block-MLP (l), the "dense half", then Block-MoE (l
     H_{l+1}^MH = H_l^MLP   + Attn_{l+1}(H_l^MLP)                                                (8)
     H_{l+1}    = H_{l+1}^MH + SE(H_{l+1}^MH) + sum_i G(z)_i E_i(z)                              (7)
 
-The tap z is H_l^MLP (pos1), H_l^MH (pos2) or H_{l-1} (pos3). The paper omits norms; here every
+The tap z is H_l^MLP (pos1), H_l^MH (pos2) or H_{l-1} (pos3). With two gates (DGMoE, appendix A.2)
+there is no shared expert, and x = H_{l+1}^MH goes to an expert too:
+
+    H_{l+1}    = H_{l+1}^MH + G(z)_i E_i(z) + G(x)_j E_j(x)                                    (23)
+
+The paper omits norms; here every
 block is pre-norm, as in Megatron. Where the paper is silent Megatron-Core 0.19 decides, and the
 docstring says so. Parameters come as {name: tensor} under the layer's own names, see `unit_shapes`.
 
@@ -35,6 +40,7 @@ _CHOICES = {
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_token_drop_policy": ("probs", "position"),
     "drop_ties": ("first", "topk"),
+    "dual_gating": ("none", "shared", "separate"),
     "activation": ("swiglu", "gelu"),
     "normalization": ("RMSNorm", "LayerNorm"),
 }
@@ -60,6 +66,8 @@ class ReferenceConfig:
         computes it in float32 even when the logits are float64
     rotary_dtype: the same for the rotary angles, float32 in Megatron
     rotary_base: None means no rotary embedding
+    dual_gating: none | shared (both gates have one weight) | separate; not none: no shared expert
+    distinct_experts: the gate on x takes its second expert where the gate on z has its first
     """
 
     hidden_size: int
@@ -70,7 +78,7 @@ class ReferenceConfig:
     num_moe_experts: int
     moe_router_topk: int
     moe_ffn_hidden_size: int
-    moe_shared_expert_intermediate_size: int
+    moe_shared_expert_intermediate_size: int | None
     position: str = "pos2"
     combine: str = "add"
     shortcut_norm: str = "own"
@@ -88,6 +96,8 @@ class ReferenceConfig:
     rotary_percent: float = 1.0
     router_score_dtype: torch.dtype | None = None
     rotary_dtype: torch.dtype | None = None
+    dual_gating: str = "none"
+    distinct_experts: bool = True
 
     def __post_init__(self) -> None:
         for field, allowed in _CHOICES.items():
@@ -97,6 +107,8 @@ class ReferenceConfig:
             raise ValueError("num_attention_heads is not a multiple of num_query_groups")
         if not 1 <= self.moe_router_topk <= self.num_moe_experts:
             raise ValueError("moe_router_topk is not between 1 and num_moe_experts")
+        if (self.dual_gating != "none") != (self.moe_shared_expert_intermediate_size is None):
+            raise ValueError("two gates have no shared expert, one gate has one")
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,10 @@ class UnitTrace:
     tap: z, (s, b, h)                           routed_input: z after its norm, (s, b, h)
     logits: router logits, (T, E)               routing: after dropping
     attention_output: H_{l+1}^MH, (s, b, h)     shared_input: the same after its norm, (s, b, h)
-    shared_output, routed_output: before combining, (s, b, h)
+    shared_output, routed_output: before combining, (s, b, h); None without a shared expert
     output: H_{l+1}, (s, b, h)
+    current_logits: of the gate on x, (T, E)    selection: of the gate on z, before dropping
+    current_routing: of the gate on x, after dropping; all three for two gates only
     """
 
     tap: Tensor
@@ -125,9 +139,12 @@ class UnitTrace:
     routing: Routing
     attention_output: Tensor
     shared_input: Tensor
-    shared_output: Tensor
+    shared_output: Tensor | None
     routed_output: Tensor
     output: Tensor
+    selection: list[list[int]] | None = None
+    current_logits: Tensor | None = None
+    current_routing: Routing | None = None
 
 
 # ---------------------------------------------------------------------------- parameters
@@ -154,7 +171,12 @@ def unit_shapes(
         prefix = f"mlp.experts.local_experts.{expert}."
         shapes |= _mlp_shapes(config, prefix, config.moe_ffn_hidden_size)
     size = config.moe_shared_expert_intermediate_size
-    shapes |= _mlp_shapes(config, "mlp.shared_experts.", size)
+    if size is not None:
+        shapes |= _mlp_shapes(config, "mlp.shared_experts.", size)
+    if config.dual_gating == "separate":
+        shapes["mlp.current_router.weight"] = (experts, h)
+        if expert_bias:
+            shapes["mlp.current_router.expert_bias"] = (experts,)
     if config.combine == "cg1":
         shapes["mlp.shared_experts.gate_weight"] = (1, h)
     if config.combine == "cg2":
@@ -326,11 +348,14 @@ def reference_route(
 
 
 def route_logits(
-    logits: Tensor, config: ReferenceConfig, expert_bias: Tensor | None = None
+    logits: Tensor,
+    config: ReferenceConfig,
+    expert_bias: Tensor | None = None,
+    taken: list[list[int]] | None = None,
 ) -> Routing:
-    """`reference_route` from the logits (T, E) on."""
+    """`reference_route` from the logits (T, E) on; taken: as for `gate`."""
     num_tokens, num_experts = logits.shape
-    weights, selection = gate(logits, config, expert_bias)
+    weights, selection = gate(logits, config, expert_bias, taken)
     rows = []
     routing_map = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
     for t in range(num_tokens):
@@ -343,9 +368,14 @@ def route_logits(
 
 
 def gate(
-    logits: Tensor, config: ReferenceConfig, expert_bias: Tensor | None = None
+    logits: Tensor,
+    config: ReferenceConfig,
+    expert_bias: Tensor | None = None,
+    taken: list[list[int]] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Weights (T, K) and experts (T lists of K) of each token, best first. logits: (T, E)
+
+    taken: experts of each token that are not chosen again (appendix A.2); scores stay as they are
 
     softmax, not pre_softmax: G = Softmax(KeepTopK(H, k)), (2)(3); weight 1 for k = 1
     softmax, pre_softmax: the k largest of Softmax(H), as they are
@@ -364,7 +394,7 @@ def gate(
     else:
         scores = logits
     ranked = scores if expert_bias is None else scores + expert_bias.to(dtype)
-    selection = [select_top_k(row, k) for row in ranked]
+    selection = _select(ranked, k, taken)
     weights = torch.stack(
         [torch.stack([scores[t, e] for e in experts]) for t, experts in enumerate(selection)]
     )
@@ -375,6 +405,14 @@ def gate(
     if config.moe_router_topk_scaling_factor:
         weights = weights * config.moe_router_topk_scaling_factor
     return weights.to(logits.dtype), selection
+
+
+def _select(scores: Tensor, k: int, taken: list[list[int]] | None) -> list[list[int]]:
+    """T lists of the k best experts of scores, (T, E), that are not taken."""
+    if taken is None:
+        return [select_top_k(row, k) for row in scores]
+    ranking = [select_top_k(row, k + len(taken[t])) for t, row in enumerate(scores)]
+    return [[e for e in row if e not in taken[t]][:k] for t, row in enumerate(ranking)]
 
 
 def select_top_k(scores: Tensor, k: int) -> list[int]:
@@ -420,12 +458,15 @@ def drop_over_capacity(routing: Routing, config: ReferenceConfig) -> Routing:
     return Routing(torch.where(kept, routing.weights, torch.zeros_like(routing.weights)), kept)
 
 
-def load_balancing_loss(logits: Tensor, config: ReferenceConfig, coeff: float) -> Tensor:
+def load_balancing_loss(
+    logits: Tensor, config: ReferenceConfig, coeff: float, taken: list[list[int]] | None = None
+) -> Tensor:
     """Megatron's "aux_loss": coeff * E * sum_i f_i P_i (Switch, arXiv:2101.03961, (4)-(6)).
 
     f_i is the share of the T*K selections that went to expert i and P_i its mean score. Selection
     and scores are the loss's own: no expert bias, no dropping, softmax over all experts whatever
-    pre_softmax says, sigmoid scores normalised over all experts. logits: (T, E)
+    pre_softmax says, sigmoid scores normalised over all experts. logits: (T, E); taken: experts of
+    each token that it does not select, and does not count
     """
     num_tokens, num_experts = logits.shape
     dtype = config.router_score_dtype or logits.dtype
@@ -435,8 +476,8 @@ def load_balancing_loss(logits: Tensor, config: ReferenceConfig, coeff: float) -
         scores = torch.sigmoid(logits.to(dtype))
         scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     counts = [0] * num_experts
-    for t in range(num_tokens):
-        for e in select_top_k(scores[t], config.moe_router_topk):
+    for selected in _select(scores, config.moe_router_topk, taken):
+        for e in selected:
             counts[e] += 1
     total = torch.zeros((), dtype=dtype)
     for e in range(num_experts):
@@ -551,8 +592,21 @@ def trace_unit(params: Parameters, hidden_states: Tensor, config: ReferenceConfi
 
     attention_output = attention_block(params, "", moe_input, config)
     shared_input = norm(params, "pre_mlp_layernorm", attention_output, config)
-    shared = mlp(params, "mlp.shared_experts.", shared_input, config)
-    merged = combine(params, shared_input, shared, routed, config)
+    shared = selection = current_logits = current_routing = None
+    if config.dual_gating == "none":
+        shared = mlp(params, "mlp.shared_experts.", shared_input, config)
+        merged = combine(params, shared_input, shared, routed, config)
+    else:
+        name = "mlp.router" if config.dual_gating == "shared" else "mlp.current_router"
+        current = shared_input.reshape(-1, config.hidden_size)
+        current_logits = current @ params[f"{name}.weight"].T
+        _, selection = gate(logits, config, expert_bias)
+        taken = selection if config.distinct_experts else None
+        current_bias = params.get(f"{name}.expert_bias")
+        current_routing = route_logits(current_logits, config, current_bias, taken)
+        merged = routed + routed_experts(params, current, current_routing, config).reshape(
+            tap.shape
+        )
     if config.post_norm:
         merged = norm(params, "post_layernorm", merged, config)
     return UnitTrace(
@@ -565,6 +619,9 @@ def trace_unit(params: Parameters, hidden_states: Tensor, config: ReferenceConfi
         shared_output=shared,
         routed_output=routed,
         output=attention_output + merged,
+        selection=selection,
+        current_logits=current_logits,
+        current_routing=current_routing,
     )
 
 

@@ -29,7 +29,7 @@ def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
     if scmoe.enabled:
         refuse(of_shortcut(config, scmoe), config, scmoe)
     else:
-        refuse((WITHOUT_SHORTCUT,), config, scmoe)
+        refuse(WITHOUT_SHORTCUT, config, scmoe)
 
 
 def of_shortcut(config: TransformerConfig, scmoe: ScMoEConfig) -> list[Refusal]:
@@ -83,12 +83,6 @@ _UNSUPPORTED = (
         lambda config: config.num_moe_experts is None,
         "there are no routed experts to move",
         "add experts, or drop --scmoe-shortcut-position",
-    ),
-    _unsupported(
-        "A model without --moe-shared-expert-intermediate-size",
-        lambda config: config.moe_shared_expert_intermediate_size is None,
-        "a shared expert reads the current representation",
-        "add it, for example with the size of --ffn-hidden-size",
     ),
     _unsupported(
         "Leaving out --disable-bias-linear",
@@ -241,6 +235,14 @@ SHORTCUT = (
     *_UNSUPPORTED,
     Refusal(
         lambda config, scmoe: (
+            config.moe_shared_expert_intermediate_size is None and not scmoe.dual_gating
+        ),
+        "A model without --moe-shared-expert-intermediate-size does not work with a shortcut",
+        "add it, for example with the size of --ffn-hidden-size",
+        "a shared expert reads the current representation",
+    ),
+    Refusal(
+        lambda config, scmoe: (
             scmoe.scmoe_expert_slot != "auto"
             and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", scmoe.scmoe_expert_slot)
         ),
@@ -315,13 +317,26 @@ WITHOUT_EFFECT = (
         "--scmoe-mla-scale scales the latents of --multi-latent-attention, which is not given",
         "drop it, or add that",
     ),
+    Refusal(
+        lambda config, scmoe: not scmoe.scmoe_distinct_experts and not scmoe.dual_gating,
+        "--no-scmoe-distinct-experts is an option of --scmoe-dual-gating, which is not given",
+        "drop it, or add that",
+    ),
 )
 
-WITHOUT_SHORTCUT = Refusal(
-    lambda config, scmoe: scmoe.at_home or scmoe.scmoe_router != "topk",
-    "--scmoe-router {scmoe_router} and experts at home do not work without a shortcut",
-    "add --scmoe-shortcut-position",
-    "the layers are stock Megatron's then",
+WITHOUT_SHORTCUT = (
+    Refusal(
+        lambda config, scmoe: scmoe.dual_gating,
+        "--scmoe-dual-gating {scmoe_dual_gating} does not work without a shortcut",
+        "add --scmoe-shortcut-position",
+        "one of its gates reads it",
+    ),
+    Refusal(
+        lambda config, scmoe: scmoe.at_home or scmoe.scmoe_router != "topk",
+        "--scmoe-router {scmoe_router} and experts at home do not work without a shortcut",
+        "add --scmoe-shortcut-position",
+        "the layers are stock Megatron's then",
+    ),
 )
 
 

@@ -49,15 +49,18 @@ def skip_compiling(compile_helpers: Callable[[], None]) -> Callable[[], None]:
 
 
 def flops_of_gated_units(count: Callable[..., float]) -> Callable[..., float]:
-    """`num_floating_point_operations` that knows every gated unit.
+    """`num_floating_point_operations` that knows every gated unit, and units with two gates.
 
-    The host asks for --swiglu and counts two products for --quick-geglu, which has three. On a
-    copy: it writes `num_query_groups` into the run's options on its way.
+    The host asks for --swiglu and counts two products for --quick-geglu, which has three. It knows
+    one router for each MoE layer. On a copy: it writes `num_query_groups` into the run's options on
+    its way.
     """
 
     def replacement(args: Any, *others: Any, **named: Any) -> float:
         args = copy.copy(args)
         args.swiglu |= args.quick_geglu
+        if getattr(args, "scmoe_dual_gating", "none") != "none":
+            args.moe_router_topk *= 2
         return count(args, *others, **named)
 
     return replacement

@@ -23,6 +23,7 @@ from megatron_scmoe.model.attention import scale_latents
 from megatron_scmoe.model.specs import (
     block_config,
     scmoe_block_spec,
+    unit_class,
     with_local_replacements,
 )
 from megatron_scmoe.model.unit import ShortcutLayer
@@ -87,7 +88,7 @@ def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
             scmoe.scmoe_overlap,
             scmoe.measures_slots,
             scmoe.scmoe_trace_dir,
-            ShortcutLayer.further_routes,
+            unit_class(scmoe).further_routes,
         )
         set_moe_metrics_tracker(tracker)
     tracker.chunks.append(model)

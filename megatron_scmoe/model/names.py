@@ -7,9 +7,13 @@ loads at another pipeline split, at another shortcut position, and as a baseline
 docs/architecture.md shows what is added.
 """
 
+from collections.abc import Mapping
+
 from megatron_scmoe.model.combine import COMBINES
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS
+from megatron_scmoe.model.routing.dual import GATINGS
+from megatron_scmoe.model.variant import Variant
 
 # SequentialMLP's name for a linear layer of all routed experts, which are an axis of its tensors.
 ROUTED_EXPERTS = "experts."
@@ -63,7 +67,12 @@ def added() -> dict[str, list[str]]:
         "shortcut_layernorm.": ["--scmoe-shortcut-norm own"],
         "post_layernorm.": ["--scmoe-post-norm"],
     }
-    for option, variants in (("combine", COMBINES), ("router", ROUTERS)):
+    tables: dict[str, Mapping[str, type[Variant]]] = {
+        "combine": COMBINES,
+        "router": ROUTERS,
+        "dual-gating": GATINGS,
+    }
+    for option, variants in tables.items():
         for value, variant in variants.items():
             for name in variant.names_on_disk:
                 table.setdefault(name, []).append(f"--scmoe-{option} {value}")

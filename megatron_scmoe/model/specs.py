@@ -34,6 +34,7 @@ from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import names
 from megatron_scmoe.model.attention import LatentDotProductAttention
+from megatron_scmoe.model.dual_gating import DualGatingLayer, DualGatingMoE
 from megatron_scmoe.model.experts.grouped import GroupedExperts, uses_grouped_experts
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.norm import SequenceParallelTorchNorm
@@ -133,7 +134,7 @@ def scmoe_block_spec(
             first = host_specs[layer[0]].submodules if len(layer) == 2 else None
             specs.append(
                 ModuleSpec(
-                    module=ShortcutLayer,
+                    module=unit_class(scmoe),
                     submodules=_unit_submodules(first, last, scmoe, norm),
                     params={**params, "scmoe": scmoe},
                 )
@@ -142,6 +143,11 @@ def scmoe_block_spec(
             plain = _with_disk_names(last)
             specs.append(ModuleSpec(module=NumberedLayer, submodules=plain, params=params))
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def unit_class(scmoe: ScMoEConfig) -> type[ShortcutLayer]:
+    """The class of all units of a model."""
+    return DualGatingLayer if scmoe.dual_gating else ShortcutLayer
 
 
 def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
@@ -201,7 +207,8 @@ def _unit_submodules(
     values = {field.name: getattr(moe, field.name) for field in fields(moe)}
     # The host's MLP slot is a partial of MoELayer with the submodules bound.
     assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
-    values["mlp"] = partial(ScMoELayer, scmoe=scmoe, **moe.mlp.keywords)
+    moe_class = DualGatingMoE if scmoe.dual_gating else ScMoELayer
+    values["mlp"] = partial(moe_class, scmoe=scmoe, **moe.mlp.keywords)
     return ShortcutLayerSubmodules(
         **values,
         dense_layer=None if dense is None else _with_disk_names(dense),

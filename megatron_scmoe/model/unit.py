@@ -132,6 +132,7 @@ class UnitPass:
     samples: int | None = None
     """Micro-batch size, if what is tapped was un-flattened from a packed sequence."""
     shared: SharedOutput | None = None
+    """None before there is one, and in a unit without a shared expert."""
 
 
 class ShortcutLayer(NumberedLayer):
@@ -407,12 +408,12 @@ class ShortcutLayer(NumberedLayer):
 
     def merge(self, run: UnitPass, _: Task) -> None:
         """H_{l+1} = H_{l+1}^MH + [norm] (c_s SE + c_r sum_i G_i E_i)  [(7), (14)-(17)]"""
-        assert run.shared is not None
         first, *further = [routed.output() for routed in run.routed.values()]
         routed_output = self._maybe_reflatten_from_moe(
             sum(further, first), run.packed_seq_params, run.samples
         )
-        merged = self.post_layernorm(run.shared.merge(routed_output))
+        merged = routed_output if run.shared is None else run.shared.merge(routed_output)
+        merged = self.post_layernorm(merged)
         residual = run.hidden_states
         if self.config.fp32_residual_connection:
             residual = residual.float()

@@ -2,6 +2,7 @@
 
     COMBINES       --scmoe-combine               model/combine.py
     ROUTERS        --scmoe-router                model/routing/
+    GATINGS        --scmoe-dual-gating           model/routing/dual.py
     AT_HOME        --scmoe-num-KIND-experts      model/experts/at_home.py
     DISPATCHERS    --moe-token-dispatcher-type   model/dispatch/
 

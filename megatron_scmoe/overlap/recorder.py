@@ -63,6 +63,9 @@ class UnitRecord:
     compute stood still, unless the host is what compute waits for."""
     tokens_per_expert: Tensor | None = None
     """Rows of every local expert, [e], summed over the passes; None without a pass."""
+    same_choices: Tensor | None = None
+    """Of a unit with two gates: tokens whose gates have the same first choice, and all tokens, [2],
+    on the device; None of other units."""
 
 
 class UnitRecorder:
@@ -79,6 +82,7 @@ class UnitRecorder:
         self._turns: list[tuple[Activity | None, Moment]] = []
         self._host_wait = 0.0
         self._tokens_per_expert: Tensor | None = None
+        self._same_choices: Tensor | None = None
         self._like = torch.empty(0)
 
     def begin_pass(self, hidden_states: Tensor) -> None:
@@ -107,11 +111,19 @@ class UnitRecorder:
             counted += self._tokens_per_expert
         self._tokens_per_expert = counted
 
+    def gates_chose(self, same: Tensor) -> None:
+        """Whether the first choices of both gates are the same expert, of every token, bool."""
+        counted = torch.stack([same.sum(), torch.tensor(same.numel(), device=same.device)])
+        if self._same_choices is not None:
+            counted += self._same_choices
+        self._same_choices = counted
+
     def take(self) -> UnitRecord:
         """The record since the last call. Synchronizes with the device: once an iteration."""
         flights, self._flights = self._flights, []
         turns, self._turns = self._turns, []
         tokens, self._tokens_per_expert = self._tokens_per_expert, None
+        same, self._same_choices = self._same_choices, None
         host_wait, self._host_wait = self._host_wait, 0.0
         self.pass_number = 0
         clock = Clock(self._like)
@@ -126,7 +138,7 @@ class UnitRecorder:
             for (activity, _), begin, end in zip(turns, times, times[1:], strict=False)
             if activity is not None
         ]
-        return UnitRecord(exchanges, steps, host_wait, tokens)
+        return UnitRecord(exchanges, steps, host_wait, tokens, same)
 
 
 def _on_host(numbers: list[int | Tensor]) -> list[int]:

@@ -7,8 +7,8 @@ of it stands in memory.py.
 Conventions:
 
     parameters   of the whole model, tied embeddings once
-    activated    the parameters that one token meets: K of E experts, fewer by the share of those at
-                 home, everything else
+    activated    the parameters that one token meets: K of E experts for each gate, fewer by the
+                 share of those at home, everything else
     FLOPs        forward, one token: matrix products only, 2 per multiply-add; causal attention
                  counts the half of the score matrix that is not masked. Backward takes twice as
                  many. Recomputation is not counted
@@ -30,6 +30,7 @@ from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.combine import COMBINES, of_host
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS, with_columns
+from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.specs import moe_layer_pattern
 
 # What Megatron leaves out of the FLOPs that --log-throughput divides: outputs of a few columns.
@@ -369,20 +370,23 @@ class _Counter:
 
     def _router(self) -> Operator:
         """Reads z. A tap is kept by the main branch, its normed copy z by the router. Without a
-        shortcut the router reads the MoE layer's own normed input."""
+        shortcut the router reads the MoE layer's own normed input. A second gate reads what a
+        shared expert would, which is counted there."""
         config = with_columns(self.config, sum(self.scmoe.at_home.values()))
         router = ROUTERS[self.scmoe.scmoe_router]
-        matrix = router.weights(config)
+        gating = GATINGS[self.scmoe.scmoe_dual_gating]
+        matrix = router.weights(config) + gating.weights(config)
         norm = self._norm(self.hidden)
         own_norm = not self.scmoe.enabled or self.scmoe.scmoe_shortcut_norm == "own"
         weights = Weights(replicated=matrix + (norm if own_norm else 0))
         assert config.num_moe_experts is not None
-        scores = 4 * config.num_moe_experts * self.outer_tokens  # fp32
+        scores = 4 * gating.gates * config.num_moe_experts * self.outer_tokens  # fp32
         if not self.scmoe.enabled and self._recomputes("moe"):
             scores = 0
         kept = self.kept(outer=self.hidden if self.scmoe.enabled else self._normed_input())
         kept += self.kept(outer=router.kept(config))
-        return Operator(weights, weights.total, router.flops(config), kept + scores)
+        flops = gating.gates * router.flops(config)
+        return Operator(weights, weights.total, flops, kept + scores)
 
     def _experts(self) -> Operator:
         """Those at home too, which are on every rank and compute all tokens."""
@@ -399,7 +403,7 @@ class _Counter:
         # Of K rows of a token, those of experts at home are not sent.
         router = ROUTERS[self.scmoe.scmoe_router]
         share = router.routed_share(config, sum(at_home.values()), self.scmoe)
-        rows = config.moe_router_topk * share
+        rows = config.moe_router_topk * share * GATINGS[self.scmoe.scmoe_dual_gating].gates
         capacity = config.moe_expert_capacity_factor
         filled = capacity if capacity and config.moe_pad_expert_input_to_capacity else 1
         home = [(AT_HOME[kind], number) for kind, number in at_home.items()]
@@ -415,7 +419,8 @@ class _Counter:
         )
 
     def _shared_expert(self) -> Operator:
-        """Reads x, through the MoE layer's own norm, which without a shortcut the router counts."""
+        """Reads x, through the MoE layer's own norm, which without a shortcut the router counts.
+        With two gates there is none, and the second gate reads x."""
         width = self.config.moe_shared_expert_intermediate_size or 0
         matrices = self._mlp_matrices(width)
         norm = self._norm(self.hidden) if self.scmoe.enabled else 0

@@ -36,7 +36,7 @@ def twin(args: Namespace) -> Twin | None:
     if args.scmoe_shortcut_position == "none":
         return None
     stock = copy.copy(args)
-    stock.scmoe_shortcut_position = "none"
+    stock.scmoe_shortcut_position = stock.scmoe_dual_gating = "none"
     for dest in SHARED_EXPERT & args.scmoe_implied.keys():
         setattr(stock, dest, args.scmoe_implied[dest])
     sizes = (
@@ -65,6 +65,8 @@ def what_the_flag_changes(args: Namespace) -> list[str]:
     ]
     if abs(ratio - 1) > UNCHANGED and "moe_shared_expert_intermediate_size" in args.scmoe_implied:
         lines.append(f"  the shared expert is new; {_equal(args)}")
+    if args.scmoe_dual_gating != "none":
+        lines.append("  two gates of one expert each have the FLOPs of --moe-router-topk 2")
     return lines
 
 

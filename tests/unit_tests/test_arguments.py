@@ -61,6 +61,8 @@ TYPED = {
     "scmoe_balance_groups": ("--scmoe-balance-groups 2", 2),
     "scmoe_scaled_experts": ("--scmoe-scaled-experts routed", "routed"),
     "scmoe_mla_scale": ("--scmoe-mla-scale", True),
+    "scmoe_dual_gating": ("--scmoe-dual-gating shared", "shared"),
+    "scmoe_distinct_experts": ("--no-scmoe-distinct-experts", False),
     "scmoe_shortcut_norm": ("--scmoe-shortcut-norm shared", "shared"),
     "scmoe_post_norm": ("--scmoe-post-norm", True),
     "scmoe_overlap": ("--no-scmoe-overlap", False),

@@ -57,6 +57,16 @@ CASES = {
         )
         for position in ("pos1", "pos2", "pos3")
     },
+    **{
+        f"{position}-two-gates-{gates}": Case(
+            {
+                "scmoe_shortcut_position": position,
+                "scmoe_combine": "add",
+                "scmoe_dual_gating": gates,
+            }
+        )
+        for position, gates in (("pos1", "separate"), ("pos2", "shared"))
+    },
     "pos1-every-layer": Case({"scmoe_shortcut_position": "pos1"}, moe_frequency=1, num_layers=3),
     "pos2-every-fourth": Case(moe_frequency=4, num_layers=8),
     "pos3-mixed-pattern": Case(
@@ -125,6 +135,7 @@ OPERATORS = {
     "dense_layer.pre_mlp_layernorm": "mlp",
     "shortcut_layernorm": "router",
     "post_layernorm": "merge",
+    "current_router": "router",
     "combine_gate": "merge",
     "gate_weight": "merge",
     "shared_experts": "shared_expert",
@@ -173,7 +184,8 @@ def test_parameters_are_those_of_the_module_tree(name: str) -> None:
     idle = 0
     if "experts" in counts:
         idle = counts["experts"] // config.num_moe_experts
-        idle *= config.num_moe_experts - config.moe_router_topk
+        gates = 2 if config.scmoe.dual_gating else 1
+        idle *= config.num_moe_experts - gates * config.moe_router_topk
     assert size.activated_parameters == size.parameters - idle
 
 
@@ -219,6 +231,7 @@ def host_options(config: ScMoEModelConfig) -> Namespace:
         "padded_vocab_size": VOCAB,
         "seq_length": SEQUENCE,
         "hybrid_layer_pattern": None,
+        "scmoe_dual_gating": config.scmoe.scmoe_dual_gating,
     }
     return Namespace(**args)
 
@@ -278,6 +291,10 @@ KEPT = {
     "pos2-cg1": Case({"scmoe_shortcut_position": "pos2"}),
     "pos3-cg2": Case({"scmoe_shortcut_position": "pos3", "scmoe_combine": "cg2"}),
     "none": Case(NONE),
+    "pos2-two-gates": Case(
+        {"scmoe_dual_gating": "separate", "scmoe_combine": "add"},
+        {"moe_shared_expert_intermediate_size": None},
+    ),
     "pos2-shared-post-top2": Case(
         {"scmoe_shortcut_norm": "shared", "scmoe_post_norm": True}, {"moe_router_topk": 2}
     ),

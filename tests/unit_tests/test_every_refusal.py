@@ -75,7 +75,45 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 WEIGHED = {"moe_router_load_balancing_type": "aux_loss"}
 HETEROGENEOUS = {"scmoe_router": "heterogeneous", "scmoe_experts_at_home": {"zero": 1}}
 LONGCAT = {"scmoe_router": "longcat", "scmoe_experts_at_home": {"copy": 1}}
+DUAL = {"scmoe_dual_gating": "shared", "scmoe_combine": "add"}
+ALONE: dict[str, Any] = {
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+}
 OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "--no-scmoe-distinct-experts is an option of": ({}, {"scmoe_distinct_experts": False}),
+    "--scmoe-dual-gating shared has two gates of one expert each, and --moe-router-topk is 2": (
+        {**ALONE, "moe_router_topk": 2},
+        DUAL,
+    ),
+    "--scmoe-dual-gating shared has no shared expert, and --moe-shared-expert": (
+        {"moe_shared_expert_gate": False},
+        DUAL,
+    ),
+    "--scmoe-combine cg2 weighs a shared expert, and --scmoe-dual-gating shared has none": (
+        ALONE,
+        {**DUAL, "scmoe_combine": "cg2"},
+    ),
+    "--scmoe-dual-gating shared does not work with experts at home or --scmoe-router topk": (
+        ALONE,
+        {**DUAL, "scmoe_experts_at_home": {"zero": 1}},
+    ),
+    "--scmoe-dual-gating shared does not work with --moe-router-load-balancing-type sinkhorn": (
+        {**ALONE, "moe_router_load_balancing_type": "sinkhorn"},
+        DUAL,
+    ),
+    "--scmoe-dual-gating shared does not work with --moe-router-fusion": (
+        {**ALONE, "moe_router_fusion": True},
+        DUAL,
+    ),
+    "--scmoe-dual-gating shared does not work with the replay of routings": (
+        {**ALONE, "moe_enable_routing_replay": True},
+        DUAL,
+    ),
+    "--scmoe-dual-gating shared sends a token to two experts, and --num-experts is 1": (
+        {**ALONE, "num_moe_experts": 1},
+        DUAL,
+    ),
     "--scmoe-expert-slot 1.5: write auto": ({}, {"scmoe_expert_slot": "1.5"}),
     "--scmoe-expert-slot 6 is outside": ({}, {"scmoe_expert_slot": "6"}),
     "--scmoe-num-chunks 0 is": ({}, {"scmoe_num_chunks": 0}),
@@ -328,6 +366,7 @@ ALL = [
     *OF_COMMAND_LINE,
     "pipeline stage 1 would start at layer 4",
     "--scmoe-router topk and experts at home do not work without",
+    "--scmoe-dual-gating shared does not work without",
 ]
 
 
@@ -367,9 +406,9 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
             return next(complaints(rows, config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
-    if line.endswith("do not work without"):
-        scmoe = ScMoEConfig(scmoe_experts_at_home={"zero": 1})
-        return next(complaints((shortcut.WITHOUT_SHORTCUT,), host_config(), scmoe))
+    if line.endswith("not work without"):
+        chosen = DUAL if "dual" in line else {"scmoe_experts_at_home": {"zero": 1}}
+        return next(complaints(shortcut.WITHOUT_SHORTCUT, host_config(), ScMoEConfig(**chosen)))
     if line not in OF_COMMAND_LINE:
         scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
         host = {"moe_layer_freq": [0, 1] * 3, "pipeline_model_parallel_size": 2}

@@ -28,7 +28,7 @@ ALLOWED = {
     "model.routing": {"checks.refusal", "model.variant"},
     "model.experts.grouped": {"model.names"},
     "model.experts": {"checks.refusal", "model.variant"},
-    "model.names": {"model.combine", "model.experts", "model.routing"},
+    "model.names": {"model.combine", "model.experts", "model.routing", "model.variant"},
     "config": {
         "model.combine",
         "model.dispatch",

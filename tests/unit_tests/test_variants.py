@@ -30,6 +30,7 @@ from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.routing.choice import Routing
+from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.planner.size import model_size
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 from tests.toy_variants import TABLES, registered
@@ -387,6 +388,7 @@ def test_pages_list_the_values_of_the_tables(page: str) -> None:
     assert values_in(page, "--scmoe-combine") == list(COMBINES)
     if page == "docs/options.md":
         assert values_in(page, "--scmoe-router") == list(ROUTERS)
+        assert values_in(page, "--scmoe-dual-gating") == list(GATINGS)
         text = " ".join((ROOT / page).read_text("utf-8").split())
         (line,) = re.findall(r"`--moe-token-dispatcher-type` is ([^.]*)\.", text)
         assert sorted(re.findall(r"`(\w+)`", line)) == sorted(DISPATCHERS)

@@ -21,6 +21,8 @@ class Routing:
     [T, H]."""
     rows_per_token: int | None = None
     """The most rows that a token may have; None for K."""
+    chosen: Tensor | None = None
+    """Experts of every token before any was dropped, [T, K]; None where nobody asks for them."""
 
     @classmethod
     def of_columns(cls, probs: Tensor, routing_map: Tensor, num_experts: int) -> "Routing":

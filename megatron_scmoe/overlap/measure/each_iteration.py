@@ -13,6 +13,10 @@
                            the backward pass, from the first iterations (adaptive.py)
     expert-slot-forward, expert-slot-backward
                            where the routed experts run
+    gates-agree            share of the tokens whose two gates have the same first choice: how often
+                           the rule of distinct experts fires, or with it off, how often both send
+                           a token to one expert; mean over layers, and each layer's with the
+                           host's suffix
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
 
 Measured where the exchanges run (overlap/streams.py); evaluation is not counted.
@@ -133,8 +137,29 @@ class UnitTracker(MoEMetricsTracker):
                 "expert-slot-backward": slots.backward,
             }
             console += f" expert slots: {slots.forward},{slots.backward} |"
+        if self._further and (shares := self._shares_of_same_choices(records)):
+            mean = sum(shares.values()) / len(shares)
+            scalars |= {"gates-agree": mean}
+            scalars |= {f"moe/gates-agree_layer_{layer}": x for layer, x in shares.items()}
+            by_layer = " ".join(f"{share:.0%}" for share in shares.values())
+            console += f" gates agree: {mean:.1%} ({by_layer}) |"
         self._log_scalars(scalars, iteration, writer, wandb_writer)
         return losses + console
+
+    def _shares_of_same_choices(self, records: list[UnitRecord]) -> dict[int, float]:
+        """By MoE layer of the whole model, from 0; the same on every rank."""
+        counts = torch.zeros(
+            get_args().num_layers, 2, dtype=torch.int64, device=torch.cuda.current_device()
+        )
+        for unit, record in zip(self.units, records, strict=True):
+            if record.same_choices is not None:
+                counts[unit.attention_number - 1] = record.same_choices
+        torch.distributed.all_reduce(counts)
+        return {
+            layer: same / tokens
+            for layer, (same, tokens) in enumerate(counts.tolist())
+            if tokens > 0
+        }
 
     def _measure(self, iteration: int, records: list[UnitRecord]) -> None:
         """Count one of the first iterations, and draw the conclusions."""

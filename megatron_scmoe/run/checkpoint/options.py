@@ -11,6 +11,8 @@ SCMOE = (
     "scmoe_combine",
     "scmoe_router",
     "scmoe_experts_at_home",
+    "scmoe_dual_gating",
+    "scmoe_distinct_experts",
     "scmoe_shortcut_norm",
     "scmoe_post_norm",
     "scmoe_scaled_experts",
@@ -121,6 +123,7 @@ LAYOUT = (
 # (record.machine_facts). One micro-batch is timed, so the global batch does not matter.
 TIMES = (
     "scmoe_shortcut_position",
+    "scmoe_dual_gating",
     "scmoe_num_chunks",
     "seq_length",
     "micro_batch_size",
@@ -165,6 +168,7 @@ TIMES = (
 
 _FLAGS = {
     "scmoe_experts_at_home": "--scmoe-num-KIND-experts",
+    "scmoe_distinct_experts": "--no-scmoe-distinct-experts (off is True)",
     "add_bias_linear": "--disable-bias-linear (off is True)",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",

@@ -217,7 +217,7 @@ def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: boo
     changed = differences(saved, args, NEW_TENSORS)
     if changed and position != "none" and not starts_anew:
         raise ValueError(
-            f"{where} has other tensors: {'; '.join(changed)}. Use the checkpoint's values, or "
+            f"{where} has other units: {'; '.join(changed)}. Use the checkpoint's values, or "
             "start from its weights with --finetune."
         )
 
