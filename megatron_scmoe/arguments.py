@@ -294,6 +294,7 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
     if scmoe.dual_gating:
         if scmoe.scmoe_combine == ScMoEConfig.scmoe_combine:
             imply("scmoe_combine", "add")
+            scmoe = scmoe_config_from_args(args)
             notes.append(
                 "--scmoe-combine add: two gates have no shared expert, and nothing to weigh"
             )
@@ -313,7 +314,7 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
             "--moe-router-pre-softmax: with top-1 a softmax over the selected expert is always 1 "
             "and would leave the router no gradient"
         )
-    if COMBINES[args.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
+    if COMBINES[scmoe.scmoe_combine].host_gate and not args.moe_shared_expert_gate:
         imply("moe_shared_expert_gate", True)
         notes.append(f"--moe-shared-expert-gate: this is --scmoe-combine {scmoe.scmoe_combine}")
     return notes
