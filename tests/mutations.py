@@ -94,6 +94,19 @@ MUTATIONS = (
         "if len(stage) > 1 and stage.start - 1 in units",
         f"{UNIT}layer_specs.py",
     ),
+    # Text from a checkpoint.
+    Mutation(
+        "megatron_scmoe/inference/generation.py",
+        ".triu(begin + 1)",
+        ".triu(begin)",
+        f"{DISTRIBUTED}inference.py -k 'single and pos2'",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/sampling.py",
+        "[sampling.seed + number for number in numbers]",
+        "[sampling.seed for number in numbers]",
+        f"{UNIT}generate.py -k alone",
+    ),
     # When it runs.
     Mutation(
         "megatron_scmoe/overlap/branch.py",

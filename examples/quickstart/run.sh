@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a ScMoE GPT on real text: corpus -> tokenizer -> .bin/.idx -> training -> resume -> report.
+# Train a ScMoE GPT on real text: corpus -> tokenizer -> .bin/.idx -> training -> resume -> report -> text.
 # Runs on two CPU cores; on GPUs the same commands use NCCL. RUN_DIR chooses where it writes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -86,28 +86,32 @@ launch() {
             --sequence-length "$SEQ_LENGTH"
 }
 
-echo "== 1/5 text: the Python standard library, with held-out documents"
+echo "== 1/6 text: the Python standard library, with held-out documents"
 rm -rf "$RUN_DIR"/{data,tokenizer,tensorboard,checkpoints,log.txt,summary.json,loss.png}
 mkdir -p "$DATA_DIR"
 python examples/quickstart/corpus.py --output-dir "$DATA_DIR" --max-megabytes 12
 
-echo "== 2/5 tokenizer: byte-level BPE"
+echo "== 2/6 tokenizer: byte-level BPE"
 python examples/quickstart/tokenizer.py --input "$DATA_DIR/train.jsonl" \
     --output-dir "$RUN_DIR/tokenizer" --vocab-size 4096
 
-echo "== 3/5 tokens"
+echo "== 3/6 tokens"
 for split in train valid; do
     python tools/preprocess_data.py --input "$DATA_DIR/$split.jsonl" \
         --output-prefix "$DATA_DIR/$split" --append-eod \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$RUN_DIR/tokenizer"
 done
 
-echo "== 4/5 training: $TRAIN_ITERS iterations, then a second launch that resumes for $RESUME_ITERS" \
+echo "== 4/6 training: $TRAIN_ITERS iterations, then a second launch that resumes for $RESUME_ITERS" \
     "(everything it says: $RUN_DIR/log.txt)"
 launch --exit-interval "$TRAIN_ITERS"
 launch --load "$RUN_DIR/checkpoints"
 
-echo "== 5/5 report"
+echo "== 5/6 report"
 python examples/quickstart/loss_report.py --run-dir "$RUN_DIR" \
     --tokens-per-iteration "$((GLOBAL_BATCH_SIZE * SEQ_LENGTH))" \
     --resumed-from-iteration "$TRAIN_ITERS"
+
+echo "== 6/6 text: what it writes after a prompt, on one process (docs/generation.md)"
+python tools/generate.py --load "$RUN_DIR/checkpoints" --prompt "def " \
+    --max-new-tokens 60 --temperature 0.7

@@ -1,7 +1,9 @@
-"""Keys and values of inference are kept for each attention layer, not for each block layer.
+"""Generation gives what the full forward pass gives, alone and in a batch.
 
-The static context gives the full forward pass, for a prompt and token by token; the dynamic one has
-one place for every attention layer of a stage, at every position and split.
+Keys and values are kept for each attention layer, not for each block layer: the static context
+gives the full forward pass, for a prompt and token by token; the dynamic one has one place for
+every attention layer of a stage, at every position and split. Through checkpoints and layouts:
+functional_tests/test_generate.py.
 """
 
 from typing import Any
@@ -16,6 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
+from megatron_scmoe.inference.generation import Continuation, Limits, generate
+from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from tests.distributed_utils import run_distributed
 from tests.models import Case
@@ -32,13 +36,9 @@ STAGES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def build_model(position: str, stages: int, **host: Any) -> GPTModel:
+def build_model(host: dict[str, Any], scmoe: dict[str, Any]) -> GPTModel:
     """This rank's stage, in evaluation mode."""
-    case = Case(
-        scmoe={"scmoe_shortcut_position": position},
-        host={"pipeline_model_parallel_size": stages, **host},
-        num_layers=NUM_LAYERS,
-    )
+    case = Case(scmoe=scmoe, host=host, num_layers=NUM_LAYERS)
     config = ScMoEModelConfig(
         transformer=case.host_config(),
         scmoe=case.scmoe_config(),
@@ -52,7 +52,8 @@ def build_model(position: str, stages: int, **host: Any) -> GPTModel:
 
 def places(position: str, stages: int, host: dict[str, Any]) -> tuple[int, list[int]]:
     """Attention layers that the context has room for, and the place that each of them asks for."""
-    model = build_model(position, stages, **host)
+    split = {"pipeline_model_parallel_size": stages, **host}
+    model = build_model(split, {"scmoe_shortcut_position": position})
     with pytest.MonkeyPatch.context() as patch:
         # Its buffers are on the GPU.
         patch.setattr(DynamicInferenceContext, "initialize_all_tensors", lambda self: None)
@@ -94,7 +95,7 @@ def forward(model: GPTModel, tokens: Tensor, begin: int, context: Any = None) ->
 @pytest.mark.parametrize("position", POSITIONS)
 def test_static_context_gives_the_full_forward_pass(position: str) -> None:
     """The prompt at once, then a token at a time."""
-    model = build_model(position, 1)
+    model = build_model({}, {"scmoe_shortcut_position": position})
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
     context = StaticInferenceContext(BATCH, LENGTH)
@@ -106,3 +107,83 @@ def test_static_context_gives_the_full_forward_pass(position: str) -> None:
         full = forward(model, tokens[:, :end], 0)
         assert (cached[:, -1] - full[:, -1]).abs().max() < 1e-6  # angles are float32
     assert sorted(context.key_value_memory_dict) == list(range(1, NUM_LAYERS + 1))
+
+
+# What a model differs in: options of the host, and ours.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{position: ({}, {"scmoe_shortcut_position": position}) for position in POSITIONS},
+    "latent": (
+        {
+            "multi_latent_attention": True,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_head_dim": 4,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 4,
+            "num_query_groups": 4,
+            "rope_type": "rope",
+        },
+        {"scmoe_shortcut_position": "pos2"},
+    ),
+    "experts at home": (
+        {"moe_router_topk": 2},
+        {"scmoe_shortcut_position": "pos3", "scmoe_experts_at_home": {"zero": 1, "constant": 1}},
+    ),
+    "chunks": ({}, {"scmoe_shortcut_position": "pos2", "scmoe_num_chunks": 2}),
+}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
+NEW = 6
+
+
+def quiet(_number: int, _token: int) -> None:
+    """Nobody is told of tokens."""
+
+
+def uncached(model: GPTModel, prompt: list[int]) -> Continuation:
+    """The likeliest tokens, from a full forward pass for each of them."""
+    found = Continuation()
+    while len(found.tokens) < NEW:
+        (logits,) = forward(model, torch.tensor([prompt + found.tokens]), 0)[:, -1]
+        log_probs = logits.float().log_softmax(-1)
+        found.tokens.append(int(log_probs.argmax()))
+        found.log_probs.append(float(log_probs.max()))
+    return found
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_equals_uncached_and_batched_equals_single(name: str) -> None:
+    model = build_model(*MODELS[name])
+    limits = Limits(NEW, VOCABULARY, end=None)
+    batched, speed = generate(model, PROMPTS, Sampling(greedy=True), limits, 2, quiet)
+    for prompt, found in zip(PROMPTS, batched, strict=True):
+        alone, _ = generate(model, [prompt], Sampling(greedy=True), limits, 8, quiet)
+        expected = uncached(model, prompt)
+        assert found.tokens == alone[0].tokens == expected.tokens
+        for each in (found, alone[0]):
+            assert each.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
+    assert speed.prefill_tokens == 1 + 3 + 8 - 2 and speed.decode_tokens == 3 * NEW - 2
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_text_ends_with_its_document() -> None:
+    """The others of the batch go on; the token itself is not part of the text."""
+    model = build_model(*MODELS["pos2"])
+    sampling = Sampling(seed=3)
+    limits = Limits(NEW, VOCABULARY, end=None)
+    whole, _ = generate(model, PROMPTS, sampling, limits, 8, quiet)
+    end = whole[2].tokens[2]
+    told: list[tuple[int, int]] = []
+    cut, _ = generate(
+        model,
+        PROMPTS,
+        sampling,
+        Limits(NEW, VOCABULARY, end),
+        8,
+        lambda number, token: told.append((number, token)),
+    )
+    for number, (found, uncut) in enumerate(zip(cut, whole, strict=True)):
+        stop = uncut.tokens.index(end) if end in uncut.tokens else NEW
+        assert found.tokens == uncut.tokens[:stop] and len(found.log_probs) == stop
+        assert [token for told_of, token in told if told_of == number] == found.tokens
+    assert len(cut[2].tokens) <= 2 < max(len(found.tokens) for found in cut)

@@ -20,7 +20,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 import megatron_scmoe
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.checks import command_line, data, layout, shortcut
+from megatron_scmoe.checks import command_line, data, generation, layout, shortcut
 from megatron_scmoe.checks.ranges import NUMBERS, RANGES, Range
 from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
 from megatron_scmoe.config import ScMoEConfig
@@ -204,6 +204,22 @@ class Typed(NamedTuple):
 TYPED, RESOLVED = layout.TYPED, layout.RESOLVED
 COMPLETE, OPTIONS = command_line.COMPLETE, shortcut.OPTIONS
 STACKED_EXPERTS, WANDB = command_line.STACKED_EXPERTS, command_line.WANDB
+# What tools/generate.py asks beside these options.
+ASKED: dict[str, Any] = {
+    "load": "a",
+    "prompt": ["a"],
+    "prompt_file": None,
+    "max_new_tokens": 8,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+
+
+def asked(options: str = "", **changes: Any) -> "Typed":
+    return Typed(generation.TYPED, options, ASKED | changes)
+
+
 WANDB_RUN = "--wandb-project a --wandb-exp-name b --save a"
 OF_COMMAND_LINE: dict[str, Typed] = {
     "--yaml-cfg has no place": Typed(command_line.PARSED, "--yaml-cfg a.yaml"),
@@ -357,7 +373,23 @@ OF_COMMAND_LINE: dict[str, Typed] = {
         data.DATA, "--data-path CORPUS --split 98,1,1"
     ),
     "--padded-vocab-size 32 is less": Typed(data.VOCABULARY, "--padded-vocab-size 32"),
+    "A checkpoint is missing": asked(load=None),
+    "Prompts stand in --prompt and in": asked(prompt_file="-"),
+    "--max-new-tokens 0 is not": asked(max_new_tokens=0),
+    "--temperature 0.0 is not": asked(temperature=0.0),
+    "--top-k -1 is not": asked(top_k=-1),
+    "--top-p 0.0 is not": asked(top_p=0.0),
+    "--inference-max-requests 0 is not": asked("--inference-max-requests 0"),
+    "--context-parallel-size 2 does not split": asked("--context-parallel-size 2"),
+    "Virtual pipeline stages do not generate": Typed(
+        generation.ADOPTED, "", ASKED | {"virtual_pipeline_model_parallel_size": 2}
+    ),
+    "The longest prompt and --max-new-tokens 8 are 72 tokens": Typed(
+        generation.ADOPTED, "--max-position-embeddings 71", ASKED
+    ),
 }
+# What rows ask beside the options: the tokenizer's tokens, the tokens of the longest prompt.
+BESIDE = {data.VOCABULARY: [64], generation.ADOPTED: [64]}
 
 ALL = [
     *UNSUPPORTED,
@@ -419,7 +451,7 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
     with pytest.MonkeyPatch.context() as patch:
         if line.endswith("needs the package"):
             patch.setattr(command_line, "find_spec", lambda name: None)
-        return next(complaints(rows, args, *([64] if rows is data.VOCABULARY else [])))
+        return next(complaints(rows, args, *BESIDE.get(rows, [])))
 
 
 @pytest.fixture

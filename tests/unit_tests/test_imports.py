@@ -92,6 +92,7 @@ ALLOWED = {
         "overlap",
         "overlap.measure",
     },
+    "inference": {"arguments", "model", "run.checkpoint"},
     "start": {"host", "planner", "run", "run.checkpoint"},
     "commands.preprocess": set(),
     "commands.trace_report": {"words", "overlap", "overlap.measure"},
@@ -106,9 +107,12 @@ ALLOWED = {
         "model",
         "checks",
         "checks.refusal",
+        "inference",
         "planner",
         "run",
+        "run.checkpoint",
         "run.doctor",
+        "run.watch",
     },
 }
 

@@ -16,11 +16,12 @@ import torch.distributed.run
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.commands import plan_overlap, preprocess_data
+from megatron_scmoe.commands import generate, plan_overlap, preprocess_data
 
 ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"
 WITH_OPTIONS = (README, OPTIONS, ROOT / "docs" / "operations.md")
+COMMANDS = (README, OPTIONS, ROOT / "docs" / "generation.md")
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # Not on a command line of this package: Megatron's after 0.19, and Slurm's.
@@ -96,6 +97,7 @@ def known() -> dict[str, set[str]]:
     return {
         "torchrun": options_of(torch.distributed.run.get_args_parser()),
         "pretrain_gpt_scmoe.py": options_of(training(add_scmoe_args)),
+        "tools/generate.py": options_of(training(generate.add_options)),
         "tools/plan_overlap.py": options_of(training(plan_overlap.add_planner_args)),
         "tools/preprocess_data.py": options_of(parser_of(preprocess_data.parse_arguments)),
     }
@@ -103,7 +105,7 @@ def known() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
     "command",
-    [line for page in (README, OPTIONS) for line in commands(page) if ".py" in line],
+    [line for page in COMMANDS for line in commands(page) if ".py" in line],
 )
 def test_command_has_options_of_its_programs(command: str, known: dict[str, set[str]]) -> None:
     program = None

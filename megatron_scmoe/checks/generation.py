@@ -1,0 +1,64 @@
+"""What cannot be generated from, before anything is loaded."""
+
+import math
+from argparse import Namespace
+
+from megatron_scmoe.checks.refusal import Found, Refusal
+
+# Before the checkpoint is looked at.
+TYPED = (
+    Refusal(
+        lambda args: args.load is None,
+        "A checkpoint is missing",
+        "name the folder that a run has saved to with --load",
+    ),
+    Refusal(
+        lambda args: args.prompt is not None and args.prompt_file is not None,
+        "Prompts stand in --prompt and in --prompt-file",
+        "drop one of them",
+    ),
+    Refusal(
+        lambda args: args.max_new_tokens < 1,
+        "--max-new-tokens {max_new_tokens} is not at least 1",
+    ),
+    Refusal(
+        lambda args: not 0 < args.temperature < math.inf,
+        "--temperature {temperature} is not above 0",
+        "the likeliest token alone is --greedy",
+    ),
+    Refusal(lambda args: args.top_k < 0, "--top-k {top_k} is not at least 0"),
+    Refusal(lambda args: not 0 < args.top_p <= 1, "--top-p {top_p} is not above 0 and at most 1"),
+    Refusal(
+        lambda args: args.inference_max_requests < 1,
+        "--inference-max-requests {inference_max_requests} is not at least 1",
+        "it is the number of prompts that a rank computes together",
+    ),
+    Refusal(
+        lambda args: args.context_parallel_size > 1,
+        "--context-parallel-size {context_parallel_size} does not split keys and values that are "
+        "kept",
+        "use --tensor-model-parallel-size",
+    ),
+)
+
+
+def _long(args: Namespace, longest: int) -> Found:
+    length = longest + args.max_new_tokens
+    learned = args.position_embedding_type == "learned_absolute"
+    return learned and length > args.max_position_embeddings and {"length": length}
+
+
+# Of the options with those of the checkpoint, and the number of tokens of the longest prompt.
+ADOPTED = (
+    Refusal(
+        lambda args, _: args.virtual_pipeline_model_parallel_size is not None,
+        "Virtual pipeline stages do not generate",
+        "leave them out: the checkpoint loads without",
+    ),
+    Refusal(
+        _long,
+        "The longest prompt and --max-new-tokens {max_new_tokens} are {length} tokens, the model "
+        "has learned {max_position_embeddings} positions",
+        "ask for less",
+    ),
+)

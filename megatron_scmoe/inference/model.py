@@ -1,0 +1,61 @@
+"""From the command line to a model that can generate: options, ranks, weights.
+
+Model and tokenizer are those of the checkpoint's record; the layout is the command line's, whatever
+layout the checkpoint was trained at.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import get_tokenizer, training
+from megatron.training.global_vars import set_global_variables
+from megatron.training.initialize import initialize_megatron
+from torch.distributed import Store
+from torch.nn import Module
+
+from megatron_scmoe.arguments import model_config_from_args, typed_options, validate
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.run.checkpoint.adopt import adopt_model
+
+
+def prepare_generation(args: Namespace) -> tuple[ScMoEModelConfig, Any]:
+    """Everything that needs no process group, so that what is wrong ends the run here.
+
+    Args:
+        args: parsed; becomes the host's global options.
+
+    Returns:
+        the model, and the tokenizer.
+
+    Raises:
+        ValueError and other say.USER_ERRORS: what the host or we refuse.
+    """
+    adopt_model(args, typed_options(sys.argv[1:]))
+    replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    args.micro_batch_size, args.global_batch_size = 1, max(1, args.world_size // replica)
+    args.skip_train = args.no_load_optim = args.no_load_rng = True
+    # Needs no equal numbers of tokens on the ranks that share experts.
+    args.moe_token_dispatcher_type = "alltoall"
+    # Asked for where tensor parallel ranks train experts.
+    args.sequence_parallel = args.tensor_model_parallel_size > 1
+    validate(args)
+    # One token at a time cannot be split over ranks.
+    args.sequence_parallel = False
+    set_global_variables(args)
+    return model_config_from_args(args), get_tokenizer()
+
+
+def load_model(args: Namespace, config: ScMoEModelConfig, store: Store | None) -> Module:
+    """Join the job, build this rank's stage and load its weights.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    initialize_megatron(allow_no_cuda=True, store=store)
+    (model,) = ScMoEModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    training.load_checkpoint([model], None, None)
+    return model.eval()

@@ -1,0 +1,74 @@
+"""tools/generate.py on checkpoints of training runs: the same text at every layout.
+
+Against the uncached model, with every position and attention: distributed_tests/test_inference.py.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_scmoe.commands import generate
+
+from .forked import launch_forked
+from .launch import TINY_MODEL, TINY_MOE
+
+ITERATIONS = 6
+# Of different lengths.
+PROMPTS = ["7 8 9 10 11", "30", "1 5 2"]
+# On two ranks. Data parallel ranks have prompts of their own, and the second one fewer.
+LAYOUTS = {
+    "data parallel": "--inference-max-requests 1",
+    "expert parallel": "--expert-model-parallel-size 2",
+    "tensor and expert parallel": "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--expert-tensor-parallel-size 1",
+    "expert tensor parallel": "--tensor-model-parallel-size 2",
+    "pipeline parallel": "--pipeline-model-parallel-size 2",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with four layers, trained at EP 2 with the distributed optimizer."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = shlex.split(
+        f"--num-layers 4 --moe-layer-freq ([0,1]*2) --scmoe-shortcut-position pos2 "
+        f"--group-query-attention --num-query-groups 2 --expert-model-parallel-size 2 "
+        f"--use-distributed-optimizer --train-iters {ITERATIONS} --save-interval {ITERATIONS}"
+    )
+    data = ["--data-path", str(data_prefix), "--split", "100,0,0", "--eval-iters", "0"]
+    cache = ["--data-cache-path", str(folder / "cache"), "--save", str(folder / "checkpoints")]
+    run = launch_forked([*TINY_MODEL, *TINY_MOE, *options, *data, *cache], 2, folder)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return folder / "checkpoints"
+
+
+def written(checkpoints: Path, folder: Path, layout: str, ranks: int) -> list[dict[str, Any]]:
+    """What is drawn with one seed, from all prompts in a file."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    options = f"--prompt-file {prompts} --max-new-tokens 6 --json --top-p 0.9 --seed 5 {layout}"
+    command = ["--load", str(checkpoints), *shlex.split(options)]
+    run = launch_forked(command, ranks, folder, main=generate.main)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert re.search(r"^prefill \d+ tokens, .* decode \d+ tokens", run.stdout, re.M)
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return written(checkpoints, tmp_path_factory.mktemp("one_process"), "", 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_writes_the_same(
+    layout: str, checkpoints: Path, one_process: Any, tmp_path: Path
+) -> None:
+    found = written(checkpoints, tmp_path, LAYOUTS[layout], 2)
+    assert [each["prompt"] for each in found] == PROMPTS
+    for each, expected in zip(found, one_process, strict=True):
+        assert each["tokens"] == expected["tokens"] and 0 < len(each["tokens"]) <= 6
+        assert each["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-5)
