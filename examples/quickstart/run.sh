@@ -113,5 +113,5 @@ python examples/quickstart/loss_report.py --run-dir "$RUN_DIR" \
     --resumed-from-iteration "$TRAIN_ITERS"
 
 echo "== 6/6 text: what it writes after a prompt, on one process (docs/generation.md)"
-python tools/generate.py --load "$RUN_DIR/checkpoints" --prompt "def " \
+python tools/generate.py --load "$RUN_DIR/checkpoints" --prompt "def" \
     --max-new-tokens 60 --temperature 0.7

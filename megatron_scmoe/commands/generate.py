@@ -61,7 +61,11 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument("--greedy", action="store_true", help="Always the likeliest token.")
     group.add_argument(
-        "--temperature", type=float, default=1.0, help="Divides the logits. Default: 1.0."
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="Divides the logits. Default: 1.0.",
     )
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="Of the K likeliest only.")
     group.add_argument(
