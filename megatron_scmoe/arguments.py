@@ -24,7 +24,7 @@ from megatron.training.utils import (
     has_nvrx_checkpointing_async_support as has_nvrx_async_support,
 )
 
-from megatron_scmoe import host, say
+from megatron_scmoe import host, recipe, say
 from megatron_scmoe.checks import command_line, layout, shortcut
 from megatron_scmoe.checks.data import DATA, VOCABULARY
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -53,7 +53,20 @@ def parse_and_validate_args() -> Namespace:
     Raises:
         ValueError, AssertionError: what the host or we refuse; see say.user_errors.
     """
-    return validate(parse_args(add_scmoe_args), trains=True)
+    return validate(parse(add_scmoe_args), trains=True)
+
+
+def parse(add_options: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+    """The host's parser, on a command line in which files of options are spelled out.
+
+    Args:
+        add_options: the program's own, an `extra_args_provider` of the host.
+
+    Raises:
+        ValueError: a file or an option that cannot be read.
+    """
+    sys.argv[1:] = recipe.expand(sys.argv[1:])  # where the host and `typed_options` look
+    return parse_args(add_options)
 
 
 def validate(args: Namespace, trains: bool = False) -> Namespace:
@@ -133,6 +146,7 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     group = options.build_group(parser, title="scmoe")
     parser.set_defaults(scmoe_measured_slots=None, scmoe_experts_at_home={}, scmoe_implied={})
     offer_variants(parser, group)
+    recipe.add_config(group)
     # The host's default loads at other data parallel sizes only, and says so when it is too late.
     checkpoints = parser.add_argument_group("scmoe checkpoints")
     checkpoints.add_argument(

@@ -411,6 +411,12 @@ MUTATIONS = (
         "pass",
         f"{FUNCTIONAL}host_defects.py -k balancing",
     ),
+    Mutation(
+        "megatron_scmoe/recipe.py",
+        "return [*(word for words in found for word in words), *typed]",
+        "return [*typed, *(word for words in found for word in words)]",
+        f"{UNIT}recipe.py",
+    ),
 )
 
 

@@ -38,12 +38,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.training import training
-from megatron.training.arguments import parse_args
 
 from megatron_scmoe import __version__
 from megatron_scmoe.arguments import (
     add_scmoe_args,
     model_config_from_args,
+    parse,
     prepare,
     validate,
 )
@@ -70,7 +70,7 @@ def main() -> int:
         return 0
     logging.disable(logging.WARNING)  # what the host logs is not asked for
     with say.user_errors():
-        args = parse_args(add_options) if sys.argv[1:] else None
+        args = parse(add_options) if sys.argv[1:] else None
     layout = [] if args is None else judge_layout(args)
     is_sound = all(finding.severity != "error" for finding in layout)
     of_machine = machine.examine(args if is_sound else None)

@@ -28,7 +28,7 @@ say.one_line_interrupts()
 start.replace_host_symbols()
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_scmoe.arguments import (
@@ -36,6 +36,7 @@ from megatron_scmoe.arguments import (
     apply_scmoe_defaults,
     model_config_from_args,
     offer_own_help,
+    parse,
 )
 from megatron_scmoe.checks import layout
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -107,7 +108,7 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     """
     # Asked by the host before Blackwell; no communication happens here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    args = parse_args(add_planner_args)
+    args = parse(add_planner_args)
     if args.yaml_cfg is not None:
         raise ValueError("--yaml-cfg has no place for the --scmoe options: use the command line.")
     if args.use_checkpoint_args:

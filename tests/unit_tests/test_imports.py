@@ -19,6 +19,7 @@ MODULES = sorted(
 ALLOWED = {
     "words": set(),
     "say": {"words"},
+    "recipe": set(),
     "host": {"words"},
     "overlap": set(),
     "overlap.measure": {"words", "overlap"},
@@ -65,6 +66,7 @@ ALLOWED = {
     "run.doctor": {"words", "host", "run.checkpoint"},
     "arguments": {
         "words",
+        "recipe",
         "say",
         "host",
         "config",

@@ -1,0 +1,116 @@
+"""The runner of test_cases/ sees what its lanes are for; every case is sound on every platform."""
+
+import shutil
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_scmoe.commands import plan_overlap
+from tests.functional_tests import cases
+from tests.functional_tests.cases import Case, CaseError, attempt, judge, junit
+from tests.functional_tests.launch import Run
+
+SCMOE, RESUME, RESHARD = map(Case, ("pos2_alltoall", "resume", "reshard"))
+
+
+class Trainer:
+    """Writes what a run leaves behind: golden losses times `factors` of its runs, in turn."""
+
+    def __init__(self, *factors: float) -> None:
+        self.factors = [1.0, *factors]
+
+    def __call__(self, options: list[str], folder: Path) -> Run:
+        where = dict(option.split("=", 1) for option in options if "=" in option)
+        start = 0
+        checkpoints = Path(where.get("--save", where.get("--load", "nowhere")))
+        if (tracker := checkpoints / "latest_checkpointed_iteration.txt").exists():
+            start = int(tracker.read_text())
+        elif "--save" in where:
+            for iteration in (5, 10):
+                (checkpoints / f"iter_{iteration:07}").mkdir(parents=True)
+            tracker.write_text("10")
+        factor = self.factors.pop(0)
+        with SummaryWriter(where["--tensorboard-dir"]) as writer:
+            for step, loss in cases.read_golden(SCMOE).items():
+                if step > start:
+                    for tag in cases.CURVES:
+                        writer.add_scalar(tag, loss * factor, step)
+        return Run(0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("case", "lane", "factor", "expected"),
+    [
+        (SCMOE, "exact", 1.0, None),
+        (SCMOE, "exact", 1 + 1e-6, "not bitwise the first"),
+        (RESUME, "approximate", 1.0, None),
+        (RESUME, "approximate", 1 + 1e-6, "not bitwise those before"),
+        (RESHARD, "approximate", 1 + 5e-5, None),
+        (RESHARD, "approximate", 1 + 2e-4, "after the checkpoint: loss"),
+        (RESHARD, "approximate", float("nan"), "after the checkpoint: loss nan"),
+    ],
+)
+def test_a_second_run_is_judged(
+    case: Case, lane: str, factor: float, expected: str | None, tmp_path: Path
+) -> None:
+    if expected is None:
+        judge(case, lane, tmp_path, tmp_path, Trainer(factor))
+    else:
+        with pytest.raises(CaseError, match=expected):
+            judge(case, lane, tmp_path, tmp_path, Trainer(factor))
+
+
+@pytest.mark.parametrize(("factor", "good"), [(1 + 5e-5, True), (1 - 2e-4, False)])
+def test_golden_values_have_a_tolerance(factor: float, good: bool, tmp_path: Path) -> None:
+    trainer = Trainer()
+    trainer.factors = [factor]
+    outcome = attempt(SCMOE, "approximate", tmp_path, tmp_path, trainer, record=False)
+    assert (outcome.error == "") is good
+
+
+def test_a_run_that_fails_and_one_without_golden_values(tmp_path: Path) -> None:
+    failing = attempt(
+        SCMOE,
+        "approximate",
+        tmp_path / "failing",
+        tmp_path,
+        lambda *_: Run(2, "a\nerror: no such option\n", ""),
+        record=False,
+    )
+    never_run = attempt(
+        Case("pos2_alltoall", "h100"), "approximate", tmp_path, tmp_path, Trainer(), record=False
+    )
+    assert failing.row[1:3] == ("FAILED", "-")
+    assert failing.row[4] == "exit code 2: error: no such option"
+    assert "record it with --record" in never_run.error
+    suite = ElementTree.fromstring(junit([failing, never_run], "cpu.approximate"))
+    assert suite.get("failures") == suite.get("tests") == "2"
+    messages = [child.get("message") for child in suite.iter("failure")]
+    assert messages == [failing.row[4], never_run.row[4]]
+
+
+def test_what_is_recorded_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = cases.read_golden(SCMOE)
+    shutil.copytree(cases.FOLDER / SCMOE.name, tmp_path / SCMOE.name)
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    cases.write_golden(SCMOE, golden)
+    assert cases.read_golden(SCMOE) == golden
+    assert set(cases.all_cases()) == {SCMOE.name}
+
+
+@pytest.mark.parametrize("name", cases.all_cases())
+def test_the_planner_takes_every_case_on_a_node_of_eight(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be refused on H100s is found without one."""
+    case = Case(name, "h100")
+    assert Case(name).golden.exists()
+    cluster = ["--cluster-preset", "h100-infiniband", "--cluster-nodes", "1"]
+    for second in {False, case.reshards}:
+        options = case.options(tmp_path, tmp_path, second)
+        monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *options, *cluster])
+        args, _, _ = plan_overlap.parse_command_line()
+        assert args.world_size == 8
