@@ -344,8 +344,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/commands/preprocess/dataset_writer.py",
-        "builder = self._builders[self.documents % len(self._builders)]",
-        "builder = self._builders[0]",
+        "self._parts[(self.documents + number) % len(self._parts)].add(",
+        "self._parts[0].add(",
         "tests/unit_tests/preprocess_data/test_preprocess_data.py",
     ),
     Mutation(

@@ -22,9 +22,11 @@ Megatron-LM's tools/preprocess_data.py. Different on purpose:
 * Blank lines are skipped. An unpaired surrogate escape, which stops Megatron-LM, becomes U+FFFD.
 * A text must be a string; Megatron-LM's lists of sentences are refused.
 
-Byte-level BPE tokenizers of Hugging Face (GPT-2's, Llama 3's, Qwen2's words) are encoded by
-tiktoken, several times as fast, once it has proven equal to the tokenizer on a stress text and on
-the first documents; --verify goes on comparing while it runs. The last line says what encoded.
+Byte-level BPE tokenizers of Hugging Face (GPT-2's, Llama 3's, Qwen2's words) and SentencePiece's
+BPE (Llama 2's, Mistral's) are encoded by tiktoken, several times as fast, once it has proven equal
+to the tokenizer on a stress text and on the first documents; --verify goes on comparing while it
+runs. The last line says what encoded. The first run with a tokenizer loads Megatron for it, later
+ones start in a second or two (preprocess/kept_tokenizer.py).
 
 The output appears when it is whole. An interrupted run leaves nothing; one that is killed outright
 (SIGKILL) leaves a hidden folder `.{prefix}.*.tmp` beside the output, to be deleted by hand.
@@ -44,12 +46,8 @@ from typing import IO, NoReturn
 
 from megatron_scmoe import __version__
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.byte_level_bpe import (
-    NotExactError,
-    find_byte_level_bpe,
-    prove,
-)
 from megatron_scmoe.commands.preprocess.encoding import Encoder
+from megatron_scmoe.commands.preprocess.engines import find_engine
 from megatron_scmoe.commands.preprocess.host_tokenizer import (
     add_tokenizer_arguments,
     check_tokenizer_arguments,
@@ -59,7 +57,9 @@ from megatron_scmoe.commands.preprocess.host_tokenizer import (
 )
 from megatron_scmoe.commands.preprocess.interrupt import Interrupted, InterruptGuard
 from megatron_scmoe.commands.preprocess.json_lines import Batch, find_files, read_batches
+from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentences import check_nltk, load_splitter
+from megatron_scmoe.commands.preprocess.work_folder import work_folder
 from megatron_scmoe.commands.preprocess.worker_pool import WorkerDied, ordered_map
 
 SKIPPED_SHOWN = 10
@@ -310,7 +310,8 @@ def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuar
     partitions = 1 if args.keep_sequential_samples else args.partitions
     bad_lines = repaired = 0
     with (
-        OutputFolder(Path(args.output_prefix)) as output,
+        work_folder(Path(args.output_prefix)) as folder,
+        OutputFolder(Path(args.output_prefix), folder) as output,
         closing(
             ordered_map(encoder, itertools.chain(first, batches_of_lines), args.workers)
         ) as batches,
@@ -329,7 +330,7 @@ def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuar
                 if bad_lines <= SKIPPED_SHOWN:
                     _say(f"skipped {bad}")
             for key, writer in writers.items():
-                writer.add(batch.tokens[key], batch.lengths[key])
+                writer.add(batch.tokens[key], batch.lengths[key], batch.sequences[key])
             repaired += batch.repaired
             bar.add(batch.documents, batch.text_bytes, batch.disk_bytes)
 
@@ -361,7 +362,7 @@ def _choose_engine(args: argparse.Namespace, encoder: Encoder, first: list[Batch
     if args.engine == "reference":
         return "--engine reference"
     try:
-        engine = find_byte_level_bpe(encoder.tokenizer)
+        engine = find_engine(encoder.tokenizer)
         texts = [text[:SAMPLE_CHARS] for batch in first for text in encoder.texts(batch)]
         prove(engine, encoder.tokenizer.tokenize, texts)
     except NotExactError as error:

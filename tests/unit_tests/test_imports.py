@@ -96,7 +96,7 @@ ALLOWED = {
     },
     "inference": {"arguments", "model", "run.checkpoint"},
     "start": {"host", "planner", "run", "run.checkpoint"},
-    "commands.preprocess": set(),
+    "commands.preprocess": {"words"},
     "commands.trace_report": {"words", "overlap", "overlap.measure"},
     "commands": {
         "words",

@@ -10,22 +10,32 @@ expression that cuts a text into words, and a rank for each token. Exact is a ma
   follow the list: where two neighbours cover a token exactly, no merge has crossed its ends, so
   what was merged within is what is merged within it alone, whose last pair is the list's.
 * Normalization is left to the reference's own function.
-* Texts with an added token in them (<|endoftext|>), or with white space that overflows tiktoken's
-  stack, are left to the reference.
+* Texts with an added token in them (<|endoftext|>) are left to the reference.
+
+All three expressions end in `\\s+(?!\\S)|\\s+`: of white space before a word the last character is
+left to the word. The look-ahead keeps tiktoken's library of expressions from its fast way, and its
+slow one overflows the stack on a million spaces. So it is left out, and the place in front of that
+last character is marked beforehand, by a character that is a word of its own and whose rank is
+dropped.
 
 None of this is trusted: `prove` compares ids before the first document is written, and
 --verify while the run goes on.
 """
 
-import functools
+import array
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-# What users call "GPT-2 style" and so on, as it stands in tokenizer.json.
+from megatron_scmoe.commands.preprocess.proof import CLASSES, NotExactError, ranges
+
+_SPACE_BEFORE_A_WORD = r"|\s+(?!\S)"
+
+# What users call "GPT-2 style" and so on, as it stands in tokenizer.json, and what the last white
+# space before a word must be in order to be cut off: after `\s*[\r\n]+` a newline never is.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3, QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -33,19 +43,10 @@ LLAMA3, QWEN2 = (
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("{1,3}", "")
 )
-WORDS = (GPT2, LLAMA3, QWEN2)
+WORDS = {GPT2: "", LLAMA3: r"(?<![\r\n])", QWEN2: r"(?<![\r\n])"}
 
-_CLASSES = (r"\p{L}", r"\p{N}", r"\s")
-_PLANES = 4  # of the 17: the later ones have no letters, numbers or spaces
-_STACK = (
-    50_000  # characters of white space in a row; tiktoken 0.14 aborts somewhere below a million
-)
-_LONG_WHITE_SPACE = re.compile(rf"\s{{{_STACK}}}")
+_MARK = "\U0010ffff"  # no character, in any text that means something
 _LARGE_TEXT = 1 << 24  # characters from which Python's integers would need gigabytes
-
-
-class NotExactError(ValueError):
-    """tiktoken cannot stand for a tokenizer; says why, as the end of a sentence about it."""
 
 
 class ByteLevelBPE:
@@ -74,11 +75,20 @@ class ByteLevelBPE:
         added = [token["content"] for token in state["added_tokens"]]
         ranks, ids = _ranks(state["model"], added)
         self._ids = np.array(ids, np.int64)
+        added.append(_MARK)
         if normalizer:
             added += [NFC().normalize_str(token) for token in added]
-        self._added = re.compile("|".join(map(re.escape, sorted(set(added))))) if added else None
+        self._to_reference = re.compile("|".join(map(re.escape, sorted(set(added)))))
+        space = _members(r"\s")
+        self._before_a_word = re.compile(
+            rf"[{space}]{WORDS[words]}(?=[^{space}])(?<=[{space}][{space}])"
+        )
+        self._mark = len(ranks)
         self._bpe = tiktoken.Encoding(
-            "byte-level", pat_str=_spell_out(words), mergeable_ranks=ranks, special_tokens={}
+            "byte-level",
+            pat_str=_without_look_ahead(words),
+            mergeable_ranks=ranks | {_MARK.encode(): self._mark},
+            special_tokens={},
         )
         self._before = self._after = self._ids[:0]
         letter, around = self.encode("a"), reference("a")
@@ -90,79 +100,21 @@ class ByteLevelBPE:
 
     def encode(self, text: str) -> np.ndarray | None:
         """The ids of a text, int64; None if only the reference can tell."""
-        if self._added and self._added.search(text):
+        if self._to_reference.search(text):
             return None
         if self._normalize and not text.isascii():
             text = self._normalize(text)
-            if self._added and self._added.search(text):
+            if self._to_reference.search(text):
                 return None
-        if len(text) >= _STACK and _LONG_WHITE_SPACE.search(text):
-            return None
+        text = self._before_a_word.sub(rf"{_MARK}\g<0>", text)
         if len(text) >= _LARGE_TEXT:
             ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
-        else:
-            ranks = np.array(self._bpe.encode_ordinary(text), np.uint32)
-        ids = self._ids[ranks]
+        else:  # faster than numpy.array
+            ranks = np.frombuffer(array.array("I", self._bpe.encode_ordinary(text)), np.uint32)
+        ids = self._ids[ranks[ranks != self._mark]]
         if self._before.size or self._after.size:
             ids = np.concatenate([self._before, ids, self._after])
         return ids
-
-
-def find_byte_level_bpe(tokenizer: Any) -> ByteLevelBPE:
-    """The fast equal of a tokenizer built by Megatron.
-
-    Raises:
-        NotExactError: there is none; says why.
-    """
-    transformers_tokenizer = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    backend = getattr(transformers_tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise NotExactError("it is not one of Hugging Face's fast tokenizers")
-    try:
-        engine = ByteLevelBPE(backend, tokenizer.tokenize)
-    except ImportError as error:
-        raise NotExactError(f"{error.name} is not installed") from error
-    except (KeyError, TypeError) as error:
-        raise NotExactError(f"its tokenizer.json has a form unknown here ({error!r})") from error
-    return engine
-
-
-def prove(
-    engine: ByteLevelBPE, reference: Callable[[str], list[int]], texts: Iterable[str]
-) -> None:
-    """Compares the ids of the stress text and of `texts`.
-
-    Raises:
-        NotExactError: they differ; names the first text that does.
-    """
-    for text in (*stress_texts(), *texts):
-        ids = engine.encode(text) if text else None
-        if ids is not None and not np.array_equal(ids, reference(text)):
-            raise NotExactError(f"tiktoken encodes {text[:60]!r}... differently")
-
-
-def stress_texts() -> Iterator[str]:
-    """What tokenizers differ on: the ends of Unicode's classes in every surrounding, white space,
-    digits, contractions, long words, all the rest of Unicode."""
-    edges = {
-        chr(code)
-        for name in _CLASSES
-        for first, last in _ranges(name)
-        for code in (first - 1, first, last, last + 1)
-        if code >= 0 and not 0xD800 <= code < 0xE000
-    }
-    # A line each, so that a difference is shown where it is.
-    for c in sorted(edges | set(map(chr, range(0x250))) | set("\u017f\u212a\ufb06")):
-        yield f"a{c}b 1{c}2 {c}\n{c}{c}.{c} '{c} {c}  \t{c}\r\n\r\n{c}"
-    for plane in range(17):
-        yield "".join(chr(c) for c in range(plane << 16, (plane << 16) + 0x400))
-        yield "".join(chr(c) for c in range((plane << 16) + 0xFC00, (plane << 16) + 0x10000))
-    for count in (1, 2, 3, 4, 7, 8, 9, 31, 255, 1000):
-        for unit in (" ", "\n", "\t", "\r\n", " \n", "\u3000", "a", "ab", "7", ".", "=", "é", "你"):
-            yield unit * count
-            yield f"x{unit * count}y"
-    yield "I'll we've IT'S they'RE 'S'T'D 'x '' don't'll \u2019s"
-    yield "e\u0301 \u1e9b\u0323 \u212b \uac00\u1100\u1161 \U0001f468\u200d\U0001f469"
 
 
 def _words(pre_tokenizer: dict[str, Any] | None) -> str:
@@ -220,28 +172,18 @@ def _ranks(model: dict[str, Any], added: list[str]) -> tuple[dict[bytes, int], l
     return names, [vocab[token] for token in ranked]
 
 
-def _spell_out(words: str) -> str:
-    """An expression with the reference's members in place of each class's name."""
-    for name in _CLASSES:
-        members = "".join(f"\\x{{{a:X}}}-\\x{{{b:X}}}" for a, b in _ranges(name))
-        words = words.replace(name, f"[{members}]")
-        if name == r"\s":
-            words = words.replace(r"\S", f"[^{members}]")
-    return words
+def _without_look_ahead(words: str) -> str:
+    """An expression of WORDS for marked texts, the reference's members in each class's place."""
+    words = words.replace(_SPACE_BEFORE_A_WORD, "").replace("[^", f"[^{_MARK}")
+    for name in CLASSES:
+        words = words.replace(name, f"[{_members(name, 'x')}]")
+    return f"{_MARK}|{words}"
 
 
-@functools.cache
-def _ranges(name: str) -> list[tuple[int, int]]:
-    """The code points of a class in the reference's library: first and last of each range."""
-    from tokenizers import Regex, pre_tokenizers
-
-    rest = pre_tokenizers.Split(Regex(f"[^{name}]+"), "removed")
-    return [(ord(run[0]), ord(run[-1])) for run, _ in rest.pre_tokenize_str(_every_character())]
-
-
-def _every_character() -> str:
-    codes = (*range(0xD800), *range(0xE000, _PLANES << 16))
-    return "".join(map(chr, codes))
+def _members(name: str, escape: str = "U") -> str:
+    """A class's members, as they stand in a set of Python's expressions or of Rust's."""
+    form = "\\U{:08x}-\\U{:08x}" if escape == "U" else "\\x{{{:X}}}-\\x{{{:X}}}"
+    return "".join(form.format(*bounds) for bounds in ranges(name))
 
 
 def _letters() -> list[str]:

@@ -1,33 +1,38 @@
 """Megatron's .bin and .idx files, under their final names only when whole.
 
-Everything is written into a hidden folder `.<prefix>.<random>.tmp` beside the output, synced to
-disk, and renamed: all .bin first, then the .json manifests, the .idx last. Megatron cannot read a
-.bin without its .idx, so nothing looks finished before it is. The folder is removed on any end
-but a kill of the process itself (SIGKILL); it can then be deleted by hand.
+Everything is written into a hidden folder beside the output, synced to disk, and renamed: all .bin
+first, then the .json manifests, the .idx last. Megatron cannot read a .bin without its .idx, so
+nothing looks finished before it is.
+
+The format is that of Megatron's IndexedDatasetBuilder (megatron/core/datasets/indexed_dataset.py),
+written here because importing that takes seconds and because it holds the index in memory as Python
+integers; a test compares the bytes. Here an index in the making lies in files that only grow, which
+cost no memory and can be cut back to where a run was.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import shutil
+import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
-from megatron_scmoe.commands.preprocess.quiet import quiet_imports
-
-with quiet_imports():
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
 PUBLISHED = (".bin", ".json", ".idx")  # in the order of renaming
+GROWING = (".bin", ".lengths", ".ends")  # ids; int32 a sequence; int64 a document
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES: dict[type[np.number], int] = {np.int32: 4, np.uint16: 8}
+_ENTRIES = 1 << 20  # of an index that are in memory at a time
 
 
 def optimal_dtype(vocab_size: int) -> type[np.number]:
     """Megatron's type of ids on disk for a vocabulary of this size."""
-    return DType.optimal_dtype(vocab_size)
+    return np.uint16 if vocab_size < 65500 else np.int32
 
 
 class DatasetWriter:
@@ -36,39 +41,75 @@ class DatasetWriter:
     partitions: N > 1 orders documents as Megatron-LM's --partitions does: document i belongs to
     partition i mod N, and the partitions are joined one after the other. Until then the last N-1
     lie in files of their own, so joining needs up to twice the room.
+    state: of `state`, to go on from there; what was written after it is cut off.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: type[np.number], partitions: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: type[np.number],
+        partitions: int,
+        state: dict[str, int] | None = None,
+    ) -> None:
         self.name = name
         self.dtype = dtype
         self.documents = self.empty_documents = self.sequences = self.tokens = 0
         self._path = folder / name
-        self._parts = [self._path, *(folder / f"{name}.part{i}" for i in range(1, partitions))]
-        self._builders = [IndexedDatasetBuilder(f"{part}.bin", dtype) for part in self._parts]
+        self._parts = [
+            _Part(folder / (f"{name}.part{number}" if number else name))
+            for number in range(partitions)
+        ]
+        if state:
+            self.documents, self.empty_documents = state["documents"], state["empty_documents"]
+            self.sequences, self.tokens = state["sequences"], state["tokens"]
+            for number, part in enumerate(self._parts):
+                part.cut([state[f"part{number}{suffix}"] for suffix in GROWING])
 
-    def add(self, tokens: np.ndarray, lengths: Sequence[list[int]]) -> None:
-        """Add documents: their ids, and the number of ids of each sequence of each document."""
-        start = 0
-        for document in lengths:
-            size = sum(document)
-            builder = self._builders[self.documents % len(self._builders)]
-            builder.add_document(tokens[start : start + size], document)
-            start += size
-            self.documents += 1
-            self.empty_documents += not document
-            self.sequences += len(document)
-        self.tokens += start
+    def state(self) -> dict[str, int]:
+        """Where the dataset is, on disk when this returns."""
+        state = {
+            "documents": self.documents,
+            "empty_documents": self.empty_documents,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+        }
+        for number, part in enumerate(self._parts):
+            for suffix, size in zip(GROWING, part.sync(), strict=True):
+                state[f"part{number}{suffix}"] = size
+        return state
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Add documents.
+
+        Args:
+            tokens: their ids, of the dataset's type.
+            lengths: the number of ids of each sequence, int32.
+            sequences: the number of sequences of each document, int64.
+        """
+        if len(self._parts) == 1:
+            self._parts[0].add(tokens, lengths, sequences)
+        else:
+            last_sequence = np.cumsum(sequences)
+            last_token = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            for number, (end, count) in enumerate(zip(last_sequence, sequences, strict=True)):
+                self._parts[(self.documents + number) % len(self._parts)].add(
+                    tokens[last_token[end - count] : last_token[end]],
+                    lengths[end - count : end],
+                    sequences[number : number + 1],
+                )
+        self.documents += len(sequences)
+        self.empty_documents += int((sequences == 0).sum())
+        self.sequences += len(lengths)
+        self.tokens += len(tokens)
 
     def finish(self, description: dict[str, object]) -> None:
         """Joins the partitions, writes the index and, from `description` and what was counted,
         the manifest; all on disk when it returns."""
-        whole = self._builders[0]
-        for part, builder in zip(self._parts[1:], self._builders[1:], strict=True):
-            builder.finalize(f"{part}.idx")
-            whole.add_index(str(part))
-            os.unlink(f"{part}.bin")
-            os.unlink(f"{part}.idx")
-        whole.finalize(f"{self._path}.idx")
+        whole, *others = self._parts
+        for part in others:
+            whole.join(part)
+        whole.write_index(f"{self._path}.idx", self.dtype)
         manifest = description | {
             "documents": self.documents,
             "empty_documents": self.empty_documents,
@@ -85,41 +126,115 @@ class DatasetWriter:
             _sync(Path(f"{self._path}{suffix}"))
 
     def close(self) -> None:
-        for builder in self._builders:
+        for part in self._parts:
             with suppress(OSError):  # what is still buffered is not wanted
-                builder.data_file.close()
+                part.close()
+
+
+class _Part:
+    """Documents in the order in which they come, in three files that grow."""
+
+    def __init__(self, path: Path) -> None:
+        self._paths = [Path(f"{path}{suffix}") for suffix in GROWING]
+        self._streams: list[BinaryIO] = [path.open("ab") for path in self._paths]
+        self._sequences = 0
+
+    def cut(self, sizes: Sequence[int]) -> None:
+        """Raises OSError where a file is shorter than it was."""
+        for path, stream, size in zip(self._paths, self._streams, sizes, strict=True):
+            if path.stat().st_size < size:
+                raise OSError(f"{path} is shorter than it was: delete its folder and start anew")
+            stream.truncate(size)
+        self._sequences = sizes[1] // 4
+
+    def sync(self) -> list[int]:
+        """The files' sizes, on disk when this returns."""
+        for stream in self._streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+        return [path.stat().st_size for path in self._paths]
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        ends = self._sequences + np.cumsum(sequences, dtype=np.int64)
+        for stream, array in zip(self._streams, (tokens, lengths, ends), strict=True):
+            stream.write(array.data)
+        self._sequences += len(lengths)
+
+    def join(self, other: "_Part") -> None:
+        """Puts another part's documents behind this one's and deletes its files."""
+        other.close()
+        tokens, lengths, ends = other._paths
+        for path, stream in zip((tokens, lengths), self._streams, strict=False):
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 20)
+        for block in _blocks(ends, np.int64):
+            self._streams[2].write((self._sequences + block).data)
+        self._sequences += other._sequences
+        for path in other._paths:
+            path.unlink()
+
+    def write_index(self, path: str, dtype: type[np.number]) -> None:
+        """The .idx: magic, version, type, counts, and for each sequence its length and where it
+        begins, for each document the sequence behind its last."""
+        self.close()
+        _, lengths, ends = self._paths
+        documents = ends.stat().st_size // 8
+        with open(path, "wb") as stream:
+            stream.write(_MAGIC + struct.pack("<QB", 1, _CODES[dtype]))
+            stream.write(struct.pack("<QQ", self._sequences, documents + 1))
+            with lengths.open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 20)
+            position = 0
+            for block in _blocks(lengths, np.int32):
+                behind = position + np.cumsum(block, dtype=np.int64) * dtype().itemsize
+                stream.write(struct.pack("<q", position) + behind[:-1].tobytes())
+                position = int(behind[-1])
+            stream.write(struct.pack("<q", 0))
+            with ends.open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 20)
+        lengths.unlink()
+        ends.unlink()
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+
+def _blocks(path: Path, dtype: type[np.number]) -> Iterable[np.ndarray]:
+    size = np.dtype(dtype).itemsize * _ENTRIES
+    with path.open("rb") as stream:
+        while block := stream.read(size):
+            yield np.frombuffer(block, dtype)
 
 
 class OutputFolder:
     """Where the files of one run are made, and from where they are published together.
 
-    prefix: of the output, as in --output-prefix; its folder is created if missing.
+    prefix: of the output, as in --output-prefix.
+    folder: exists, and is on the same file system.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, folder: Path) -> None:
         self.target = prefix.parent
-        self.target.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(
-            prefix=f".{prefix.name}.", suffix=".tmp", dir=self.target
-        )
+        self._folder = folder
         self._writers: list[DatasetWriter] = []
 
     def __enter__(self) -> "OutputFolder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for writer in self._writers:
             writer.close()
-        self._folder.cleanup()
 
-    def create(self, name: str, dtype: type[np.number], partitions: int) -> DatasetWriter:
+    def create(
+        self,
+        name: str,
+        dtype: type[np.number],
+        partitions: int,
+        state: dict[str, int] | None = None,
+    ) -> DatasetWriter:
         """A dataset that `publish` will put beside the folder as name.bin, .idx and .json."""
-        writer = DatasetWriter(Path(self._folder.name), name, dtype, partitions)
+        writer = DatasetWriter(self._folder, name, dtype, partitions, state)
         self._writers.append(writer)
         return writer
 
@@ -133,7 +248,7 @@ class OutputFolder:
             _unlink(finals, (".idx", ".json"))
             for suffix in PUBLISHED:
                 for final in finals:
-                    os.replace(Path(self._folder.name, final.name + suffix), f"{final}{suffix}")
+                    os.replace(self._folder / f"{final.name}{suffix}", f"{final}{suffix}")
         except OSError:
             _unlink(finals, (".idx", ".json", ".bin"))
             raise

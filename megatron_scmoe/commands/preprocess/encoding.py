@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.byte_level_bpe import ByteLevelBPE
 from megatron_scmoe.commands.preprocess.json_lines import Batch
+from megatron_scmoe.commands.preprocess.proof import Engine
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -34,14 +34,16 @@ class EncodedBatch:
     """The documents of a batch.
 
     tokens: for each key the ids of all documents, one after the other.
-    lengths: for each key and document the number of ids of each sequence; a document without ids
-    has no sequence.
+    lengths: for each key the number of ids of each sequence, int32.
+    sequences: for each key the number of sequences of each document, int64; a document without ids
+    has none.
     text_bytes: size of the lines, packed or not on disk; disk_bytes: as in Batch.
     repaired: number of unpaired surrogates that became U+FFFD.
     """
 
     tokens: dict[str, np.ndarray]
-    lengths: dict[str, list[list[int]]]
+    lengths: dict[str, np.ndarray]
+    sequences: dict[str, np.ndarray]
     documents: int = 0
     text_bytes: int = 0
     disk_bytes: int = 0
@@ -73,7 +75,7 @@ class Encoder:
         dtype: type[np.number],
         eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
-        engine: ByteLevelBPE | None = None,
+        engine: Engine | None = None,
         verify: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
@@ -90,7 +92,8 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> EncodedBatch:
         ids: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
-        result = EncodedBatch({}, {key: [] for key in self.keys}, disk_bytes=batch.disk_bytes)
+        lengths: dict[str, list[list[int]]] = {key: [] for key in self.keys}
+        result = EncodedBatch({}, {}, {}, disk_bytes=batch.disk_bytes)
         for number, line in enumerate(batch.lines, batch.first_line):
             result.text_bytes += len(line)
             if line.isspace() or not line:
@@ -103,13 +106,16 @@ class Encoder:
             except _BadLineError as error:
                 result.bad_lines.append(BadLine(batch.path, number, str(error)))
                 continue
-            for key, (tokens, lengths) in document.items():
+            for key, (tokens, parts) in document.items():
                 ids[key].append(tokens)
-                result.lengths[key].append(lengths)
+                lengths[key].append(parts)
             result.documents += 1
             result.repaired += repaired
         nothing = np.empty(0, self.dtype)
-        result.tokens = {key: np.concatenate([nothing, *arrays]) for key, arrays in ids.items()}
+        for key in self.keys:
+            result.tokens[key] = np.concatenate([nothing, *ids[key]])
+            result.lengths[key] = np.array([n for parts in lengths[key] for n in parts], np.int32)
+            result.sequences[key] = np.array(list(map(len, lengths[key])), np.int64)
         return result
 
     def texts(self, batch: Batch) -> list[str]:

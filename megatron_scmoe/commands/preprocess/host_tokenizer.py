@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess import DataError, kept_tokenizer
 from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -138,7 +138,7 @@ def _is_missing_path(name: str) -> bool:
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:
-    """Build Megatron's tokenizer for the options.
+    """Megatron's tokenizer for the options, kept from an earlier run or built by Megatron.
 
     Raises:
         DataError: they name none that loads.
@@ -147,6 +147,17 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     # a process that is about to fork.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    files = fingerprint(args)
+    tokenizer = kept_tokenizer.find(args, files)
+    if tokenizer is None:
+        tokenizer = _build_tokenizer(args)
+        kept_tokenizer.keep(args, files, tokenizer)
+    if args.append_eod:
+        find_eod(tokenizer)
+    return tokenizer
+
+
+def _build_tokenizer(args: argparse.Namespace) -> Any:
     with quiet_imports():
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
@@ -160,8 +171,6 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
                 f"cannot load --tokenizer-type {args.tokenizer_type}"
                 f" --tokenizer-model {args.tokenizer_model}: {type(error).__name__}: {error}"
             ) from error
-    if args.append_eod:
-        find_eod(tokenizer)
     return tokenizer
 
 

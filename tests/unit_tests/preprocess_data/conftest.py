@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,9 +174,17 @@ def preloaded() -> None:
     """The large imports, once, before anything is forked."""
     sys.path.insert(0, str(TOOL.parents[1]))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import megatron.core.tokenizers.utils.build_tokenizer  # noqa: F401
     import transformers  # noqa: F401
 
-    from megatron_scmoe.commands.preprocess import dataset_writer  # noqa: F401
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where tokenizers are kept, instead of the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture
