@@ -60,6 +60,25 @@ class ScMoEConfig:
     """Weight of an expert at home in the balancing loss of --scmoe-router heterogeneous: a routed
     expert gets TAU times the tokens of one at home (MoE++)."""
 
+    scmoe_gating_residual: bool = False
+    """Add to the router's logits a learnt matrix times those of the MoE layer in front, with
+    --scmoe-router heterogeneous (MoE++)."""
+
+    scmoe_capacity_of: Literal["slots", "tokens"] = "slots"
+    """What --moe-expert-capacity-factor is a factor of with --scmoe-router heterogeneous: slots,
+    the top-k of every token; tokens, as MoE++ prints it."""
+
+    scmoe_renormalise: bool = False
+    """Give the weight of chosen zero experts to the others, so that they sum up to 1, with
+    --scmoe-router heterogeneous (MoE++'s released code, not its paper)."""
+
+    scmoe_gate_layers: int = _shown_as("1|2", 1)
+    """Layers of the gate of --scmoe-router heterogeneous: 1, MoE++'s paper; 2, with a tanh between,
+    its released code."""
+
+    scmoe_input_scale: float = _shown_as("X", 1.0)
+    """Multiply what all experts read by this number; the released code of MoE++ takes 2."""
+
     scmoe_routed_topk: float | None = _shown_as("K", None)
     """Routed experts that a token is to get on average with --scmoe-router longcat, whose
     bias grows by --moe-router-bias-update-rate times what is missing of their share; by default in

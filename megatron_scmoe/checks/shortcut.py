@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import norm
+from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.overlap.schedule import POSITIONS, window
+from megatron_scmoe.words import flag
 
 
 def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
@@ -292,25 +294,23 @@ SHORTCUT = (
 )
 
 
-def _of_longcat(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
-    """The first option of that router which stands without it."""
-    names = ("routed_topk", "bias_decay", "balance_groups", "scaled_experts")
-    given = [
-        name
-        for name in names
-        if getattr(scmoe, f"scmoe_{name}") != getattr(ScMoEConfig, f"scmoe_{name}")
-    ]
-    if not given or scmoe.scmoe_router == "longcat":
-        return False
-    return {"option": f"--scmoe-{given[0].replace('_', '-')}"}
+def _of_another_router(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    """The first option that was changed and that another router than the chosen one reads."""
+    defaults = ScMoEConfig()
+    for name, router in ROUTERS.items():
+        for option in router.options:
+            changed = getattr(scmoe, option) != getattr(defaults, option)
+            if changed and name != scmoe.scmoe_router:
+                return {"option": flag(option), "router": name}
+    return False
 
 
 # Options that would be ignored.
 WITHOUT_EFFECT = (
     Refusal(
-        _of_longcat,
-        "{option} is an option of --scmoe-router longcat, and this one is {scmoe_router}",
-        "drop it, or use --scmoe-router longcat",
+        _of_another_router,
+        "{option} is an option of --scmoe-router {router}, and this one is {scmoe_router}",
+        "drop it, or change the router",
     ),
     Refusal(
         lambda config, scmoe: scmoe.scmoe_mla_scale and not config.multi_latent_attention,

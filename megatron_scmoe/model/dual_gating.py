@@ -39,6 +39,7 @@ class DualGatingMoE(ScMoELayer):
         pg_collection: ProcessGroupCollection,
         is_mtp_layer: bool = False,
         name: str | None = None,
+        first: bool = False,
     ) -> None:
         super().__init__(
             config,
@@ -47,6 +48,7 @@ class DualGatingMoE(ScMoELayer):
             pg_collection,
             is_mtp_layer,
             name,
+            first,
         )
         self._distinct = scmoe.scmoe_distinct_experts
         self.current_router = (

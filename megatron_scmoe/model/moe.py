@@ -45,10 +45,18 @@ class ScMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection,
         is_mtp_layer: bool = False,
         name: str | None = None,
+        first: bool = False,
     ) -> None:
+        """Build router, experts, shared expert and combine.
+
+        Args beside the host's:
+            scmoe: our options.
+            first: whether no MoE layer stands in front.
+        """
         at_home = scmoe.at_home
         columns = sum(at_home.values())
-        router = ROUTERS[scmoe.scmoe_router].builder(submodules.router, columns, scmoe)
+        chosen = ROUTERS[scmoe.scmoe_router]
+        router = chosen.builder(submodules.router, columns, scmoe, first)
         dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
         if config.moe_token_dispatcher_type != dispatcher.host_type:
             # The host chooses its own with an if/elif on the type (moe_layer.py:298).
@@ -74,6 +82,8 @@ class ScMoELayer(MoELayer):
             else None
         )
         self.num_chunks = scmoe.scmoe_num_chunks
+        self.input_scale = scmoe.scmoe_input_scale
+        self.hands_on_logits = scmoe.scmoe_gating_residual
         self.recorder = UnitRecorder()
         self.combine_gate = COMBINES[scmoe.scmoe_combine].build(self.config)
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
@@ -83,17 +93,23 @@ class ScMoELayer(MoELayer):
     def forward(self, *args, **kwargs):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
 
-    def choose_experts(self, z: Tensor, padding_mask: Tensor | None) -> Routing:
+    def choose_experts(
+        self, z: Tensor, padding_mask: Tensor | None, before: Tensor | None = None
+    ) -> Routing:
         """G(z) and the experts of every token.
 
         Args:
             z: [s, b, h].
             padding_mask: [s, b], True for padding.
+            before: logits of the MoE layer in front, [s, b, E + H]; None in the first one.
         """
         experts = self.config.num_moe_experts
         assert experts is not None
-        probs, routing_map = self.route(z, padding_mask)
-        return Routing.of_columns(probs, routing_map, experts)
+        if not self.hands_on_logits:
+            probs, routing_map = self.route(z, padding_mask)
+            return Routing.of_columns(probs, routing_map, experts)
+        probs, routing_map, logits = self.router.forward_with_logits(z, padding_mask, before)
+        return replace(Routing.of_columns(probs, routing_map, experts), logits=logits)
 
     def depart(self, z: Tensor, routing: Routing, overlap: bool, route: int = 0) -> "RoutedTokens":
         """Send tokens on their way to their experts: permute them, ask for the numbers of rows.
@@ -107,6 +123,8 @@ class ScMoELayer(MoELayer):
             route: number of the routed branch.
         """
         flat = z.reshape(-1, z.shape[-1])
+        if self.input_scale != 1:
+            flat = flat * self.input_scale
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(

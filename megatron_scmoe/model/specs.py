@@ -135,7 +135,9 @@ def scmoe_block_spec(
             specs.append(
                 ModuleSpec(
                     module=unit_class(scmoe),
-                    submodules=_unit_submodules(first, last, scmoe, norm),
+                    submodules=_unit_submodules(
+                        first, last, scmoe, norm, 1 not in pattern[: layer[-1]]
+                    ),
                     params={**params, "scmoe": scmoe},
                 )
             )
@@ -195,6 +197,7 @@ def _unit_submodules(
     moe: TransformerLayerSubmodules,
     scmoe: ScMoEConfig,
     norm: LayerNormBuilder,
+    first_moe: bool,
 ) -> ShortcutLayerSubmodules:
     if scmoe.scmoe_shortcut_norm == "shared":
         layer, _, tapped = POSITIONS[scmoe.scmoe_shortcut_position].norm.rpartition(".")
@@ -208,7 +211,7 @@ def _unit_submodules(
     # The host's MLP slot is a partial of MoELayer with the submodules bound.
     assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
     moe_class = DualGatingMoE if scmoe.dual_gating else ScMoELayer
-    values["mlp"] = partial(moe_class, scmoe=scmoe, **moe.mlp.keywords)
+    values["mlp"] = partial(moe_class, scmoe=scmoe, first=first_moe, **moe.mlp.keywords)
     return ShortcutLayerSubmodules(
         **values,
         dense_layer=None if dense is None else _with_disk_names(dense),

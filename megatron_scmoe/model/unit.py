@@ -375,7 +375,10 @@ class ShortcutLayer(NumberedLayer):
 
         The taps of the routes before, and what the unit before has carried here, are in `run`.
         """
-        return self.mlp.choose_experts(z, padding_mask)
+        routing = self.mlp.choose_experts(z, padding_mask, run.carried)
+        if routing.logits is not None:
+            run.carried = routing.logits
+        return routing
 
     def depart(self, run: UnitPass, task: Task) -> None:
         """The tokens leave the dense graph."""

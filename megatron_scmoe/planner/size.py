@@ -165,7 +165,10 @@ def model_size(model: ScMoEModelConfig, seq_length: int, micro_batch_size: int) 
         )
     pattern = moe_layer_pattern(model.transformer)
     has_experts = model.transformer.num_moe_experts is not None
-    layers = tuple(counter.layer(has_experts and bool(is_moe)) for is_moe in pattern)
+    layers = tuple(
+        counter.layer(has_experts and bool(is_moe), first_moe=1 not in pattern[:number])
+        for number, is_moe in enumerate(pattern)
+    )
     table = vocab_size * model.transformer.hidden_size
     # Megatron takes --max-position-embeddings for the model's `seq_length`.
     positions = (
@@ -242,11 +245,11 @@ class _Counter:
         self.inner_tokens = seq_length * micro_batch_size // config.context_parallel_size
         self.outer_tokens = self.inner_tokens // (self.tp if config.sequence_parallel else 1)
 
-    def layer(self, is_moe: bool) -> LayerSize:
+    def layer(self, is_moe: bool, first_moe: bool) -> LayerSize:
         operators = self._attention()
         if is_moe:
             operators |= {
-                "router": self._router(),
+                "router": self._router(first_moe),
                 "experts": self._experts(),
                 "shared_expert": self._shared_expert(),
                 "merge": self._merge(),
@@ -368,14 +371,15 @@ class _Counter:
         kept = self.kept(inner=inner, outer=self._normed_input())
         return Operator(weights, weights.total, 2 * matrices, kept + self._dropout_mask())
 
-    def _router(self) -> Operator:
+    def _router(self, first: bool) -> Operator:
         """Reads z. A tap is kept by the main branch, its normed copy z by the router. Without a
         shortcut the router reads the MoE layer's own normed input. A second gate reads what a
         shared expert would, which is counted there."""
         config = with_columns(self.config, sum(self.scmoe.at_home.values()))
         router = ROUTERS[self.scmoe.scmoe_router]
         gating = GATINGS[self.scmoe.scmoe_dual_gating]
-        matrix = router.weights(config) + gating.weights(config)
+        gate = router.parameters(config, self.scmoe, first)
+        matrix = gate + gating.weights(config)
         norm = self._norm(self.hidden)
         own_norm = not self.scmoe.enabled or self.scmoe.scmoe_shortcut_norm == "own"
         weights = Weights(replicated=matrix + (norm if own_norm else 0))
@@ -385,8 +389,7 @@ class _Counter:
             scores = 0
         kept = self.kept(outer=self.hidden if self.scmoe.enabled else self._normed_input())
         kept += self.kept(outer=router.kept(config))
-        flops = gating.gates * router.flops(config)
-        return Operator(weights, weights.total, flops, kept + scores)
+        return Operator(weights, weights.total, 2 * gating.gates * gate, kept + scores)
 
     def _experts(self) -> Operator:
         """Those at home too, which are on every rank and compute all tokens."""

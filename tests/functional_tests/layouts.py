@@ -42,6 +42,11 @@ MOEPP = (
     "--scmoe-num-zero-experts 1 --scmoe-num-copy-experts 1 --scmoe-num-constant-experts 2 "
     "--moe-router-pre-softmax"
 )
+# With the loss's coefficient 0: the loss of a micro-batch is not that of its parts.
+GATED = (
+    f"{MOEPP} --scmoe-router heterogeneous --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 0 --scmoe-gating-residual --scmoe-gate-layers 2"
+)
 # LongCat-Flash's MoE: the bias moves visibly and less and less.
 LONGCAT = (
     "--scmoe-router longcat --scmoe-num-copy-experts 4 --scmoe-routed-topk 1.5 "
@@ -141,7 +146,7 @@ LAYOUTS = (
         "MoE++, EP 2, 3 chunks, all-gather", 2, f"{EP2} {ALL_GATHER} --scmoe-num-chunks 3", MOEPP
     ),
     Layout(
-        "MoE++, TP 2, expert TP 2, EP 2", 4, f"{TP2} --expert-tensor-parallel-size 2 {EP2}", MOEPP
+        "MoE++, TP 2, expert TP 2, EP 2", 4, f"{TP2} --expert-tensor-parallel-size 2 {EP2}", GATED
     ),
     Layout(
         "MoE++, PP 2 interleaved, EP 2, full recomputation",
@@ -183,6 +188,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._variants: dict[str, int] = {}
         write_text(folder)
 
     def train(self, layout: Layout, name: str, *options: str) -> Curves:
@@ -199,7 +205,8 @@ class Runs:
 
     def initial_checkpoint(self, variant: str) -> list[str]:
         """Options that start a run from one set of initial weights."""
-        name = f"initial{variant.replace(' ', '')}"
+        self._variants.setdefault(variant, len(self._variants))
+        name = f"initial-{self._variants[variant]}"
         folder = self.folder / f"{name}-checkpoint"
         if not folder.exists():
             save = ["--train-iters", "1", "--save", str(folder), "--save-interval", "1"]

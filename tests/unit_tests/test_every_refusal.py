@@ -158,6 +158,11 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"scmoe_bias_decay": "linear"},
     ),
     "--scmoe-mla-scale scales": ({"multi_latent_attention": False}, {"scmoe_mla_scale": True}),
+    "--scmoe-gate-layers 3 is neither": (WEIGHED, {"scmoe_gate_layers": 3, **HETEROGENEOUS}),
+    "--scmoe-gating-residual does not work with --pipeline-model-parallel-size 2": (
+        {"pipeline_model_parallel_size": 2, **WEIGHED},
+        {"scmoe_gating_residual": True, **HETEROGENEOUS},
+    ),
     "--scmoe-router heterogeneous weighs a balancing loss, and --moe-router-load-balancing-type "
     "is none": ({}, HETEROGENEOUS),
     "--moe-shared-expert-gate is --scmoe-combine cg1": (

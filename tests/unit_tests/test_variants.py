@@ -96,9 +96,9 @@ def by_loops(moe: Any, x: Tensor, z: Tensor) -> Tensor:
     return moe.shared_experts_compute(x) + gate * routed_by_loops(moe, z)
 
 
-def by_stages(moe: Any, x: Tensor, z: Tensor) -> Tensor:
+def by_stages(moe: Any, x: Tensor, z: Tensor, before: Tensor | None = None) -> Tensor:
     """The stages of the MoE as the unit's schedule calls them."""
-    tokens = moe.depart(z, moe.choose_experts(z, None), overlap=True)
+    tokens = moe.depart(z, moe.choose_experts(z, None, before), overlap=True)
     for chunk in tokens.chunks:
         chunk.start_dispatch()
     for chunk in tokens.chunks:

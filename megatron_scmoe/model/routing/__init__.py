@@ -3,24 +3,16 @@
 import copy
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar
 
 from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.checks.refusal import Refusal
-from megatron_scmoe.model.routing.heterogeneous import HeterogeneousRouter
+from megatron_scmoe.model.routing.heterogeneous import INNER, HeterogeneousRouter
 from megatron_scmoe.model.routing.longcat import LongCatRouter
+from megatron_scmoe.model.routing.options import RouterOptions
 from megatron_scmoe.model.variant import Variant
-
-
-class RouterOptions(Protocol):
-    """What routers read of ScMoEConfig."""
-
-    scmoe_tau: float
-    scmoe_routed_topk: float | None
-    scmoe_balance_groups: int | None
-    scmoe_scaled_experts: Literal["all", "routed"]
 
 
 class Router(Variant):
@@ -28,17 +20,33 @@ class Router(Variant):
 
     implied: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     """Options of the host that it sets: by dest, the value and the reason."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Fields of ScMoEConfig that it alone reads."""
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
+    def builder(
+        cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
+    ) -> RouterBuilder:
         """What builds the module: z, [s, b, h], to weights and map, [T, E + H].
 
         Args:
             host: what builds the host's, by the host's spec.
             at_home: H, experts at home, the last columns.
             options: ours.
+            first: whether no MoE layer stands in front.
         """
         raise NotImplementedError
+
+    @classmethod
+    def parameters(cls, config: TransformerConfig, options: RouterOptions, first: bool) -> int:
+        """Of the gate of one layer; every one is in one product and sum.
+
+        Args:
+            config: with experts at home.
+            options: ours.
+            first: whether no MoE layer stands in front.
+        """
+        return cls.weights(config)
 
     @classmethod
     def routed_share(
@@ -64,13 +72,23 @@ class TopK(Router):
     """Megatron's router: the K largest scores"""
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
+    def builder(
+        cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
+    ) -> RouterBuilder:
         return host
 
 
 class Heterogeneous(Router):
-    """Megatron's router with MoE++'s balancing loss, in which experts at home weigh --scmoe-tau"""
+    """MoE++'s, which gives a routed expert --scmoe-tau times the tokens of one at home"""
 
+    names_on_disk = ("mlp.router.residual_weight", "mlp.router.inner_weight")
+    options = (
+        "scmoe_tau",
+        "scmoe_gating_residual",
+        "scmoe_capacity_of",
+        "scmoe_renormalise",
+        "scmoe_gate_layers",
+    )
     refusals = (
         Refusal(
             lambda config, scmoe: not scmoe.at_home,
@@ -87,14 +105,38 @@ class Heterogeneous(Router):
             "--moe-router-load-balancing-type is {moe_router_load_balancing_type}",
             "use aux_loss with --moe-aux-loss-coeff",
         ),
+        Refusal(
+            lambda config, scmoe: scmoe.scmoe_gate_layers not in (1, 2),
+            "--scmoe-gate-layers {scmoe_gate_layers} is neither 1 nor 2",
+        ),
+        Refusal(
+            lambda config, scmoe: (
+                scmoe.scmoe_gating_residual and config.pipeline_model_parallel_size > 1
+            ),
+            "--scmoe-gating-residual does not work with --pipeline-model-parallel-size "
+            "{pipeline_model_parallel_size}",
+            "drop one of them",
+            "between stages travel hidden states alone, and no scores",
+        ),
     )
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
+    def builder(
+        cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
+    ) -> RouterBuilder:
         def build(**arguments: Any) -> Any:
-            return HeterogeneousRouter(**arguments, at_home=at_home, tau=options.scmoe_tau)
+            return HeterogeneousRouter(**arguments, at_home=at_home, options=options, first=first)
 
         return build
+
+    @classmethod
+    def parameters(cls, config: TransformerConfig, options: RouterOptions, first: bool) -> int:
+        columns = config.num_moe_experts
+        assert columns is not None
+        inner = INNER * columns
+        two = options.scmoe_gate_layers == 2
+        gate = inner * (config.hidden_size + columns) if two else cls.weights(config)
+        return gate + (columns**2 if options.scmoe_gating_residual and not first else 0)
 
     @classmethod
     def routed_share(
@@ -109,6 +151,12 @@ class LongCat(Router):
     """LongCat-Flash's, whose selection a bias steers to the wanted number of routed experts"""
 
     names_on_disk = ("mlp.router.expert_bias",)
+    options = (
+        "scmoe_routed_topk",
+        "scmoe_bias_decay",
+        "scmoe_balance_groups",
+        "scmoe_scaled_experts",
+    )
     implied: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "moe_router_pre_softmax": (True, "its weights are scores of all experts")
     }
@@ -163,7 +211,9 @@ class LongCat(Router):
     )
 
     @classmethod
-    def builder(cls, host: RouterBuilder, at_home: int, options: RouterOptions) -> RouterBuilder:
+    def builder(
+        cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
+    ) -> RouterBuilder:
         def build(*, config: TransformerConfig, **others: Any) -> Any:
             # The host has the bias, but no softmax with it: its router is made with both, behind
             # the check, and counts what is selected.

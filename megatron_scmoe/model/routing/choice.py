@@ -23,6 +23,8 @@ class Routing:
     """The most rows that a token may have; None for K."""
     chosen: Tensor | None = None
     """Experts of every token before any was dropped, [T, K]; None where nobody asks for them."""
+    logits: Tensor | None = None
+    """What the next MoE layer's router reads, [s, b, E + H]; None if it reads nothing."""
 
     @classmethod
     def of_columns(cls, probs: Tensor, routing_map: Tensor, num_experts: int) -> "Routing":

@@ -15,6 +15,10 @@ SCMOE = (
     "scmoe_distinct_experts",
     "scmoe_shortcut_norm",
     "scmoe_post_norm",
+    "scmoe_gating_residual",
+    "scmoe_renormalise",
+    "scmoe_gate_layers",
+    "scmoe_input_scale",
     "scmoe_scaled_experts",
     "scmoe_mla_scale",
 )
