@@ -57,6 +57,7 @@ ALLOWED = {
         "config",
         "model",
         "model.experts.grouped",
+        "model.routing",
         "overlap",
     },
     "checks.refusal": set(),
