@@ -9,13 +9,21 @@ what it leaves out: SFT, fill-in-the-middle, packed documents and hybrid context
 Shapes: b micro-batch, s tokens of a sequence on this rank.
 """
 
+import sys
 import time
 
 PROGRAM_START = time.time()
 
-from megatron_scmoe import say, start
+from megatron_scmoe import say
+from megatron_scmoe.checks.words import refuse_words
 
 say.one_line_interrupts()
+if __name__ == "__main__":
+    with say.user_errors():
+        refuse_words(sys.argv[1:])
+
+from megatron_scmoe import start
+
 with say.user_errors():
     start.replace_host_symbols()
 

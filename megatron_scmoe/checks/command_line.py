@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.checks.shortcut import TRANSFORMER_ENGINE
+from megatron_scmoe.checks.words import LENGTH
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts
 from megatron_scmoe.words import flag
@@ -122,25 +123,7 @@ COMPLETE = (
         lambda args: args.tokenizer_type == "NullTokenizer" and args.vocab_size is None,
         "--tokenizer-type NullTokenizer needs --vocab-size",
     ),
-    Refusal(
-        lambda args: (
-            not args.skip_train and args.train_iters is None and args.train_samples is None
-        ),
-        "How long to train is missing",
-        "add --train-iters or --train-samples",
-    ),
-    Refusal(
-        lambda args: not args.skip_train and args.lr is None,
-        "The learning rate is missing",
-        "add --lr",
-    ),
-    Refusal(
-        lambda args: (
-            not args.skip_train and args.eval_interval is None and not args.full_validation
-        ),
-        "When to evaluate is missing",
-        "add --eval-interval",
-    ),
+    *LENGTH,
     Refusal(
         # The host takes iterations x the first batch size for the number of samples
         # (training/training.py), and the learning rate ends there.

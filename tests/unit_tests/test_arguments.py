@@ -1,6 +1,7 @@
 """From the command line to the model's config, through the host's own parser."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
+from megatron_scmoe.checks.ranges import NUMBERS
+from megatron_scmoe.checks.refusal import complaints
+from megatron_scmoe.checks.words import typed_numbers
 from megatron_scmoe.commands.plan_overlap import add_planner_args
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
@@ -156,6 +160,47 @@ def test_help_of_the_planner_alone(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--scmoe-num-chunks N" in shown and "--hidden-size" not in shown
     assert "--cluster-nodes N" in shown and "--measured FILE" in shown
+
+
+def test_what_needs_no_torch_is_refused_before_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+
+    def run(*options: str) -> tuple[int, str]:
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+        command = [sys.executable, "pretrain_gpt_scmoe.py", *options]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stderr.strip()
+
+    enough = ["--train-iters", "2", "--lr=1e-3", "--eval-interval", "1"]
+    assert run(*enough, "--num-layers", "0") == (
+        2,
+        "pretrain_gpt_scmoe.py: error: --num-layers 0 is not from 1 to 10000.",
+    )
+    code, line = run("--hidden-dropout=2", "--lr", "nan")
+    assert (
+        code == 2
+        and "--lr nan is no number to compute with; --hidden-dropout 2 is not from" in line
+    )
+    assert "How long" in line and "evaluate is missing" in line and "learning rate" not in line
+    for rest in (enough, ["--help-scmoe"], ["--use-checkpoint-args"], ["--yaml-cfg", "x"]):
+        assert run(*rest) == (1, "torch was imported")
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "7", "1e9", "nan", "text", ""])
+@pytest.mark.parametrize("joined", [False, True])
+def test_words_are_read_as_the_parser_does(value: str, joined: bool) -> None:
+    """Or not at all: what only the parser can read, it refuses."""
+    argv = [f"--weight-decay={value}"] if joined else ["--weight-decay", value]
+    early = list(complaints(NUMBERS, typed_numbers(argv)))
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--weight-decay", type=float)
+    try:
+        late = list(complaints(NUMBERS, parser.parse_args(argv)))
+    except argparse.ArgumentError:
+        late = []
+    assert early == late
 
 
 def test_every_field_is_a_flag_with_help_and_the_fields_default() -> None:

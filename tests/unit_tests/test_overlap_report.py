@@ -16,7 +16,8 @@ from megatron_scmoe.commands.trace_report.picture import draw
 from megatron_scmoe.commands.trace_report.report_text import render, slot_name
 from megatron_scmoe.commands.trace_report.traces import Run, read_run
 from megatron_scmoe.overlap.measure.cost import UnitTimes
-from megatron_scmoe.overlap.measure.trace import TraceWriter, traced_parameters
+from megatron_scmoe.overlap.measure.each_iteration import traced_parameters
+from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
 from megatron_scmoe.words import change, duration, numbers, size

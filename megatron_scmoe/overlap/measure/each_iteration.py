@@ -23,6 +23,7 @@ Measured where the exchanges run (overlap/streams.py); evaluation is not counted
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +42,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
     slow_down,
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
-from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TraceWriter, traced_parameters
+from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TRACED_PARAMETERS, TraceWriter
 from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Route, Slots, default_slots
 
@@ -272,6 +273,21 @@ class UnitTracker(MoEMetricsTracker):
         torch.distributed.all_gather_into_tensor(gathered, own, group=group)
         rows = gathered.unflatten(0, (-1, len(own))).double()  # [n, layers, e]
         return (rows.amax(dim=(0, 2)) / rows.mean(dim=(0, 2))).nan_to_num(1.0).tolist()
+
+
+def traced_parameters(modules: Iterable[torch.nn.Module]) -> dict[str, int]:
+    """Parameters of a rank by TRACED_PARAMETERS: numbers of them, shared experts among the dense
+    ones, and bytes of one and of its gradient."""
+    counts = dict.fromkeys(TRACED_PARAMETERS, 0)
+    for name, parameter in (named for module in modules for named in module.named_parameters()):
+        dense = getattr(parameter, "allreduce", True)  # what the host reduces over all ranks
+        counts["dense_parameters" if dense else "expert_parameters"] += parameter.numel()
+        if ".shared_experts." in name:
+            counts["shared_expert_parameters"] += parameter.numel()
+        gradient = getattr(parameter, "main_grad", parameter)
+        counts["gradient_bytes"] = gradient.element_size()
+        counts["parameter_bytes"] = parameter.element_size()
+    return counts
 
 
 class _Totals(NamedTuple):

@@ -7,11 +7,9 @@ machines they are as good as the machines' clocks.
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_scmoe.overlap.recorder import Activity, UnitRecord
 from megatron_scmoe.overlap.schedule import Slots
@@ -147,21 +145,6 @@ class TraceWriter:
             {**common, "name": "thread_name", "args": {"name": name}},
             {**common, "name": "thread_sort_index", "args": {"sort_index": thread}},
         ]
-
-
-def traced_parameters(modules: Iterable[torch.nn.Module]) -> dict[str, int]:
-    """Parameters of a rank by TRACED_PARAMETERS: numbers of them, shared experts among the dense
-    ones, and bytes of one and of its gradient."""
-    counts = dict.fromkeys(TRACED_PARAMETERS, 0)
-    for name, parameter in (named for module in modules for named in module.named_parameters()):
-        dense = getattr(parameter, "allreduce", True)  # what the host reduces over all ranks
-        counts["dense_parameters" if dense else "expert_parameters"] += parameter.numel()
-        if ".shared_experts." in name:
-            counts["shared_expert_parameters"] += parameter.numel()
-        gradient = getattr(parameter, "main_grad", parameter)
-        counts["gradient_bytes"] = gradient.element_size()
-        counts["parameter_bytes"] = parameter.element_size()
-    return counts
 
 
 def _thread(lane: str, direction: str, chunk: int = 0, route: int = 0) -> int:
