@@ -46,6 +46,7 @@ from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
 from megatron_scmoe.planner.plan import Source, make_plan
 from megatron_scmoe.planner.plan_text import as_json, as_text
+from megatron_scmoe.planner.times import is_paired
 from megatron_scmoe.words import flag
 
 GIGA, TERA = 1e9, 1e12
@@ -125,8 +126,12 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     host.switch_kernels(args)
     notes = []
     if args.scmoe_shortcut_position == "none":
-        args.scmoe_shortcut_position = "pos2"
-        notes.append("--scmoe-shortcut-position pos2 for the memory: the command line has none")
+        # Of published models, which have a MoE in every layer, the only one.
+        args.scmoe_shortcut_position = "pos2" if is_paired(args) else "pos1"
+        notes.append(
+            f"--scmoe-shortcut-position {args.scmoe_shortcut_position} for the memory: the command "
+            "line has none"
+        )
     refuse(NUMBERS + layout.TYPED, args)
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
@@ -208,15 +213,16 @@ def source_from_args(args: Namespace) -> Source:
 
 def main() -> int:
     """Print the plan and return the exit code."""
-    with say.user_errors(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's, about training
-        args, config, notes = parse_command_line()
-        source = source_from_args(args)
-        plan = make_plan(args, config, source, args.extrapolate)
-    if args.json:
-        print(json.dumps(as_json(args, config.transformer, source, plan, notes), indent=2))
-    else:
-        print(as_text(args, config.transformer, source, plan, notes))
+        with say.user_errors():
+            args, config, notes = parse_command_line()
+            source = source_from_args(args)
+            plan = make_plan(args, config, source, args.extrapolate)
+        if args.json:
+            print(json.dumps(as_json(args, config.transformer, source, plan, notes), indent=2))
+        else:
+            print(as_text(args, config.transformer, source, plan, notes))
     return 0
 
 

@@ -273,7 +273,7 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
         "Positions and slots, forward and backward together (ms; window before | after the "
         "experts, dispatch | combine)\n"
         + table(header, rows)
-        + "\n* default slot, + best slots; yours: the command line without a shortcut; "
+        + "\n* default slot, + best slots; yours: the command line as it stands; "
         f"model: over {_wider(config)} with all other layers" + refused
     )
 

@@ -665,6 +665,50 @@ def test_the_advice_keeps_flops_and_activated_parameters(command_line) -> None:
     assert equal.after.model_flops == pytest.approx(wider.before.model_flops, rel=1e-2)
 
 
+PUBLISHED = {
+    "Mixtral": (
+        "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+        "--group-query-attention --num-query-groups 8 --vocab-size 32000 --num-experts 8 "
+        "--moe-router-topk 2",
+        "46.7 B parameters, 12.9 B activated",
+    ),
+    "Qwen3-MoE": (
+        "--num-layers 48 --hidden-size 2048 --ffn-hidden-size 6144 --moe-ffn-hidden-size 768 "
+        "--num-attention-heads 32 --kv-channels 128 --qk-layernorm --group-query-attention "
+        "--num-query-groups 4 --vocab-size 151936 --num-experts 128 --moe-router-topk 8",
+        "30.5 B parameters, 3.35 B activated",
+    ),
+    "DeepSeek": (
+        "--num-layers 60 --hidden-size 5120 --ffn-hidden-size 12288 --moe-ffn-hidden-size 1536 "
+        "--num-attention-heads 128 --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 "
+        "--qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 --kv-channels 16 "
+        "--qk-layernorm --vocab-size 102400 --num-experts 160 --moe-layer-freq ([0]*1+[1]*59) "
+        "--moe-router-topk 6 --moe-shared-expert-intermediate-size 3072",
+        "236 B parameters, 21.4 B activated",
+    ),
+}
+"""Command lines of Mixtral 8x7B, Qwen3-30B-A3B and DeepSeek-V2, and the sizes that they state."""
+OF_ALL = (
+    "--swiglu --disable-bias-linear --normalization RMSNorm --position-embedding-type rope --bf16 "
+    "--seq-length 4096 --max-position-embeddings 4096 --untie-embeddings-and-output-weights "
+    "--micro-batch-size 1 --global-batch-size 256 --expert-model-parallel-size 8"
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_command_lines_are_planned(output, name: str) -> None:
+    """As they are, without the flag; and with README's line, which keeps the FLOPs."""
+    options, size = PUBLISHED[name]
+    text = output(options, OF_ALL, CLUSTER)
+    assert text.startswith("Best    pos1, ") and f"without it {size}" in text
+    assert "- --scmoe-shortcut-position pos1 for the memory: the command line has none" in text
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    advised = re.search(rf"^{name} +(--scmoe.*?)(?:   \(.*)?$", readme, re.MULTILINE)[1]  # type: ignore[index]
+    assert "and 1.00 x the FLOPs" in output(options, OF_ALL, CLUSTER, advised)
+    if "it has its shared expert" not in readme.split(name)[-1].splitlines()[0]:
+        assert f"--moe-router-topk {advised.split()[3]} " in text  # the plan advises the same
+
+
 def test_a_shared_expert_that_was_there_is_nothing_new(planned) -> None:
     args, plan = planned(MIXTRAL, EQUAL, CLUSTER)
     assert plan.typed == stock_seconds(plan.model, wider=False, shared_expert=True)
@@ -704,7 +748,7 @@ def test_stock_command_lines_are_planned_too(output) -> None:
             "no multiple of --expert-model-parallel-size 32",
         ),
         (f"{MODEL} {POS2} {CLUSTER} --global-batch-size 48", "48"),
-        (f"{MODEL} {CLUSTER} --moe-layer-freq 1", "use pos1"),
+        (f"{MODEL} {POS2} {CLUSTER} --moe-layer-freq 1", "use pos1"),
         (f"{MODEL} {POS2} {CLUSTER} --optimizer muon", "--optimizer muon is not counted"),
         (f"{MODEL} {POS2} {CLUSTER} --use-checkpoint-args --load x", "reads no checkpoint"),
         (f"{MODEL} {POS2} {CLUSTER} --clusters 1", "unrecognized arguments: --clusters 1"),
