@@ -6,7 +6,7 @@ Host lines are those of megatron-core 0.19.2.
 from collections.abc import Callable
 from typing import Any
 
-from megatron_scmoe.host import cpu, optimizer, wheel
+from megatron_scmoe.host import cpu, optimizer, tensorboard, wheel
 from megatron_scmoe.host.replace import Replacement
 
 
@@ -226,6 +226,13 @@ TABLE: tuple[Replacement, ...] = (
         "training/training.py:4382",
         "--full-validation of one data set: 'int' object is not subscriptable",
         wheel.full_validation_of_one_set,
+    ),
+    Replacement(
+        "megatron.training.global_vars._set_tensorboard_writer",
+        "always",
+        "training/global_vars.py:139",
+        "a full disk under --tensorboard-dir ends the training",
+        tensorboard.writer_that_may_end,
     ),
     Replacement(
         "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",

@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
+import resource
 import sys
+import threading
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.training import global_vars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scmoe import host, say, start
 from megatron_scmoe.host import cpu, replace
@@ -175,3 +180,27 @@ def test_gpu_libraries_are_hidden_unless_imported(
     for name in ("apex", "transformer_engine"):
         assert sys.modules[name] is (sys if imported else None)
         assert imported or importlib.util.find_spec(name) is None
+
+
+def test_curves_end_on_a_full_disk_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel lets no file grow beyond 2 kB; what was written before stays readable."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
+    args = Namespace(tensorboard_dir=str(tmp_path), tensorboard_queue_size=1, rank=0, world_size=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    global_vars._set_tensorboard_writer(args)
+    writer = global_vars._GLOBAL_TENSORBOARD_WRITER
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        for iteration in range(100):
+            writer.add_scalar("loss", 1.0, iteration)
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr()
+    assert said.out.count("WARNING: no more curves in --tensorboard-dir: ") == 1
+    assert "Traceback" not in said.err
+    curves = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert 10 < len(curves) < 100 and curves[-1].step == len(curves) - 1

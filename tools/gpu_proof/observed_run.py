@@ -46,6 +46,7 @@ from megatron.training import training
 
 import pretrain_gpt_scmoe
 from megatron_scmoe.overlap.collectives import PerTensor
+from megatron_scmoe.words import write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REPORTERS = (__file__, warnings.__file__, str(Path(torch.__file__).parent), "<")
@@ -190,7 +191,7 @@ def main() -> None:
     finally:
         if os.environ["RANK"] == "0":
             listed = [[*wait, count] for wait, count in waits.counts.most_common()]
-            args.record.write_text(json.dumps({"curves": curves.read(), "waits": listed}))
+            write_whole(args.record, json.dumps({"curves": curves.read(), "waits": listed}))
 
 
 if __name__ == "__main__":

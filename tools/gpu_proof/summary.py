@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.words import markdown_table
+from megatron_scmoe.words import markdown_table, write_whole
 from tools.benchmarks.provenance import as_markdown
 from tools.gpu_proof.results import OUTCOMES, Finding
 
@@ -32,9 +32,9 @@ def write_summary(
         "parts": {part: counts[part] | {"seconds": seconds.get(part)} for part in parts},
         "findings": [asdict(finding) for finding in findings],
     }
-    (folder / "summary.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(whole, indent=1) + "\n")
     failed = [finding.line() for finding in findings if finding.outcome == "failed"]
-    (folder / "summary.md").write_text(_page(environment, findings, parts, failed))
+    write_whole(folder / "summary.md", _page(environment, findings, parts, failed))
     rows = [
         f"{part:<20}" + "".join(f"{counts[part][outcome]:>10}" for outcome in OUTCOMES)
         + f"{seconds.get(part, 0):>9.0f} s"

@@ -1,5 +1,6 @@
 """The report as a picture: the example unit to scale, and what each rank hides."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from megatron_scmoe.commands.trace_report.traces import Pass, TraceError
 from megatron_scmoe.overlap.measure.trace import LANES
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
-from megatron_scmoe.words import duration, percent
+from megatron_scmoe.words import duration, percent, write_whole
 
 # Colours that readers who do not see red or green can tell apart.
 COLOURS = dict(zip(LANES, ("#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
@@ -20,9 +21,10 @@ LABELLED = 0.05  # share of the pass that has room for a name
 
 
 def draw(figures: Figures, path: Path) -> None:
-    """Write the picture in the format that the file's name ends with.
+    """Write the picture in the format that the file's name ends with, whole or not at all.
 
     Raises:
+        OSError: it cannot be written.
         TraceError: matplotlib is not installed, or does not write this format.
     """
     try:
@@ -36,10 +38,12 @@ def draw(figures: Figures, path: Path) -> None:
     for axes, one in zip(passes, figures.example.values(), strict=True):
         _timeline(axes, one)
     _ranks(ranks, figures)
+    picture = BytesIO()
     try:
-        figure.savefig(path)
+        figure.savefig(picture, format=path.suffix.removeprefix(".") or "png")
     except ValueError as error:
         raise TraceError(f"--picture {path}: {error}") from error
+    write_whole(path, picture.getvalue())
 
 
 def _timeline(axes: Any, one: Pass) -> None:

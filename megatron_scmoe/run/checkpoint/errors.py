@@ -23,6 +23,7 @@ from megatron_scmoe.run.checkpoint.writer import check_writer
 from megatron_scmoe.run.watch import lost_peer
 
 SECONDS_BETWEEN_LOOKS = 0.1
+FULL = 2**20  # free bytes, of a disk that a save has failed on
 FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError)
 
 Saved = tuple[Path, int]  # folder, iteration
@@ -177,9 +178,10 @@ def _leaves_nothing_half_written(folder: Path) -> Iterator[None]:
             _remove_unfinished(folder)
         if lost_peer(error):
             raise
+        cause = cause_of(error) if free > FULL else "the disk is full, make room there"
         raise CheckpointError(
             f"cannot save to {folder} ({free / 2**20:.1f} MiB free): "
-            f"{'; '.join([cause_of(error), *_intact(folder)])}."
+            f"{'; '.join([cause, *_intact(folder)])}."
         ) from error
 
 
