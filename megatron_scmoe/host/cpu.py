@@ -171,6 +171,9 @@ def stay(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     """A tensor factory that reads `device="cuda"` as the CPU."""
+    # `with torch.device("meta")` knows factories by identity, from its first use on: the originals.
+    with torch.device("cpu"):
+        torch.empty(0)
 
     @functools.wraps(factory)
     def replacement(*args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
@@ -144,7 +149,9 @@ def eager_attention(
 class ScMoEAttention(nn.Module):
     """What both kinds of attention share: the core and the output projection."""
 
-    def __init__(self, config: ScMoEConfig, layer_idx: int, head_size: int, value_size: int) -> None:
+    def __init__(
+        self, config: ScMoEConfig, layer_idx: int, head_size: int, value_size: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -307,6 +314,8 @@ class ScMoETopKRouter(nn.Module):
     Scores, selection, normalisation and groups are those of Megatron's TopKRouter.
     """
 
+    e_score_correction_bias: Tensor  # with expert_bias
+
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -360,6 +369,11 @@ class ScMoEStackedExperts(nn.Module):
 
     transformers' other implementations take its place: grouped_mm, its default, and batched_mm.
     """
+
+    # What use_experts_implementation adds.
+    has_gate: bool
+    has_bias: bool
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__()
@@ -529,7 +543,9 @@ class ScMoEDecoderLayer(GradientCheckpointingLayer):
         attention = ScMoELatentAttention if is_latent else ScMoEGroupedQueryAttention
         self.self_attn = attention(config, layer_idx)
         self.mlp: nn.Module = (
-            ScMoESparseMoeBlock(config) if self.is_moe else ScMoEMLP(config, config.intermediate_size)
+            ScMoESparseMoeBlock(config)
+            if self.is_moe
+            else ScMoEMLP(config, config.intermediate_size)
         )
         self.input_layernorm = _norm(config)
         self.post_attention_layernorm = _norm(config)
@@ -569,19 +585,19 @@ class ScMoEPreTrainedModel(PreTrainedModel):
     config_class = ScMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ScMoEDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["ScMoEDecoderLayer"]  # noqa: RUF012 - as transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012 - as transformers declares it
+    _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(ScMoETopKRouter, index=0),
         "hidden_states": ScMoEDecoderLayer,
         "attentions": ScMoEAttention,
     }
     # A regular expression: "mlp.gate" would be every gate_proj too.
-    _keep_in_fp32_modules_strict = (r"mlp\.gate\.",)
+    _keep_in_fp32_modules_strict = [r"mlp\.gate\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -799,8 +815,10 @@ class StackExperts(ConversionOps):
     @torch.no_grad()
     def convert(
         self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **_: Any
-    ) -> dict[str, Tensor]:
-        gate_last = [torch.stack(input_dict[name]) for name in source_patterns if name in input_dict]
+    ) -> dict[str, Any]:
+        gate_last = [
+            torch.stack(input_dict[name]) for name in source_patterns if name in input_dict
+        ]
         return {target_patterns[0]: torch.cat(gate_last[::-1], dim=1)}
 
     @property
@@ -817,11 +835,10 @@ class UnstackExperts(ConversionOps):
         input_dict: dict,
         source_patterns: list[str],
         target_patterns: list[str],
-        config: ScMoEConfig,
-        **_: Any,
-    ) -> dict[str, Tensor]:
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         (fused,) = input_dict.values()
-        names = target_patterns[::-1] if config.gated_linear_unit else target_patterns[:1]
+        names = target_patterns[::-1] if kwargs["config"].gated_linear_unit else target_patterns[:1]
         return {
             name.replace("*", str(expert)): part.contiguous()
             for expert, rows in enumerate(fused[0] if isinstance(fused, list) else fused)
@@ -833,9 +850,9 @@ class UnstackExperts(ConversionOps):
         return StackExperts()
 
 
-def _expert_files() -> list[WeightConverter]:
+def _expert_files() -> list[WeightConverter | WeightRenaming]:
     """On disk each expert has linear layers of its own, as in most of transformers' MoE models."""
-    converters = []
+    converters: list[WeightConverter | WeightRenaming] = []
     for kind, suffix in (("weight", ""), ("bias", "_bias")):
         converters += [
             WeightConverter(

@@ -84,6 +84,12 @@ def test_missing_symbol_is_named(originals: None, monkeypatch: pytest.MonkeyPatc
         host.replace_symbols([gone])
 
 
+def test_a_device_context_still_holds() -> None:
+    """Whoever loads a model from Hugging Face beside the host builds it in one."""
+    with torch.device("meta"):
+        assert torch.zeros(2).is_meta and torch.arange(2).is_meta
+
+
 def test_table_is_printed_in_columns() -> None:
     lines = host.format_table(start.all_rows()).splitlines()
     assert len(lines) == len(start.all_rows()) + 1

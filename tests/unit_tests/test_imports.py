@@ -61,6 +61,7 @@ ALLOWED = {
         "overlap",
     },
     "checks.refusal": set(),
+    "huggingface": set(),
     "run": {"host", "model.routing"},
     "run.watch": {"host", "say"},
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
@@ -137,7 +138,8 @@ def imported_parts(source: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source.name} uses a relative import"
+            # transformers loads what is copied beside weights by relative imports alone.
+            assert node.level == 0 or source.name == "modeling_scmoe.py", source.name
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
