@@ -30,7 +30,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shortcut_position": ("none", "pos1", "pos2", "pos3"),
     "combine": ("add", "cg1", "cg2"),
     "shortcut_norm": ("own", "shared"),
-    "router": ("topk", "heterogeneous"),
+    "router": ("topk", "heterogeneous", "longcat"),
+    "scaled_experts": ("all", "routed"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "norm": ("rmsnorm", "layernorm"),
     "position_embedding": ("rope", "learned", "none"),
@@ -57,13 +58,18 @@ class ScMoEConfig(PreTrainedConfig):
             expert), cg2 (a softmax gate on both).
         shortcut_norm: own, or shared with the main branch, which normalises the same tensor.
         post_norm: normalise the sum of shared and routed outputs.
-        router: heterogeneous differs from topk in its balancing loss (arXiv:2410.07348).
-        router_tau: weight of a zero-computation expert in that loss.
+        router: heterogeneous (arXiv:2410.07348) and longcat (arXiv:2509.01322) differ from topk in
+            their balancing losses.
+        router_tau: weight of a zero-computation expert in the heterogeneous loss.
+        routed_topk: routed experts that a token is to have on average by the longcat loss; None for
+            their share of all.
+        balance_groups: groups of routed experts in the longcat loss.
         scoring_func: from router logits to scores.
         pre_softmax: softmax over all experts, in front of the selection, not behind it over those
             that were selected.
         norm_topk_prob: divide the selected scores by their sum.
         routed_scaling_factor: what they are multiplied with in the end.
+        scaled_experts: whether those of zero-computation experts are too.
         expert_bias: a bias for each expert moves the selection, not the scores.
         n_group, topk_group: groups of experts, and how many of them a token may use; None for all.
         zero_experts, copy_experts, constant_experts: zero-computation experts of each kind
@@ -80,6 +86,7 @@ class ScMoEConfig(PreTrainedConfig):
         softmax_scale: of attention scores; None for 1 / sqrt(head size).
         kv_lora_rank: of multi-latent attention; None for grouped-query attention.
         q_lora_rank: None for queries without a latent.
+        mla_scale: multiply what comes from a latent by sqrt(hidden_size / its rank).
         router_aux_loss_coef: coefficient of the balancing loss, for each MoE layer.
     """
 
@@ -110,10 +117,13 @@ class ScMoEConfig(PreTrainedConfig):
     post_norm: bool = False
     router: str = "topk"
     router_tau: float = 0.75
+    routed_topk: float | None = None
+    balance_groups: int = 1
     scoring_func: str = "softmax"
     pre_softmax: bool = True
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
+    scaled_experts: str = "all"
     expert_bias: bool = False
     n_group: int | None = None
     topk_group: int | None = None
@@ -136,6 +146,7 @@ class ScMoEConfig(PreTrainedConfig):
     softmax_scale: float | None = None
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
+    mla_scale: bool = False
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None

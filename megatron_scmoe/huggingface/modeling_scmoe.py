@@ -16,7 +16,7 @@ Shapes: b batch, s sequence, h hidden, T = b*s tokens, E routed experts, Z zero-
         K top-k, n query heads, g key-value heads, d head size, F intermediate size
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -254,6 +254,13 @@ class ScMoELatentAttention(ScMoEAttention):
     def _latent_norm(config: ScMoEConfig, size: int) -> nn.Module:
         return _norm(config, size) if config.qk_layernorm else nn.Identity()
 
+    def _expand(self, projection: nn.Linear, latent: Tensor, head_size: int) -> Tensor:
+        """Heads [b, n, s, d] from a latent [b, s, rank], with LongCat-Flash's scale."""
+        expanded = projection(latent)
+        if self.config.mla_scale:
+            expanded = expanded * (self.config.hidden_size / latent.shape[-1]) ** 0.5
+        return expanded.unflatten(-1, (-1, head_size)).transpose(1, 2)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -264,10 +271,10 @@ class ScMoELatentAttention(ScMoEAttention):
     ) -> tuple[Tensor, Tensor | None]:
         nope, rope = self.head_sizes
         if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
+            query = self.q_proj(hidden_states).unflatten(-1, (-1, nope + rope)).transpose(1, 2)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query = query.unflatten(-1, (-1, nope + rope)).transpose(1, 2)
+            query_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
+            query = self._expand(self.q_b_proj, query_latent, nope + rope)
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             (self.latent_size, rope), dim=-1
         )
@@ -280,8 +287,8 @@ class ScMoELatentAttention(ScMoEAttention):
             key_rope = rotate(key_rope, *position_embeddings, interleaved)
         if past_key_values is not None:
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
-        key_value = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, nope + self.value_size))
-        key, value = key_value.transpose(1, 2).split((nope, self.value_size), dim=-1)
+        key_value = self._expand(self.kv_b_proj, latent.squeeze(1), nope + self.value_size)
+        key, value = key_value.split((nope, self.value_size), dim=-1)
         key = torch.cat((key, key_rope.expand(-1, key.shape[1], -1, -1)), dim=-1)
         return self.attend(query, key, value, attention_mask, **kwargs)
 
@@ -332,16 +339,23 @@ class ScMoETopKRouter(nn.Module):
         scores = logits
         if config.scoring_func != "softmax" or config.pre_softmax:
             scores = _SCORES[config.scoring_func](logits)
-        ranked = scores.detach()
-        if config.expert_bias:
-            ranked = ranked + self.e_score_correction_bias
-        experts = self._within_groups(ranked).topk(config.num_experts_per_tok, dim=-1).indices
+        experts = self.select(scores)
         weights = scores.gather(1, experts)
         if config.scoring_func == "softmax" and not config.pre_softmax:
             weights = weights.softmax(dim=-1)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return logits, weights * config.routed_scaling_factor, experts
+        scaled = weights * config.routed_scaling_factor
+        if config.scaled_experts == "routed":
+            scaled = torch.where(experts < config.num_experts, scaled, weights)
+        return logits, scaled, experts
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The experts of every token, [T, K], from scores, [T, E + Z]."""
+        ranked = scores.detach()
+        if self.config.expert_bias:
+            ranked = ranked + self.e_score_correction_bias
+        return self._within_groups(ranked).topk(self.config.num_experts_per_tok, dim=-1).indices
 
     def _within_groups(self, ranked: Tensor) -> Tensor:
         """Scores, [T, E], without the experts of groups that a token may not use: of the best
@@ -702,38 +716,60 @@ class ScMoEModel(ScMoEPreTrainedModel):
 
 
 def load_balancing_loss(
-    router_logits: tuple[Tensor, ...], config: ScMoEConfig, attention_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    routers: Sequence[ScMoETopKRouter],
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """sum over layers of (E + Z) sum_i eta_i f_i P_i, as Megatron's aux_loss without coefficient.
+    """The balancing loss of pretraining, summed over layers, without its coefficient.
 
-    f_i is the share of all selections that went to expert i, P_i its mean score, normalised over
-    experts; the loss's selection knows neither expert bias nor groups. eta is 1, and with the
-    heterogeneous router tau for zero-computation experts (arXiv:2410.07348, (7)). Differs from
-    Mixtral's in transformers, which is K times as large and averages over layers.
+    topk: (E + Z) sum_i f_i P_i, f_i the share of all selections that went to expert i, P_i its mean
+    score, normalised over experts; the loss's own selection knows neither expert bias nor groups.
+    Mixtral's in transformers is K times as large and averages over layers.
+
+    heterogeneous: the same with weight tau for zero-computation experts (arXiv:2410.07348, (7)).
+
+    longcat: sum_j f_j P_j over groups of routed experts and one of the others; f_j is what a group
+    was selected in proportion to what it should be (arXiv:2509.01322, (3)-(5)).
 
     Args:
         router_logits: of every MoE layer, [T, E + Z].
+        routers: of every MoE layer.
         attention_mask: [b, s so far], 0 for padding, which does not count.
     """
-    columns = router_logits[0].shape[1]
-    eta = torch.ones(columns, device=router_logits[0].device)
-    if config.router == "heterogeneous":
-        eta[config.num_experts :] = config.router_tau
     losses = []
-    for logits in router_logits:
+    for logits, router in zip(router_logits, routers, strict=True):
+        config = router.config
         scores = _SCORES[config.scoring_func](logits)
         scores = scores / scores.sum(dim=-1, keepdim=True)
-        chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
-        chosen = torch.zeros_like(scores).scatter(1, chosen, 1.0)
+        if config.router == "longcat":
+            experts = router.select(scores)
+        else:
+            experts = scores.topk(config.num_experts_per_tok, dim=-1).indices
         counts = torch.ones_like(scores[:, :1])
         if attention_mask is not None:
             length = len(logits) // len(attention_mask)
             counts = attention_mask[:, -length:].reshape(-1, 1).to(scores)
-        tokens = counts.sum()
-        shares = (chosen * counts).sum(dim=0) / (tokens * config.num_experts_per_tok)
-        means = (scores * counts).sum(dim=0) / tokens
-        losses.append(columns * (eta.to(means) * shares * means).sum().to(eta.device))
-    return torch.stack(losses).sum()
+        selected = torch.zeros_like(scores).scatter(1, experts, 1.0)
+        frequencies = (selected * counts).sum(dim=0) / counts.sum()
+        means = (scores * counts).sum(dim=0) / counts.sum()
+        losses.append((_wanted_weights(config, frequencies) * means).sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+def _wanted_weights(config: ScMoEConfig, frequencies: Tensor) -> Tensor:
+    """What multiplies the mean score of every expert, [E + Z], from selections for each token."""
+    top_k, experts, columns = config.num_experts_per_tok, config.num_experts, len(frequencies)
+    if config.router != "longcat":
+        eta = torch.ones_like(frequencies)
+        if config.router == "heterogeneous":
+            eta[experts:] = config.router_tau
+        return columns / top_k * eta * frequencies
+    groups = config.balance_groups
+    routed_top_k = config.routed_topk or top_k * experts / columns
+    routed = frequencies[:experts].view(groups, -1).sum(dim=1) / (routed_top_k / groups)
+    others = frequencies[experts:]
+    others = (others.sum() / (top_k - routed_top_k)).expand_as(others)
+    return torch.cat([routed.repeat_interleave(experts // groups), others])
 
 
 class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
@@ -788,7 +824,8 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
             mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config, mask)
+            routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+            aux_loss = load_balancing_loss(outputs.router_logits, routers, mask)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(

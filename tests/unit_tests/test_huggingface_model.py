@@ -27,6 +27,7 @@ from megatron_scmoe.huggingface.modeling_scmoe import (
     ScMoETopKRouter,
     load_balancing_loss,
 )
+from megatron_scmoe.model.attention import scale_latents
 from tests import reference
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 
@@ -363,11 +364,11 @@ def test_the_balancing_loss_is_megatrons(score: str) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     kept = [logits[mask.flatten().bool()] for logits in layers]
     fields = {**TINY, **MOEPP, "scoring_func": score}
-    found = load_balancing_loss(layers, ScMoEConfig(**fields), mask)
+    routers = [ScMoETopKRouter(ScMoEConfig(**fields))] * 3
     wanted = sum(reference.load_balancing_loss(logits, equations, 1.0) for logits in kept)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(load_balancing_loss(layers, routers, mask), wanted)
 
-    found = load_balancing_loss(layers, ScMoEConfig(**fields, router="heterogeneous"), mask)
+    routers = [ScMoETopKRouter(ScMoEConfig(**fields, router="heterogeneous"))] * 3
     wanted = torch.zeros(())
     for logits in kept:
         scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
@@ -377,7 +378,25 @@ def test_the_balancing_loss_is_megatrons(score: str) -> None:
             shares[token.topk(2).indices] += 1 / (2 * len(scores))
         eta = torch.tensor([1.0] * 4 + [0.75] * 4)
         wanted = wanted + 8 * (eta * shares * scores.mean(0)).sum()
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(load_balancing_loss(layers, routers, mask), wanted)
+
+
+def test_the_balancing_loss_of_longcat() -> None:
+    """(3)-(5) of arXiv:2509.01322, by loops, with the selection that the bias moves."""
+    longcat = {"router": "longcat", "expert_bias": True, "routed_topk": 1.5, "balance_groups": 2}
+    router = ScMoETopKRouter(ScMoEConfig(**{**TINY, **longcat, "copy_experts": 2}))
+    torch.manual_seed(0)
+    logits, bias = torch.randn(10, 6), router.e_score_correction_bias.normal_(std=0.3)
+    groups = [[0, 1], [2, 3], [4, 5]]
+    scores = logits.softmax(-1)
+    wanted = torch.zeros(())
+    for group, share in zip(groups, (1.5 / 2, 1.5 / 2, 2 - 1.5), strict=True):
+        selected = sum(
+            expert in group for row in scores for expert in (row + bias).topk(2).indices.tolist()
+        )
+        mean_score = scores[:, group].sum(1).mean()
+        wanted = wanted + selected / 10 / share * mean_score
+    torch.testing.assert_close(load_balancing_loss([logits], [router]), wanted)
 
 
 # The host's layers. -----------------------------------------------------------------------------
@@ -390,9 +409,11 @@ MEGATRON_LATENT = {
     "v_head_dim": 6,
     "num_query_groups": 4,
 }
-LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+# Options of the host, of ours, and fields of the model here.
+LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "latent": (
         {**MEGATRON_LATENT, "q_lora_rank": 12, "qk_layernorm": True, "rope_type": "rope"},
+        {},
         {**LATENT, "num_key_value_heads": 4},
     ),
     "latent, YaRN, no query latent": (
@@ -404,6 +425,7 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "mscale": 0.7,
             "mscale_all_dim": 0.4,
         },
+        {},
         {
             **LATENT,
             "num_key_value_heads": 4,
@@ -427,12 +449,40 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "activation_func": torch.nn.functional.gelu,
             "normalization": "LayerNorm",
         },
+        {},
         {
             "attention_bias": True,
             "qk_layernorm": True,
             "gated_linear_unit": False,
             "hidden_act": "gelu",
             "norm": "layernorm",
+        },
+    ),
+    "longcat": (
+        {
+            **MEGATRON_LATENT,
+            "q_lora_rank": 12,
+            "qk_layernorm": True,
+            "rope_type": "rope",
+            "moe_router_topk_scaling_factor": 1.5,
+        },
+        {
+            "scmoe_shortcut_norm": "shared",
+            "scmoe_router": "longcat",
+            "scmoe_experts_at_home": {"copy": 2},
+            "scmoe_scaled_experts": "routed",
+            "scmoe_mla_scale": True,
+        },
+        {
+            **LATENT,
+            "num_key_value_heads": 4,
+            "shortcut_norm": "shared",
+            "router": "longcat",
+            "expert_bias": True,
+            "copy_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "scaled_experts": "routed",
+            "mla_scale": True,
         },
     ),
 }
@@ -442,16 +492,21 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", LAYERS)
 def test_equals_the_hosts_layers(case: str) -> None:
     """What the equations leave out: latent attention, YaRN, QKV biases, norms of Q and K."""
-    host, fields = LAYERS[case]
+    host, scmoe, fields = LAYERS[case]
     block = build_block(
         Case(
-            scmoe={"scmoe_combine": "add"},
+            scmoe={"scmoe_combine": "add", **scmoe},
             host={**host, "moe_router_topk": 2, "moe_ffn_hidden_size": 16},
         )
     )
+    if scmoe.get("scmoe_mla_scale"):
+        scale_latents(block)
     torch.manual_seed(3)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
+    for layer in block.layers:
+        if layer.mlp.router.expert_bias is not None:
+            layer.mlp.router.expert_bias.normal_(std=0.3)
     states = torch.randn(SEQUENCE, BATCH, 16, dtype=torch.float64)
     wanted = run_block(block, states)
 
@@ -461,7 +516,7 @@ def test_equals_the_hosts_layers(case: str) -> None:
     units: list[dict[str, Tensor]] = [{}, {}]
     names = {}
     for name, value in block.state_dict().items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or name.endswith("tokens_per_expert"):
             continue
         if name.startswith("layers."):
             _, number, rest = name.split(".", 2)
@@ -584,7 +639,8 @@ def test_router_logits_and_the_balancing_loss() -> None:
     mask = torch.ones_like(ids)
     output = made(ids, labels=ids, attention_mask=mask, output_router_logits=True)
     assert [logits.shape for logits in output.router_logits] == [(16, 8)] * 2
-    wanted = plain.loss + 0.5 * load_balancing_loss(output.router_logits, made.config)
+    routers = [made.model.layers[layer].mlp.gate for layer in (1, 3)]
+    wanted = plain.loss + 0.5 * load_balancing_loss(output.router_logits, routers)
     torch.testing.assert_close(output.loss, wanted)
     assert made(ids, output_hidden_states=True).hidden_states[-1].shape == (2, 8, 16)
     made.set_attn_implementation("eager")
