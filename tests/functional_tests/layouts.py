@@ -53,6 +53,7 @@ LONGCAT = (
     "--moe-router-bias-update-rate 0.1 --scmoe-bias-decay linear --scmoe-scaled-experts routed "
     "--moe-router-topk-scaling-factor 2 --scmoe-combine add --scmoe-shortcut-norm shared"
 )
+DGMOE = "--scmoe-dual-gating separate --moe-router-topk 1 --moe-router-pre-softmax"
 DISTRIBUTED = "--use-distributed-optimizer"
 OVERLAPPED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -163,6 +164,29 @@ LAYOUTS = (
         f"{PP2} --num-layers-per-virtual-pipeline-stage 2 {EP2} {OVERLAPPED} "
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         LONGCAT,
+    ),
+    Layout("DGMoE, EP 2, expert DP 2, overlapped", 4, f"{EP2} {OVERLAPPED}", DGMOE),
+    Layout(
+        "DGMoE, TP 2, expert TP 1, EP 2", 2, f"{TP2} --expert-tensor-parallel-size 1 {EP2}", DGMOE
+    ),
+    Layout(
+        "DGMoE, TP 2, expert TP 2, EP 2, 3 chunks, all-gather",
+        4,
+        f"{TP2} --expert-tensor-parallel-size 2 {EP2} {ALL_GATHER} --scmoe-num-chunks 3",
+        DGMOE,
+    ),
+    Layout(
+        "DGMoE, PP 2 interleaved, EP 2, full recomputation",
+        4,
+        f"{PP2} --num-layers-per-virtual-pipeline-stage 2 {EP2} {OVERLAPPED} "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        DGMOE,
+    ),
+    Layout(
+        "DGMoE, gates of one weight, any experts, EP 2, selective recomputation",
+        2,
+        f"{EP2} --recompute-granularity selective --recompute-modules core_attn moe mlp layernorm",
+        f"{DGMOE} --scmoe-dual-gating shared --no-scmoe-distinct-experts",
     ),
     Layout("PP 2, EP 2, bf16", 4, f"{PP2} {EP2} {DISTRIBUTED}", "--bf16"),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from .layouts import (
+    DGMOE,
     EXPERT_BIAS,
     LAYOUTS,
     LONGCAT,
@@ -35,6 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         pytest.param(
             "LongCat-Flash, PP 2 interleaved, EP 2, full recomputation", "pos3", marks=SLOW
         ),
+        ("DGMoE, TP 2, expert TP 1, EP 2", "pos2"),
+        pytest.param("DGMoE, PP 2 interleaved, EP 2, full recomputation", "pos1", marks=SLOW),
         pytest.param("MoE++, EP 2, 3 chunks, all-gather", "pos3", marks=SLOW),
         pytest.param("MoE++, PP 2 interleaved, EP 2, full recomputation", "pos1", marks=SLOW),
         # The parts of these have tests of their own in tests/distributed_tests.
@@ -59,8 +62,9 @@ def test_layout_trains_as_one_process(runs: Runs, name: str, position: str) -> N
         (("EP2", "PP2xVPP2"), f"{EXPERT_BIAS} --async-save"),
         (("TP2xEP2", "PP2xVPP2"), f"{EXPERT_BIAS} {MOEPP}"),
         (("TP2xEP2", "PP2xVPP2"), LONGCAT),
+        (("TP2xEP2", "PP2xVPP2"), f"{EXPERT_BIAS} {DGMOE}"),
     ],
-    ids=["sync", "async", "moepp", "longcat"],
+    ids=["sync", "async", "moepp", "longcat", "dgmoe"],
 )
 def test_checkpoint_goes_on_at_any_layout(
     tmp_path: Path, names: tuple[str, ...], variant: str
