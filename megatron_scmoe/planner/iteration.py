@@ -265,8 +265,9 @@ def _compute(model: Model, times: PassTimes, experts: float, shared_expert: bool
 
 
 def _work_of_shortcut(model: Model, prediction: Prediction) -> Work:
+    routes = 1 + len(model.further)
     forward, backward = (
-        _compute(model, model.passes[at], model.passes[at].routed.experts)
+        _compute(model, model.passes[at], routes * model.passes[at].routed.experts)
         - prediction.passes[at].hidden
         for at in (0, -1)
     )

@@ -146,8 +146,9 @@ def _run_seconds(model: Model, topk: int, run: MeasuredRun) -> float:
         assert run.slots is not None
         pair = predict(model, run.position, run.slots).seconds
     else:
-        # Without overlap a unit runs what the stock layers run, in another order.
-        pair = stock_seconds(model, wider=False, shared_expert=True)
+        # Without overlap a unit runs what the stock layers run, in another order; two top-1 gates
+        # what top-2 runs.
+        pair = stock_seconds(model, wider=bool(model.further), shared_expert=True)
     return model.rest + pair
 
 

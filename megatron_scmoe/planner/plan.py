@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.specs import unit_class
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.iteration import Race, race
@@ -67,6 +68,7 @@ class Source:
             all_passes(config.transformer, *passes),
             is_paired(config.transformer),
             self.measurement.rest,
+            unit_class(config.scmoe).further_routes,
         )
 
 

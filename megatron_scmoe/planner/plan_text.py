@@ -215,11 +215,13 @@ def _lost_iteration(wider: str, race: Race) -> list[str]:
 def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     pattern = moe_layer_pattern(config)
     layout = _layout(args, config)
+    one = f"top-{config.moe_router_topk} and a shared expert"
+    gates = "two top-1 gates" if plan.model.further else one
     return "\n".join(
         [
             f"Model   {plan.parameters / 1e9:.3g} B parameters; {len(pattern)} layers, "
             f"{sum(pattern)} of them MoE with {config.num_moe_experts} experts, "
-            f"top-{config.moe_router_topk} and a shared expert",
+            f"{gates}",
             "Layout  " + ", ".join(f"{name} {ranks}" for name, ranks in layout.items()),
             f"Batch   {args.micro_batch_size} x {args.seq_length} tokens, "
             f"{tokens_per_rank(args, config)} on a rank",
@@ -241,12 +243,12 @@ def _parts_table(config: TransformerConfig, model: Model) -> str:
 
 
 def _positions_table(config: TransformerConfig, plan: Plan) -> str:
-    shared = f"top-{config.moe_router_topk}+shared"
+    shared = _top_k(config)
     header = ["position", "slot", "window", "communication", "exposed", "hidden", "pair"]
     header += [f"over {_wider(config)}", f"over {shared}", "over yours", "model"]
     rows = []
     for position, slots in plan.predictions.items():
-        units = [times.unit(position) for times in plan.model.passes]
+        units = plan.model.units(position)
         default = default_slots(position)
         for prediction in slots:
             marks = "*" if prediction.slots == default else ""
@@ -257,7 +259,8 @@ def _positions_table(config: TransformerConfig, plan: Plan) -> str:
                     f"{prediction.slots}{marks}",
                     _sides(plan.model, prediction),
                     " | ".join(
-                        _ms(sum(getattr(u, n) for u in units)) for n in ("dispatch", "combine")
+                        _ms(sum(getattr(route, n) for unit in units for route in unit.routes))
+                        for n in ("dispatch", "combine")
                     ),
                     _ms(prediction.exposed),
                     f"{prediction.hidden_share:.0%}",
@@ -286,7 +289,7 @@ def _race_table(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     names = {
         f"{best.position}, slot {best.slots}": race.shortcut,
         _wider(config): race.wider,
-        f"top-{config.moe_router_topk}+shared": race.shared,
+        _top_k(config): race.shared,
     }
     rows = [
         [
@@ -440,6 +443,11 @@ def _layout(args: Namespace, config: TransformerConfig) -> dict[str, int]:
         "expert TP": config.expert_tensor_parallel_size,
         "DP": args.data_parallel_size,
     }
+
+
+def _top_k(config: TransformerConfig) -> str:
+    has_shared = config.moe_shared_expert_intermediate_size is not None
+    return f"top-{config.moe_router_topk}" + ("+shared" if has_shared else "")
 
 
 def _wider(config: TransformerConfig) -> str:

@@ -12,8 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_scmoe.overlap.measure.cost import SlotCost, UnitTimes, best_slot, slot_seconds
-from megatron_scmoe.overlap.schedule import MOE_LAYER, PAIR, Slots, Step, window
+from megatron_scmoe.overlap.measure.cost import (
+    RoutedTimes,
+    SlotCost,
+    UnitTimes,
+    best_slots,
+    slot_seconds_of_routes,
+)
+from megatron_scmoe.overlap.recorder import Direction
+from megatron_scmoe.overlap.schedule import MOE_LAYER, PAIR, Route, Slots, Step, window
 
 DENSE_LAYER = tuple(step for step in PAIR if step not in MOE_LAYER)
 """Operators of the dense layer in front of it."""
@@ -43,9 +50,11 @@ class PassTimes:
     wider: Routed
     """With top-(K+1)."""
 
-    def unit(self, position: str) -> UnitTimes:
+    def unit(self, position: str, further: int = 0) -> UnitTimes:
+        """With one routed branch and `further` ones, which take as long."""
         dense = tuple(self.dense[step] for step in window(position))
-        return UnitTimes(dense, self.routed.experts, self.routed.dispatch, self.routed.combine)
+        own = RoutedTimes(self.routed.experts, self.routed.dispatch, self.routed.combine)
+        return UnitTimes(dense, *own, (own,) * further)
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,22 @@ class Model:
         passes: forward and backward; the forward pass twice where it is recomputed.
         paired: whether a dense layer stands in front of every MoE layer.
         rest: seconds of all passes outside the pairs, for each MoE layer.
+        further: routed branches of a unit beside that of its position.
     """
 
     passes: Sequence[PassTimes]
     paired: bool
     rest: float = 0.0
+    further: tuple[Route, ...] = ()
+
+    def units(self, position: str) -> list[UnitTimes]:
+        """Of every pass."""
+        return [times.unit(position, len(self.further)) for times in self.passes]
+
+    def directions(self) -> list[Direction]:
+        """Of every pass."""
+        forward: list[Direction] = ["forward"] * (len(self.passes) - 1)
+        return [*forward, "backward"]
 
     @property
     def operators(self) -> tuple[Step, ...]:
@@ -104,16 +124,19 @@ def predict(model: Model, position: str, slots: Slots) -> Prediction:
     Raises:
         ValueError: a slot lies outside the window.
     """
+    units = model.units(position)
     costs = tuple(
-        slot_seconds(times.unit(position), slot)
-        for times, slot in zip(model.passes, model.slot_of_each_pass(slots), strict=True)
+        slot_seconds_of_routes(times, slot, position, model.further, direction)
+        for times, slot, direction in zip(
+            units, model.slot_of_each_pass(slots), model.directions(), strict=True
+        )
     )
     outside = [step for step in model.operators if step not in window(position)]
     seconds = math.fsum(
         cost.seconds + math.fsum(times.dense[step] for step in outside)
         for cost, times in zip(costs, model.passes, strict=True)
     )
-    communication = math.fsum(times.unit(position).communication for times in model.passes)
+    communication = math.fsum(times.communication for times in units)
     exposed = math.fsum(cost.exposed for cost in costs)
     wider = stock_seconds(model, wider=True, shared_expert=False)
     return Prediction(
@@ -130,8 +153,10 @@ def predict(model: Model, position: str, slots: Slots) -> Prediction:
 
 def predict_best(model: Model, position: str) -> Prediction:
     """The best slot of each direction."""
-    forward, backward = model.passes[0].unit(position), model.passes[-1].unit(position)
-    return predict(model, position, Slots(best_slot(forward), best_slot(backward)))
+    units = model.units(position)
+    forward = best_slots(units[0], position, model.further, "forward")
+    backward = best_slots(units[-1], position, model.further, "backward")
+    return predict(model, position, Slots(forward[0], backward[0]))
 
 
 def stock_seconds(model: Model, wider: bool, shared_expert: bool) -> float:

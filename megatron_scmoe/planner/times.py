@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.builder import ScMoEModelConfig
-from megatron_scmoe.model.specs import moe_layer_pattern
+from megatron_scmoe.model.specs import moe_layer_pattern, unit_class
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes, Routed
@@ -109,13 +109,14 @@ def computed_model(
     size = model_size(config, args.seq_length, args.micro_batch_size)
     transformer = config.transformer
     topk = transformer.moe_router_topk
+    further = unit_class(config.scmoe).further_routes
     seconds_per_flop = tokens_per_rank(args, transformer) / flops_per_second
 
     def one_pass(factor: int) -> PassTimes:
         dense = {
             step: factor * flops * seconds_per_flop for step, flops in step_flops(size).items()
         }
-        experts = dense.pop(Step.EXPERTS) * padding_factor(transformer)
+        experts = dense.pop(Step.EXPERTS) * padding_factor(transformer) / (1 + len(further))
         compute = PassTimes(
             dense=dense,
             routed=Routed(experts, 0.0, 0.0),
@@ -131,7 +132,7 @@ def computed_model(
         dense_layers * sum(times.dense.get(step, 0) for times in passes for step in DENSE_LAYER)
         + (1 + _BACKWARD_FACTOR) * size.output.flops * seconds_per_flop
     )
-    return Model(passes, paired, rest / sum(pattern))
+    return Model(passes, paired, rest / sum(pattern), further)
 
 
 def all_passes(

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_scmoe.model.dual_gating import CURRENT
+from megatron_scmoe.model.dual_gating import CURRENT, DualGatingLayer
+from megatron_scmoe.overlap.measure.cost import (
+    RoutedTimes,
+    SlotCost,
+    UnitTimes,
+    best_slots,
+    slot_seconds,
+    slot_seconds_of_routes,
+)
 from megatron_scmoe.overlap.schedule import POSITIONS, Route, Slots, window
 from tests.models import Case
 from tests.reference import gradients, load_balancing_loss, norm, trace_unit, z_loss
@@ -223,3 +231,25 @@ def test_recomputation_and_chunks(name: str) -> None:
     else:
         other = replace(case, scmoe={**case.scmoe, "scmoe_num_chunks": 3})
         assert_close(run(make_block(other, parameters)), plain)
+
+
+# What it costs. ---------------------------------------------------------------------------------
+
+
+def test_only_the_routes_hide_the_exchanges_of_the_second() -> None:
+    """Pos-2, by hand: at slot 1 the current route's exchanges are exposed; at the last slot the
+    experts of each route run beside an exchange of the other."""
+    experts, dispatch, combine = routed = RoutedTimes(5.0, 3.0, 2.0)
+    times = UnitTimes((4.0, 1.0, 1.0, 1.0, 0.0), *routed, further=(routed,))
+    further = DualGatingLayer.further_routes
+    compute = times.window + 2 * experts
+    for slot, exposed in ((1, dispatch + combine), (5, combine)):
+        cost = slot_seconds_of_routes(times, slot, "pos2", further, "forward")
+        hidden = 2 * (dispatch + combine) - exposed
+        assert cost == SlotCost(compute + exposed, exposed, hidden)
+    mirrored = slot_seconds_of_routes(times, 5, "pos2", further, "backward")
+    assert mirrored.exposed == dispatch or mirrored.exposed == combine
+    for direction in ("forward", "backward"):
+        assert best_slots(times, "pos2", further, direction)[0] == 5
+    alone = replace(times, further=())
+    assert slot_seconds_of_routes(alone, 1, "pos2", (), "forward") == slot_seconds(alone, 1)

@@ -773,6 +773,25 @@ def test_impossible_input_is_one_line(output, capsys, options: str, expected: st
 # The paper. ---------------------------------------------------------------------------------------
 
 
+def test_two_gates_have_the_rows_and_flops_of_top_2(planned, output) -> None:
+    """And the exchanges of both routes; over top-2 they win what they hide."""
+    layout = f"{MODEL} --expert-model-parallel-size 8"
+    _, plan = planned(layout, CLUSTER, POS2)
+    dual = "--scmoe-dual-gating separate"
+    _, two = planned(layout, CLUSTER, POS2, dual)
+    one, times = plan.model.passes[0], two.model.passes[0]
+    assert times.routed == one.routed and times.dense[Step.SHARED_EXPERT] == 0
+    unit = two.model.units("pos2")[0]
+    assert unit.communication == 2 * plan.model.units("pos2")[0].communication
+    best = two.best("pos2")
+    wider = stock_seconds(two.model, wider=True, shared_expert=False)
+    hidden = sum(cost.hidden for cost in best.passes)
+    assert hidden > 0 and wider - best.seconds == pytest.approx(hidden)
+    text = output(layout, CLUSTER, POS2, dual)
+    assert "two top-1 gates" in text and "over top-1 " in text
+    assert "two gates of one expert each have the FLOPs of --moe-router-topk 2" in text
+
+
 def test_reported_speedups_are_reproduced_but_for_the_documented_ones() -> None:
     rows = [*paper.rows_by_flops(), *paper.rows_by_table()]
     missed = {row.what for row in rows if max(abs(deviation) for deviation in row.deviations) > 0.1}

@@ -181,6 +181,35 @@ def walk(
     return clock
 
 
+def slot_seconds_of_routes(
+    times: UnitTimes,
+    slot: int,
+    position: str,
+    further: tuple[Route, ...],
+    direction: Direction,
+) -> SlotCost:
+    """Cost of a unit with `slot` dense operators before the experts of its first route, in one
+    direction; the experts of further routes stand at their best slots.
+
+    Raises:
+        ValueError: the slot lies outside the window.
+    """
+    if not further:
+        return slot_seconds(times, slot)
+    rest = product(*(range(n + 1) for n in _operators(times, position, further)[1:]))
+    seconds = min(walk(times, (slot, *others), position, further, direction) for others in rest)
+    compute = times.sequential - times.communication
+    waiting = seconds - compute
+    exposed = waiting if waiting > _RELATIVE_TIE * seconds else 0.0
+    return SlotCost(seconds, exposed, times.communication - exposed)
+
+
+def _operators(times: UnitTimes, position: str, further: tuple[Route, ...]) -> list[int]:
+    """Dense operators in the window of every route."""
+    tap = POSITIONS[position].tap
+    return [len(times.dense), *(len(times.dense) - (route.tap - tap) for route in further)]
+
+
 def best_slots(
     times: UnitTimes, position: str, further: tuple[Route, ...], direction: Direction
 ) -> tuple[int, ...]:
@@ -190,8 +219,7 @@ def best_slots(
     """
     if not further:
         return (best_slot(times),)
-    tap = POSITIONS[position].tap
-    operators = [len(times.dense), *(len(times.dense) - (r.tap - tap) for r in further)]
+    operators = _operators(times, position, further)
     candidates = list(product(*(range(n + 1) for n in operators)))
     seconds = [walk(times, slots, position, further, direction) for slots in candidates]
     limit = min(seconds) * (1 + _RELATIVE_TIE)
