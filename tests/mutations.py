@@ -417,6 +417,25 @@ MUTATIONS = (
         "return [*typed, *(word for words in found for word in words)]",
         f"{UNIT}recipe.py",
     ),
+    # To Hugging Face and back.
+    Mutation(
+        "megatron_scmoe/huggingface/layouts.py",
+        "parts = grouped.split([queries * head, head, head], dim=1)",
+        "parts = grouped.split([head, head, queries * head], dim=1)[::-1]",
+        f"{FUNCTIONAL}convert_checkpoint.py -k megatron_has",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/export.py",
+        "extra = sorted((reader.stored.keys() | reader.objects) - taken.keys() - set(left))",
+        "extra: list[str] = []",
+        f"{FUNCTIONAL}convert_checkpoint.py -k less_norms",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/torch_dist.py",
+        "offsets = torch.Size([*begin, *[0] * values.dim()])",
+        "offsets = torch.Size([*begin[:-1], *[0] * (values.dim() + len(begin[-1:]))])",
+        f"{FUNCTIONAL}convert_checkpoint.py -k comes_back",
+    ),
 )
 
 

@@ -1,1 +1,13 @@
-"""To Hugging Face and back."""
+"""To Hugging Face and back.
+
+names.py              every tensor by both names, in one table
+layouts.py            how the parts of one lie in the other
+config.py             what a model is, as Megatron's options and as a config.json
+torch_dist.py         a Megatron checkpoint, tensor by tensor
+safetensors_files.py  a Hugging Face directory, tensor by tensor
+tokenizer.py          the tokenizer's files and special tokens
+export.py             from the one to the other
+load.py dialects.py   from the other to the one, and what may come in
+configuration_scmoe.py modeling_scmoe.py  the model for transformers, copied beside the weights
+verify.py inspect.py  whether both are the same; what one of them is
+"""

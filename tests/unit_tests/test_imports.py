@@ -66,6 +66,7 @@ ALLOWED = {
     "run.watch": {"host", "say"},
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
     "run.doctor": {"words", "host", "run.checkpoint"},
+    "huggingface": {"words", "run.checkpoint"},
     "arguments": {
         "words",
         "recipe",
@@ -111,6 +112,7 @@ ALLOWED = {
         "model",
         "checks",
         "checks.refusal",
+        "huggingface",
         "inference",
         "planner",
         "run",

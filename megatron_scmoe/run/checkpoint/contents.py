@@ -10,8 +10,6 @@ import zipfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
-
 from megatron_scmoe.run.checkpoint.unpickle import UntrustedError, read_metadata
 from megatron_scmoe.words import read_json
 
@@ -32,6 +30,9 @@ def non_persistent_folder(args: Namespace) -> Path | None:
     """
     if args.non_persistent_ckpt_type != "global" or not args.save:
         return None
+    # The converter looks at checkpoints without the host, whose import takes seconds.
+    from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
+
     chosen = args.non_persistent_global_ckpt_dir
     return Path(chosen or Path(args.save, _NON_PERSISTENT_CKPT_SUBDIR))
 

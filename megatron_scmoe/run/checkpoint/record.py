@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.words import read_json, write_whole
 
@@ -114,6 +113,9 @@ def tokenizer_digest(args: Namespace) -> dict[str, Any]:
 
 def machine_facts(args: Namespace) -> dict[str, Any]:
     """What decides the times of a run and is no option of it, by the name that users read."""
+    # Reading records, as the converter does, goes without the host, whose import takes seconds.
+    from megatron_scmoe.host.cpu import no_cuda_device
+
     cuda = not no_cuda_device()
     node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Expert tensor parallel ranks are neighbours, expert parallel ones come next.

@@ -27,6 +27,13 @@ from megatron_scmoe.run.checkpoint.param_schedule import follow_schedule
 from megatron_scmoe.run.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
 NEW_TENSORS = SCMOE[1:]
+# What a baseline changes when it gains a shortcut: an expert less, a shared one that is new, and
+# with a single expert the softmax in front of the choice.
+OF_A_SHORTCUT = (
+    "--moe-router-topk ",
+    "--moe-router-pre-softmax ",
+    "--moe-shared-expert-intermediate-size None ",
+)
 SECONDS_BETWEEN_LOOKS = 0.1
 # What is looked up in the options of a checkpoint.
 NEEDED = (
@@ -205,6 +212,8 @@ def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: boo
         # The gate is then a matter of --scmoe-combine.
         changed = [line for line in changed if not line.startswith("--moe-shared-expert-gate")]
     gains_shortcut = position == "none" and args.scmoe_shortcut_position != "none"
+    if gains_shortcut and starts_anew:
+        changed = [line for line in changed if not line.startswith(OF_A_SHORTCUT)]
     if gains_shortcut and not changed and not starts_anew:
         raise ValueError(
             f"{where} is a model without a shortcut: start from its weights with --finetune."

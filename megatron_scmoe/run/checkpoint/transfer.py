@@ -20,6 +20,8 @@ from megatron_scmoe.run.checkpoint.contents import iteration_folder
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.checkpoint.unpickle import read_metadata
 
+SHARED_EXPERT = "mlp.shared_experts."  # a baseline may have none
+
 # What is no weight of the model.
 OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chained_")
 
@@ -69,8 +71,10 @@ def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
     for name, entry in list(entries.items()):
         if not isinstance(entry, ShardedBase) or entry.key in on_disk:
             continue
-        for ours, stock in names.LOCAL_NAMES.items():
-            entry.key = other if (other := entry.key.replace(ours, stock)) in on_disk else entry.key
+        for pair in names.LOCAL_NAMES.items():  # the checkpoint may have either
+            for here, there in (pair, pair[::-1]):
+                other = entry.key.replace(here, there)
+                entry.key = other if other in on_disk else entry.key
         if entry.key not in on_disk:
             kept[name] = entries.pop(name)
     return kept
@@ -86,7 +90,10 @@ def _report(checkpoint: Path, on_disk: set[str], taken: set[str], new: set[str])
     torch.distributed.all_gather_object(everywhere, (taken, new))
     taken = set().union(*(part for part, _ in everywhere))
     new = set().union(*(part for _, part in everywhere))
-    unknown = sorted(key for key in new if not any(known in key for known in names.added()))
+    ours = {*names.added()}
+    if not any(SHARED_EXPERT in key for key in on_disk):
+        ours.add(SHARED_EXPERT)
+    unknown = sorted(key for key in new if not any(known in key for known in ours))
     if unknown:
         raise CheckpointError(
             f"{checkpoint} lacks {len(unknown)} tensors of this model, the first is {unknown[0]}: "

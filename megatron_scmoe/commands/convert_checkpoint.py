@@ -1,0 +1,91 @@
+"""A checkpoint to Hugging Face and back, without a GPU and without building the model.
+
+    python tools/convert_checkpoint.py export --load CHECKPOINTS --output DIR
+    python tools/convert_checkpoint.py import --input DIR --save CHECKPOINTS
+    python tools/convert_checkpoint.py verify --load CHECKPOINTS --input DIR
+    python tools/convert_checkpoint.py inspect CHECKPOINTS_OR_DIR
+
+What the model is says the checkpoint's record or the directory's config.json, never an option.
+Exit codes: 0 done; 1 verify has found a difference; 2 something is wrong, in one line, and nothing
+is left behind. docs/huggingface.md has the names of all tensors.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from megatron_scmoe import say
+from megatron_scmoe.huggingface.export import DTYPES, export
+from megatron_scmoe.huggingface.inspect import inspect
+from megatron_scmoe.huggingface.load import load
+from megatron_scmoe.huggingface.safetensors_files import SHARD_BYTES
+from megatron_scmoe.huggingface.verify import compare_tensors
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    to = verbs.add_parser("export", help="Write a checkpoint as a Hugging Face directory.")
+    back = verbs.add_parser("import", help="Write such a directory as a checkpoint.")
+    same = verbs.add_parser("verify", help="Compare a checkpoint with a directory.")
+    look = verbs.add_parser("inspect", help="Say what a checkpoint or a directory is.")
+    for verb in (to, same):
+        verb.add_argument("--load", type=Path, required=True, help="Folder of all iterations.")
+    for verb in (to, same, look):
+        verb.add_argument("--ckpt-step", type=int, help="Iteration; by default the newest.")
+    for verb in (back, same):
+        verb.add_argument("--input", type=Path, required=True, help="Hugging Face directory.")
+    to.add_argument("--output", type=Path, required=True, help="New Hugging Face directory.")
+    to.add_argument("--tokenizer", type=Path, help="Folder, where the record's is not here.")
+    to.add_argument(
+        "--max-shard-gb", type=float, default=SHARD_BYTES / 1e9, help="Largest file. Default: 5."
+    )
+    back.add_argument("--save", type=Path, required=True, help="New folder of checkpoints.")
+    for verb in (to, back):
+        verb.add_argument(
+            "--dtype", choices=sorted(DTYPES), help="Of all but the router; by default as it is."
+        )
+    look.add_argument("path", type=Path, help="Folder of checkpoints, or Hugging Face directory.")
+    look.add_argument("--tensors", action="store_true", help="Also every tensor by both names.")
+    for each in (parser, to, back, same, look):
+        say.one_line_usage_errors(each)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the verb says and return the exit code."""
+    say.one_line_interrupts()
+    with say.user_errors():
+        args = parse_args(argv)
+        if importlib.util.find_spec("safetensors") is None:
+            raise ValueError("safetensors is not installed: pip install 'megatron-scmoe[hf]'")
+        if args.verb == "export":
+            shard_bytes = round(args.max_shard_gb * 1e9)
+            export(
+                args.load,
+                args.output,
+                args.ckpt_step,
+                dtype=args.dtype,
+                tokenizer_folder=args.tokenizer,
+                shard_bytes=shard_bytes,
+            )
+        elif args.verb == "import":
+            load(args.input, args.save, args.dtype)
+        elif args.verb == "inspect":
+            print(inspect(args.path, args.ckpt_step, args.tensors))
+        elif difference := compare_tensors(args.load, args.input, args.ckpt_step):
+            say.say(difference)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

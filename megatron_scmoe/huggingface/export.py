@@ -1,0 +1,343 @@
+"""A `torch_dist` checkpoint as a Hugging Face directory.
+
+What the model is says the checkpoint's record; tensors are read, cut and written one by one. The
+directory gets its name when it is whole.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_scmoe.huggingface import names, safetensors_files, tokenizer
+from megatron_scmoe.huggingface.config import from_record
+from megatron_scmoe.huggingface.layouts import LAYOUTS, is_zero_centered
+from megatron_scmoe.huggingface.names import Config, Tensor
+from megatron_scmoe.huggingface.safetensors_files import BLOCK_BYTES, Entry
+from megatron_scmoe.huggingface.torch_dist import Place, Reader
+from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.checkpoint.record import read_record
+from megatron_scmoe.words import size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PADDING = "padding.safetensors"
+REPORT = "conversion.json"
+MODELLING = ("configuration_scmoe.py", "modeling_scmoe.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and what it is."""
+
+    folder: Path
+    iteration: int
+    reader: Reader
+    config: Config
+    record: dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """What was read, written and left."""
+
+    sources: int = 0
+    written: int = 0
+    bytes: int = 0
+    left: list[str] = field(default_factory=list)
+    checksums: dict[str, int] = field(default_factory=dict)
+
+    def experts(self) -> dict[str, str]:
+        """A checksum for each routed expert, of those of its tensors."""
+        found: dict[str, int] = {}
+        for name, checksum in self.checksums.items():
+            head, _, tail = name.partition(".mlp.experts.")
+            if tail:
+                expert = f"{head}.mlp.experts.{tail.split('.')[0]}"
+                found[expert] = (found.get(expert, 0) * 31 + checksum) & 0xFFFFFFFF
+        return {name: f"{value:08x}" for name, value in found.items()}
+
+
+def open_checkpoint(load: Path, step: int | None = None) -> Source:
+    """Find an iteration, read its record, and see that it is whole.
+
+    Raises:
+        ValueError: one line that says what is wrong with which file.
+    """
+    if not load.is_dir():
+        raise ValueError(f"--load {load} is no folder")
+    iteration = step if step is not None else contents.tracked_iteration(load)
+    if iteration is None:
+        raise ValueError(f"--load {load} has no {contents.TRACKER}: say which with --ckpt-step")
+    if not isinstance(iteration, int):
+        raise ValueError(f"--load {load} is a {iteration}: say which iteration with --ckpt-step")
+    checkpoint = contents.iteration_folder(load, iteration)
+    if not checkpoint.is_dir():
+        found = ", ".join(map(str, contents.saved_iterations(load))) or "none"
+        raise ValueError(f"--load {load} has no iteration {iteration} (there: {found})")
+    if not (checkpoint / contents.DISTRIBUTED).exists() and any(checkpoint.glob("mp_rank_0*")):
+        raise ValueError(
+            f"{checkpoint} is in Megatron's older format: load it and save it with --ckpt-format "
+            "torch_dist"
+        )
+    if defects := contents.defects(checkpoint):
+        raise ValueError(defects[0].split("; for a file that you trust")[0])
+    record = read_record(load, iteration)
+    if record is None:
+        raise ValueError(
+            f"{checkpoint}.json is missing, which says what the model is: load the checkpoint with "
+            "pretrain_gpt_scmoe.py and save it again"
+        )
+    try:
+        config = from_record(record)
+    except KeyError as error:
+        raise ValueError(f"{checkpoint}.json does not say what {error.args[0]} is") from error
+    config = tokenizer.complete(config, record)
+    return Source(load, iteration, Reader(checkpoint), config, record)
+
+
+def locate(source: Source) -> tuple[list[tuple[Tensor, Place]], list[str]]:
+    """Where every tensor of the model lies, and the keys that are left on purpose.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors, has others, or some of another shape.
+    """
+    reader, config = source.reader, source.config
+    found: list[tuple[Tensor, Place]] = []
+    missing = []
+    for tensor in names.tensors(config):
+        place = _place(reader, tensor.megatron)
+        if place is None:
+            missing.append(tensor.megatron)
+            continue
+        expected = _shape(tensor, source)
+        if reader.shape(place) != expected:
+            raise ValueError(
+                f"{tensor.megatron} is {list(reader.shape(place))} in {reader.folder}, and the "
+                f"model of its record has {list(expected)}"
+            )
+        found.append((tensor, place))
+    if missing:
+        raise ValueError(
+            f"{reader.folder} lacks {len(missing)} tensors of the model of its record, the first "
+            f"is {missing[0]}"
+        )
+    taken: dict[str, set[tuple[int, ...]]] = {}
+    for _, place in found:
+        taken.setdefault(place.key, set()).add(place.index)
+    left = [
+        key
+        for key in (*reader.stored, *reader.objects)
+        if key.startswith(names.OTHER_STATE) or names.NO_WEIGHTS in key
+    ]
+    extra = sorted((reader.stored.keys() | reader.objects) - taken.keys() - set(left))
+    for key, indices in taken.items():
+        leading = len(next(iter(indices)))
+        places = {place.index for place in reader.places(key, leading)}
+        extra += [f"{key} {list(index)}" for index in sorted(places - indices)]
+    if extra:
+        raise ValueError(
+            f"{reader.folder} has {len(extra)} tensors that the model of its record does not have, "
+            f"the first is {extra[0]}"
+        )
+    return found, sorted(left)
+
+
+def _place(reader: Reader, name: str) -> Place | None:
+    """The norm in front of a MoE has a dense layer's name in stock Megatron's local spec."""
+    stock = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    for candidate in (name, stock):
+        try:
+            return reader.place(candidate)
+        except KeyError:
+            continue
+    return None
+
+
+def _shape(tensor: Tensor, source: Source) -> tuple[int, ...]:
+    """Of Megatron's tensor: its parts one behind the other, the vocabulary padded."""
+    rows = sum(shape[0] for _, shape in tensor.parts)
+    if tensor.row.layout == "vocabulary":
+        rows = source.record["padded_vocab_size"]
+    return (rows, *tensor.parts[0][1][1:])
+
+
+def export(
+    load: Path,
+    output: Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    tokenizer_folder: Path | None = None,
+    shard_bytes: int = safetensors_files.SHARD_BYTES,
+    say: Any = print,
+) -> Counts:
+    """Write a checkpoint as a Hugging Face directory.
+
+    Args:
+        load: the folder of all iterations.
+        output: a folder that is not there yet, or is empty.
+        step: the iteration; None for the one that the tracker names.
+        dtype: a key of DTYPES; None for that of each tensor on disk. The router keeps its own.
+        tokenizer_folder: in place of the record's.
+        say: gets lines for the user.
+
+    Raises:
+        ValueError: the checkpoint is not whole, is none of ours, or has other tensors than its
+            record says; one line.
+        OSError: the disk is full.
+    """
+    source = open_checkpoint(load, step)
+    located, left = locate(source)
+    reader, config = source.reader, source.config
+    config["dtype"] = _dtype_name(dtype, reader, located)
+    entries = [
+        Entry(name, shape, _dtype(tensor, reader.dtype(place), dtype, config))
+        for tensor, place in located
+        for name, shape in tensor.parts
+    ]
+    counts = Counts(len(located), len(entries), sum(entry.bytes for entry in entries), left)
+    peak = peak_bytes(reader, [place for _, place in located])
+    say(
+        f"{size(counts.bytes)} in {counts.written} tensors; at most {size(peak)} of them in memory "
+        "at a time"
+    )
+    with whole_folder(output, counts.bytes) as folder:
+        writer = safetensors_files.Writer(folder, entries, shard_bytes)
+        padding: dict[str, torch.Tensor] = {}
+        with progress(counts.bytes, "export") as bar:
+            for tensor, place in located:
+                for name, values in parts_of(tensor, reader.read(place), config, padding):
+                    writer.write(name, values)
+                    bar.update(values.numel() * values.dtype.itemsize)
+        writer.close()
+        counts.checksums = writer.checksums
+        _write_padding(folder, padding)
+        _write_texts(folder, source, counts)
+        for line in tokenizer.copy(folder, source.record, tokenizer_folder):
+            say(line)
+    experts = counts.experts()
+    say(
+        f"{counts.sources} tensors of iteration {source.iteration} mapped, {counts.written} "
+        f"written, {len(left)} keys left ({_kinds(left)}); {len(experts)} routed experts, "
+        f"{len(set(experts.values()))} of them different"
+    )
+    return counts
+
+
+def parts_of(
+    tensor: Tensor, whole: torch.Tensor, config: Config, padding: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face's tensors that make up one of Megatron's, and the rows beyond the vocabulary."""
+    rows = [shape[0] for _, shape in tensor.parts]
+    parts = LAYOUTS[tensor.row.layout].split(whole, rows, config)
+    if tensor.row.layout == "vocabulary" and whole.shape[0] > rows[0]:
+        padding[tensor.parts[0][0]] = whole[rows[0] :].clone()
+    for (name, shape), values in zip(tensor.parts, parts, strict=True):
+        yield name, values.view(shape)
+
+
+def peak_bytes(reader: Reader, places: list[Place]) -> int:
+    """The most that tensors take at a time: one, whole, beside the chunk or the part that is
+    copied, and a block that is converted."""
+    most = 0
+    for place in places:
+        whole = prod(reader.shape(place))
+        most = max(most, (whole + reader.largest_chunk(place)) * reader.dtype(place).itemsize)
+    return most + 2 * BLOCK_BYTES
+
+
+@contextmanager
+def whole_folder(output: Path, needed: int) -> Iterator[Path]:
+    """A folder under another name, which becomes `output` if the block ends well.
+
+    Raises:
+        ValueError: something is there already, or the disk has too little space.
+    """
+    output = output.absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already: use another folder, or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise ValueError(f"{output.parent} has {size(free)} free, and {size(needed)} are needed")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            output.rmdir()
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _dtype(tensor: Tensor, own: torch.dtype, asked: str | None, config: Config) -> torch.dtype:
+    if tensor.row.layout == "norm" and is_zero_centered(config):
+        return torch.float32
+    return own if asked is None or tensor.row.keeps_dtype else DTYPES[asked]
+
+
+def _dtype_name(asked: str | None, reader: Reader, located: list[tuple[Tensor, Place]]) -> str:
+    """Of the embedding, which is the first."""
+    dtype = DTYPES[asked] if asked else reader.dtype(located[0][1])
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_padding(folder: Path, padding: dict[str, torch.Tensor]) -> None:
+    """Rows of the vocabulary that no token has; transformers does not read them, import does."""
+    if padding:
+        from safetensors.torch import save_file
+
+        save_file(padding, folder / PADDING)
+
+
+def _write_texts(folder: Path, source: Source, counts: Counts) -> None:
+    config = source.config
+    ids = {name: config[name] for name in tokenizer.IDS if config.get(name) is not None}
+    texts = {
+        "config.json": config,
+        "generation_config.json": {"_from_model_config": True, **ids},
+        REPORT: {
+            "iteration": source.iteration,
+            "versions": source.record["versions"],
+            "experts": counts.experts(),
+            "crc32": {name: f"{value:08x}" for name, value in counts.checksums.items()},
+        },
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for path in map(Path(__file__).with_name, MODELLING):
+        if path.exists():
+            shutil.copy(path, folder / path.name)
+
+
+def progress(total: int, what: str, unit: str = "B") -> "tqdm[Any]":
+    """A bar on a terminal."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+
+
+def _kinds(left: list[str]) -> str:
+    """`optimizer 120, extra state 40`"""
+    found: dict[str, int] = {}
+    for key in left:
+        prefix = next((p for p in names.OTHER_STATE if key.startswith(p)), names.NO_WEIGHTS)
+        kind = prefix.strip("._")
+        found[kind] = found.get(kind, 0) + 1
+    return ", ".join(f"{kind} {number}" for kind, number in sorted(found.items())) or "none"

@@ -1,0 +1,272 @@
+"""A Hugging Face directory as a `torch_dist` checkpoint, which loads at any layout.
+
+What the model is says its config.json. Only safetensors are read. The folder gets its name when it
+is whole: one iteration with its record, and the tokenizer beside it.
+"""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_scmoe.huggingface import dialects, names, tokenizer
+from megatron_scmoe.huggingface.config import ONLY, to_options
+from megatron_scmoe.huggingface.dialects import Dialect, Where
+from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
+from megatron_scmoe.huggingface.layouts import LAYOUTS
+from megatron_scmoe.huggingface.names import Config, Tensor
+from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
+from megatron_scmoe.huggingface.safetensors_files import Reader
+from megatron_scmoe.huggingface.torch_dist import Writer
+from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.record import SCHEMA, record_path, tokenizer_digest
+from megatron_scmoe.words import read_json, size
+
+FIRST_ITERATION = 1  # the host refuses a tracker that names 0
+VOCABULARY_MULTIPLE = 128  # the host's --make-vocab-size-divisible-by
+TOKENIZER = "tokenizer"
+BYTES = {name: dtype.itemsize for dtype, name in STORED.items()}
+# What the host's newer checkpoints say of themselves, checkpointing.py.
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A Hugging Face directory and what it is."""
+
+    folder: Path
+    reader: Reader
+    dialect: Dialect
+    config: Config
+    """In ours."""
+
+
+def open_directory(folder: Path) -> Directory:
+    """Read config and headers of a directory.
+
+    Raises:
+        ValueError: one line that says what is wrong with which file.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"--input {folder} has no config.json")
+    try:
+        theirs = read_json(path)
+        dialect = dialects.of_config(theirs)
+        config = dialect.config(theirs)
+        to_options(config)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Directory(folder, Reader(folder), dialect, config)
+
+
+def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
+    """Where the parts of every tensor of the model lie.
+
+    Raises:
+        ValueError: the directory lacks tensors, has others, or some of another shape or type.
+    """
+    reader, config = directory.reader, directory.config
+    present = reader.names()
+    found = []
+    used: set[str] = set()
+    missing = []
+    for tensor in names.tensors(config):
+        wheres = []
+        for name, shape in tensor.parts:
+            where = directory.dialect.where(name, config, present)
+            wheres.append(where)
+            if where.name not in present:
+                missing.append(where.name)
+                continue
+            used.add(where.name)
+            _check(directory, where, shape)
+        found.append((tensor, wheres))
+    if missing:
+        raise ValueError(
+            f"{directory.folder} lacks {len(missing)} tensors of the model of its config.json, the "
+            f"first is {missing[0]}"
+        )
+    unknown = sorted(
+        name for name in present - used if not directory.dialect.is_ignored(name, config)
+    )
+    if unknown:
+        raise ValueError(
+            f"{directory.folder} has {len(unknown)} tensors that the model of its config.json does "
+            f"not have, the first is {unknown[0]}"
+        )
+    return found
+
+
+def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
+    own, dtype = directory.reader.entries[where.name]
+    if where.expert is not None:
+        own = own[1:]
+    expected = (2 * shape[0], *shape[1:]) if where.half is not None else shape
+    if own != expected:
+        vocabulary = "embed_tokens" in where.name or "lm_head" in where.name
+        field = ": vocab_size does not fit" if vocabulary and own[1:] == expected[1:] else ""
+        raise ValueError(
+            f"{where.name} is {list(own)} in {directory.folder}, and the model of its config.json "
+            f"has {list(expected)}{field}"
+        )
+    if dtype not in STORED.values():
+        raise ValueError(
+            f"{where.name} is {dtype} in {directory.folder}: of quantised weights only bf16, fp16 "
+            "and fp32 can be read"
+        )
+
+
+def load(
+    folder: Path, save: Path, dtype: str | None = None, say: Any = print
+) -> dict[str, int | str]:
+    """Write a Hugging Face directory as a checkpoint.
+
+    Args:
+        folder: the directory.
+        save: a folder that is not there yet, or is empty.
+        dtype: a key of export.DTYPES; None for that of each tensor. The router keeps its own.
+        say: gets lines for the user.
+
+    Returns:
+        What was done, in numbers.
+
+    Raises:
+        ValueError: the directory is not whole, or no model here is it; one line.
+        OSError: the disk is full.
+    """
+    directory = open_directory(folder)
+    located = locate(directory)
+    config, reader = directory.config, directory.reader
+    options = options_of(directory, save)
+    stacked = config["num_hidden_layers"] if options["moe_layer_freq"] == 1 else 0
+    iteration = config.get("megatron", {}).get("iteration", FIRST_ITERATION)
+    total = sum(prod(shape) for tensor, _ in located for _, shape in tensor.parts)
+    bytes_each = DTYPES[dtype].itemsize if dtype else 4
+    padding = _padding(folder)
+    with whole_folder(save, total * (bytes_each if dtype else 2)) as partial:
+        writer = Writer(
+            contents.iteration_folder(partial, iteration), stacked, config["num_experts"]
+        )
+        with progress(total, "import", "") as bar:
+            for tensor, wheres in located:
+                values = _join(tensor, wheres, directory, padding, options)
+                if dtype and not tensor.row.keeps_dtype:
+                    values = values.to(DTYPES[dtype])
+                writer.write(tensor.megatron, values)
+                bar.update(values.numel())
+        state = {
+            "args": Namespace(**_saved_options(options)),
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "content_metadata": CONTENT,
+        }
+        writer.write_object("common_state/shard_0_1", state)
+        writer.close()
+        if options["tokenizer_type"] == "HuggingFaceTokenizer":
+            (partial / TOKENIZER).mkdir()
+            tokenizer.copy_files(folder, partial / TOKENIZER)
+        record = _record(options, iteration, partial)
+        record_path(partial, iteration).write_text(json.dumps(record, indent=1) + "\n")
+        contents.write_tracker(partial, iteration)
+    say(
+        f"{len(reader.names())} tensors of {folder} read, {len(located)} of Megatron written "
+        f"({size(total * bytes_each)} or less) as iteration {iteration} in {save}"
+    )
+    return {"read": len(reader.names()), "written": len(located), "iteration": iteration}
+
+
+def _join(
+    tensor: Tensor,
+    wheres: list[Where],
+    directory: Directory,
+    padding: dict[str, torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """One of Megatron's tensors, its vocabulary padded."""
+    parts = [read(directory.reader, where) for where in wheres]
+    if tensor.row.layout == "vocabulary":
+        rows = options["padded_vocab_size"] - len(parts[0])
+        own = padding.get(tensor.parts[0][0])
+        if own is None or own.shape[0] != rows:
+            # No token has these rows; the mean makes them as unlikely as an average token.
+            own = parts[0].float().mean(0, keepdim=True).expand(rows, -1)
+        parts.append(own.to(parts[0].dtype))
+    return LAYOUTS[tensor.row.layout].join(parts, directory.config)
+
+
+def read(reader: Reader, where: Where) -> torch.Tensor:
+    """A tensor of ours out of a dialect's files."""
+    values = reader.read(where.name, where.expert)
+    if where.half is not None:
+        values = values.chunk(2)[where.half]
+    return values if where.scale == 1.0 else (values.float() * where.scale).to(values.dtype)
+
+
+def options_of(directory: Directory, save: Path) -> dict[str, Any]:
+    """All options that the checkpoint says it was trained with."""
+    config = directory.config
+    kept = config.get("megatron", {})
+    options = {name: values[0] for name, values in ONLY.items()} | to_options(config)
+    vocabulary = config["vocab_size"]
+    padded = kept.get("padded_vocab_size") or 0
+    if padded < vocabulary:
+        padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    has_tokenizer = (directory.folder / "tokenizer.json").exists()
+    return options | {
+        "vocab_size": vocabulary,
+        "padded_vocab_size": padded,
+        "make_vocab_size_divisible_by": kept.get(
+            "make_vocab_size_divisible_by", VOCABULARY_MULTIPLE
+        ),
+        "moe_aux_loss_coeff": kept.get("moe_aux_loss_coeff", config.get("router_aux_loss_coef")),
+        "moe_router_load_balancing_type": kept.get("moe_router_load_balancing_type", "aux_loss"),
+        "scmoe_tau": config.get("router_tau", 0.75),
+        "tokenizer_type": "HuggingFaceTokenizer" if has_tokenizer else "NullTokenizer",
+        "tokenizer_model": str(save.absolute() / TOKENIZER) if has_tokenizer else None,
+        "vocab_file": None,
+        "merge_file": None,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "use_distributed_optimizer": False,
+    }
+
+
+def _saved_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that a run with --use-checkpoint-args takes; a baseline's leave ours to the run."""
+    baseline = options["scmoe_shortcut_position"] == "none"
+    return {name: value for name, value in options.items() if not (baseline and name in SCMOE)}
+
+
+def _record(options: dict[str, Any], iteration: int, partial: Path) -> dict[str, Any]:
+    here = options["tokenizer_model"] and str(partial / TOKENIZER)
+    digest = tokenizer_digest(Namespace(**{**options, "tokenizer_model": here}))
+    model = {name: options[name] for name in (*ARCHITECTURE, *SCMOE) if name in options}
+    return {
+        "schema": SCHEMA,
+        "iteration": iteration,
+        "versions": {"python": "", "megatron-scmoe": version("megatron-scmoe")},
+        "machine": {},
+        "padded_vocab_size": options["padded_vocab_size"],
+        "tokenizer": digest,
+        "model": model,
+        "options": {name: value for name, value in options.items() if name not in model},
+    }
+
+
+def _padding(folder: Path) -> dict[str, torch.Tensor]:
+    """Rows that an export has kept apart; a directory that others have saved has none."""
+    if not (folder / PADDING).exists():
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(folder / PADDING)

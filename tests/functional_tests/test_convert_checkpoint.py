@@ -1,0 +1,473 @@
+"""Checkpoints to Hugging Face and back: every tensor comes back, and what is wrong is one line.
+
+Checkpoints of real runs at three layouts, which between them have every kind of tensor: stacked
+and numbered layers, grouped and sequential experts, gated and plain, grouped-query and latent
+attention, both norms, every combine, experts at home, a padded vocabulary.
+"""
+
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_scmoe.commands.convert_checkpoint import main
+from megatron_scmoe.huggingface import export, load
+from megatron_scmoe.run.checkpoint.options import SCMOE
+from tests.functional_tests.forked import launch_forked
+from tests.functional_tests.launch import REPOSITORY
+from tests.functional_tests.test_checkpoints import succeeded
+
+RUN = (
+    "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 "
+    "--lr 1e-2 --train-iters 2 --save-interval 2 --log-interval 1 --eval-interval 9 "
+    "--eval-iters 0 --num-workers 0 --tokenizer-type NullTokenizer --vocab-size 61 "
+    "--make-vocab-size-divisible-by 32 --attention-dropout 0 --hidden-dropout 0 "
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --disable-bias-linear "
+    "--moe-token-dispatcher-type alltoall --moe-shared-expert-intermediate-size 48 "
+)
+PAIRS = "--moe-layer-freq ([0,1]*2) "
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type rope --qk-layernorm "
+)
+LLAMA = "--swiglu --normalization RMSNorm --position-embedding-type rope "
+MODELS = {
+    "grouped query": LLAMA
+    + PAIRS
+    + "--group-query-attention --num-query-groups 2 --qk-layernorm --moe-grouped-gemm "
+    "--untie-embeddings-and-output-weights --scmoe-shortcut-position pos2",
+    "gpt": PAIRS + "--add-qkv-bias --scmoe-shortcut-position pos3 --scmoe-combine cg2 "
+    "--scmoe-post-norm",
+    "latent": LLAMA + LATENT + "--untie-embeddings-and-output-weights --bf16 --moe-grouped-gemm "
+    "--scmoe-shortcut-position pos1 --scmoe-shortcut-norm shared --scmoe-combine add "
+    "--scmoe-num-zero-experts 1 --scmoe-num-constant-experts 2 --scmoe-router heterogeneous "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias",
+}
+LAYOUTS = {
+    "grouped query": "--expert-model-parallel-size 2",
+    "gpt": "--pipeline-model-parallel-size 2",
+    "latent": "--tensor-model-parallel-size 2 --sequence-parallel",
+}
+
+
+def train(data: Path, folder: Path, model: str, layout: str, *options: str) -> Any:
+    """Two ranks."""
+    command = shlex.split(RUN + MODELS[model]) + shlex.split(layout)
+    command += ["--data-path", str(data), "--split", "100,0,0"]
+    command += ["--data-cache-path", str(data.parent / "cache")]
+    return launch_forked([*command, *options], 2, folder)
+
+
+@pytest.fixture(scope="module")
+def trained(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoints of a model, trained when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(model: str) -> Path:
+        if model not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            save = ["--save", str(folder / "checkpoints")]
+            succeeded(train(data_prefix, folder, model, LAYOUTS[model], *save))
+            made[model] = folder / "checkpoints"
+        return made[model]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    export.export(trained("grouped query"), folder, shard_bytes=100_000)
+    return folder
+
+
+@pytest.fixture
+def directory(exported: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(exported, tmp_path / "hf"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of a program that ends with exit code 2 and nothing else."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        main(list(argv))
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.partition("error: ")[2]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_tensor_comes_back(
+    model: str, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Difference 0, under the same keys, with the empty states that the host asks for."""
+    said: list[str] = []
+    counts = export.export(trained(model), tmp_path / "hf", say=said.append)
+    load.load(tmp_path / "hf", tmp_path / "back")
+    there = export.open_checkpoint(trained(model))
+    back = export.open_checkpoint(tmp_path / "back")
+    for (tensor, place), (_, other) in zip(
+        export.locate(there)[0], export.locate(back)[0], strict=True
+    ):
+        here = there.reader.read(place)
+        assert place == other, tensor.megatron
+        assert here.dtype == back.reader.dtype(other)
+        torch.testing.assert_close(back.reader.read(other), here, rtol=0, atol=0)
+    states = {key for key in there.reader.objects if "_extra_state" in key}
+    assert {key for key in back.reader.objects if "_extra_state" in key} == states
+    assert back.config == there.config
+    options = {**there.record["model"]}
+    assert {name: back.record["model"][name] for name in SCMOE} == {n: options[n] for n in SCMOE}
+    experts = counts.experts()
+    assert len(experts) == len(set(experts.values())) == 4 * len(there.config["moe_layers"])
+    assert f"{len(experts)} routed experts, {len(experts)} of them different" in said[-1]
+
+
+def test_heads_and_halves_lie_as_megatron_has_them(
+    exported: Path, trained: Callable[[str], Path]
+) -> None:
+    """By hand: queries of a key-value head, its key, its value; gate over up; no padding."""
+    source = export.open_checkpoint(trained("grouped query"))
+
+    def there(name: str) -> torch.Tensor:
+        return source.reader.read(source.reader.place(name))
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in exported.glob("model*.safetensors"):
+        weights |= load_file(file)
+    qkv = there("decoder.layers.0.self_attention.linear_qkv.weight").view(2, 4, 8, 32)
+    attention = "model.layers.0.self_attn"
+    assert torch.equal(weights[f"{attention}.q_proj.weight"], qkv[:, :2].reshape(32, 32))
+    assert torch.equal(weights[f"{attention}.k_proj.weight"], qkv[:, 2].reshape(16, 32))
+    assert torch.equal(weights[f"{attention}.v_proj.weight"], qkv[:, 3].reshape(16, 32))
+    fc1 = there("decoder.layers.3.mlp.experts.experts.2.linear_fc1.weight")
+    assert torch.equal(weights["model.layers.3.mlp.experts.2.gate_proj.weight"], fc1[:32])
+    assert torch.equal(weights["model.layers.3.mlp.experts.2.up_proj.weight"], fc1[32:])
+    assert torch.equal(weights["lm_head.weight"], there("output_layer.weight")[:61])
+
+
+def test_the_library_reads_what_was_written(exported: Path) -> None:
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    found: dict[str, str] = {}
+    for name in files:
+        with safe_open(exported / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= dict.fromkeys(file.keys(), name)
+    assert found == index["weight_map"]
+    sizes = [(exported / name).stat().st_size for name in files]
+    assert index["metadata"]["total_size"] < sum(sizes) < index["metadata"]["total_size"] + 50_000
+
+
+def test_dtype_leaves_the_router_alone(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    export.export(trained("grouped query"), tmp_path / "hf", dtype="bf16")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    kinds = {name.split(".mlp.")[-1]: values.dtype for name, values in weights.items()}
+    assert kinds.pop("gate.weight") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_imported_checkpoint_trains_as_the_one_it_came_from(
+    exported: Path, trained: Callable[[str], Path], data_prefix: Path, tmp_path: Path
+) -> None:
+    """At another layout, to the last digit of the log."""
+    load.load(exported, tmp_path / "back")
+    runs = [
+        succeeded(
+            train(
+                data_prefix,
+                tmp_path / str(number),
+                "grouped query",
+                "--tensor-model-parallel-size 2 --sequence-parallel",
+                *("--load", str(folder), "--finetune"),
+            )
+        )
+        for number, folder in enumerate((trained("grouped query"), tmp_path / "back"))
+    ]
+    losses = [{step: line["lm loss"] for step, line in run.log.items()} for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert "0 new, as initialised: none" in runs[1].stdout
+
+
+def test_padding_of_others_is_the_mean_row(directory: Path, tmp_path: Path) -> None:
+    """transformers' save_pretrained leaves our file of padding behind."""
+    (directory / "padding.safetensors").unlink()
+    load.load(directory, tmp_path / "back")
+    source = export.open_checkpoint(tmp_path / "back")
+    rows = source.reader.read(source.reader.place("output_layer.weight"))
+    assert rows.shape[0] == 64
+    torch.testing.assert_close(rows[61:], rows[:61].mean(0, keepdim=True).expand(3, -1))
+
+
+def test_verify_finds_one_changed_number(
+    directory: Path, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--load", str(trained("grouped query")), "--input", str(directory)]
+    assert main(["verify", *both]) == 0
+    path = next(
+        file
+        for file in directory.glob("model-*.safetensors")
+        if "model.layers.3.mlp.experts.1.up_proj.weight" in load_file(file)
+    )
+    weights = load_file(path)
+    weights["model.layers.3.mlp.experts.1.up_proj.weight"][3, 4] += 0.5
+    save_file(weights, path)
+    capsys.readouterr()
+    assert main(["verify", *both]) == 1
+    line = capsys.readouterr().err
+    assert "model.layers.3.mlp.experts.1.up_proj.weight differs by up to 0.5" in line
+
+
+def test_inspect_says_what_both_are(
+    exported: Path, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = []
+    for path in (exported, trained("grouped query")):
+        assert main(["inspect", str(path)]) == 0
+        facts.append(capsys.readouterr().out.splitlines()[1:])
+    assert facts[0] == facts[1]
+    assert "  shortcut pos2, own norm, combine cg1" in facts[0]
+
+
+def _lose_shard(folder: Path) -> str:
+    path = folder / "model-00002-of-00003.safetensors"
+    path.unlink()
+    return f"{path} is missing"
+
+
+def _cut_shard(folder: Path) -> str:
+    path = folder / "model-00001-of-00003.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    return f"{path} is cut off or no safetensors file"
+
+
+def _change_config(**changed: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changed}))
+
+    return change
+
+
+def _other_architecture(folder: Path) -> str:
+    _change_config(architectures=["LongcatNextForCausalLM"])(folder)
+    return "LongcatNextForCausalLM cannot be imported: its linear attention layers (KDA)"
+
+
+def _unknown_architecture(folder: Path) -> str:
+    _change_config(architectures=["LlamaForCausalLM"])(folder)
+    return "LlamaForCausalLM cannot be imported: it is none of MixtralForCausalLM"
+
+
+def _other_vocabulary(folder: Path) -> str:
+    _change_config(vocab_size=60)(folder)
+    return "model.embed_tokens.weight is [61, 32]"
+
+
+def _more_experts(folder: Path) -> str:
+    _change_config(num_experts=5)(folder)
+    return "is [4, 32]"
+
+
+def _unknown_name(folder: Path) -> str:
+    path = folder / "model-00003-of-00003.safetensors"
+    weights = load_file(path)
+    weights["model.layers.3.self_attn.sinks"] = torch.ones(4)
+    save_file(weights, path)
+    return "has 1 tensors that the model of its config.json does not have, the first is " + (
+        "model.layers.3.self_attn.sinks"
+    )
+
+
+def _pickle(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    return f"{folder / 'pytorch_model.bin'} is a pickle"
+
+
+def _no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return "has no config.json"
+
+
+def _field_missing(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_experts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return "config.json lacks num_experts"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _lose_shard,
+        _cut_shard,
+        _other_architecture,
+        _unknown_architecture,
+        _other_vocabulary,
+        _more_experts,
+        _unknown_name,
+        _pickle,
+        _no_config,
+        _field_missing,
+    ],
+)
+def test_import_refuses_in_one_line_and_leaves_nothing(
+    damage: Callable[[Path], str],
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = damage(directory)
+    save = tmp_path / "back"
+    assert wanted in refused(capsys, "import", "--input", str(directory), "--save", str(save))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.fixture
+def checkpoints(trained: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(trained("grouped query"), tmp_path / "checkpoints"))
+
+
+def _no_record(folder: Path) -> str:
+    (folder / "iter_0000002.json").unlink()
+    return "iter_0000002.json is missing, which says what the model is"
+
+
+def _other_model(folder: Path) -> str:
+    path = folder / "iter_0000002.json"
+    record = json.loads(path.read_text())
+    record["model"]["scmoe_combine"] = "cg2"
+    path.write_text(json.dumps(record))
+    return "lacks 2 tensors of the model of its record, the first is decoder.layers.1.mlp.combine"
+
+
+def _less_norms(folder: Path) -> str:
+    path = folder / "iter_0000002.json"
+    record = json.loads(path.read_text())
+    record["model"]["qk_layernorm"] = False
+    path.write_text(json.dumps(record))
+    return "has 8 tensors that the model of its record does not have, the first is decoder.layers.0"
+
+
+def _no_counterpart(folder: Path) -> str:
+    path = folder / "iter_0000002.json"
+    record = json.loads(path.read_text())
+    record["model"] |= {"window_size": [8, 0], "use_mup": True}
+    path.write_text(json.dumps(record))
+    return "has no form in Hugging Face's: --window-size [8, 0], --use-mup True"
+
+
+def _corrupt(folder: Path) -> str:
+    path = max((folder / "iter_0000002").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(path.read_bytes())
+    for begin in range(0, len(content), 512):  # every archive's header and pickle
+        content[begin : begin + 64] = bytes(len(content[begin : begin + 64]))
+    path.write_bytes(content)
+    return ".distcp is corrupt (in "
+
+
+@pytest.mark.parametrize(
+    "damage", [_no_record, _other_model, _less_norms, _no_counterpart, _corrupt]
+)
+def test_export_refuses_in_one_line_and_leaves_nothing(
+    damage: Callable[[Path], str],
+    checkpoints: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = damage(checkpoints)
+    output = tmp_path / "hf"
+    line = refused(capsys, "export", "--load", str(checkpoints), "--output", str(output))
+    assert wanted in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_nothing_whole_is_replaced(
+    directory: Path, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_ = str(trained("grouped query"))
+    line = refused(capsys, "export", "--load", load_, "--output", str(directory))
+    assert line.endswith("is there already: use another folder, or remove it")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_scmoe.huggingface import export, safetensors_files
+def die(self): os.kill(os.getpid(), signal.SIGKILL)
+safetensors_files.Writer.close = die
+export.export(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(trained("grouped query")), str(tmp_path / "hf")]
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".hf.partial"]
+    export.export(trained("grouped query"), tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_baseline_that_came_in_starts_a_shortcut_run(data_prefix: Path, tmp_path: Path) -> None:
+    """A Mixtral directory, by --finetune: all of it taken, only what is ours is new."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 20000.0},
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    load.load(tmp_path / "mixtral", tmp_path / "checkpoints")
+    run = succeeded(
+        launch_forked(
+            [
+                *shlex.split(RUN.replace("--ffn-hidden-size 64", "--ffn-hidden-size 32") + LLAMA),
+                *shlex.split(
+                    "--group-query-attention --num-query-groups 2 --moe-grouped-gemm "
+                    "--untie-embeddings-and-output-weights --scmoe-shortcut-position pos1 "
+                    "--expert-model-parallel-size 2 --rotary-base 20000 --moe-router-topk 1 "
+                    "--finetune --load"
+                ),
+                str(tmp_path / "checkpoints"),
+                *("--data-path", str(data_prefix), "--split", "100,0,0"),
+            ],
+            2,
+            tmp_path,
+        )
+    )
+    (new,) = [line for line in run.stdout.splitlines() if " new, as initialised" in line]
+    names = new.partition("initialised: ")[2].split(", ")
+    assert {name.split(".layers.")[-1] for name in names if "_extra_state" not in name} == {
+        "mlp.shared_experts.gate_weight",
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_experts.linear_fc2.weight",
+        "shortcut_layernorm.weight",
+    }
