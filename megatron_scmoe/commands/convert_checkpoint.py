@@ -38,17 +38,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     same = verbs.add_parser("verify", help="Compare a checkpoint with a directory.")
     look = verbs.add_parser("inspect", help="Say what a checkpoint or a directory is.")
     for verb in (to, same):
-        verb.add_argument("--load", type=Path, required=True, help="Folder of all iterations.")
+        verb.add_argument(
+            "--load",
+            type=Path,
+            required=True,
+            metavar="CHECKPOINTS",
+            help="Folder of all iterations.",
+        )
     for verb in (to, same, look):
-        verb.add_argument("--ckpt-step", type=int, help="Iteration; by default the newest.")
+        verb.add_argument(
+            "--ckpt-step", type=int, metavar="N", help="Iteration; by default the newest."
+        )
     for verb in (back, same):
-        verb.add_argument("--input", type=Path, required=True, help="Hugging Face directory.")
-    to.add_argument("--output", type=Path, required=True, help="New Hugging Face directory.")
-    to.add_argument("--tokenizer", type=Path, help="Folder, where the record's is not here.")
+        verb.add_argument(
+            "--input", type=Path, required=True, metavar="DIR", help="Hugging Face directory."
+        )
     to.add_argument(
-        "--max-shard-gb", type=float, default=SHARD_BYTES / 1e9, help="Largest file. Default: 5."
+        "--output", type=Path, required=True, metavar="DIR", help="New Hugging Face directory."
     )
-    back.add_argument("--save", type=Path, required=True, help="New folder of checkpoints.")
+    to.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="Where the record's is not on this machine."
+    )
+    to.add_argument(
+        "--max-shard-gb",
+        type=float,
+        metavar="GB",
+        default=SHARD_BYTES / 1e9,
+        help="Largest file. Default: 5.",
+    )
+    back.add_argument(
+        "--save",
+        type=Path,
+        required=True,
+        metavar="CHECKPOINTS",
+        help="New folder of checkpoints.",
+    )
     for verb in (to, back):
         verb.add_argument(
             "--dtype", choices=sorted(DTYPES), help="Of all but the router; by default as it is."
