@@ -316,9 +316,8 @@ def _write_texts(folder: Path, source: Source, counts: Counts) -> None:
     }
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    for path in map(Path(__file__).with_name, MODELLING):
-        if path.exists():
-            shutil.copy(path, folder / path.name)
+    for name in MODELLING:
+        shutil.copy(Path(__file__).with_name(name), folder / name)
 
 
 def progress(total: int, what: str, unit: str = "B") -> "tqdm[Any]":

@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,6 +70,7 @@ class Writer:
         self._shards = shards
         self._due = iter(entry for shard in shards for entry in shard)
         self._open: tuple[str, BinaryIO] | None = None
+        self._beside = ThreadPoolExecutor(1)  # a checksum takes as long as the write
 
     def write(self, name: str, values: Tensor) -> None:
         """The next tensor, converted to the type of its entry.
@@ -80,13 +82,14 @@ class Writer:
         if entry is None or entry.name != name or entry.shape != tuple(values.shape):
             raise ValueError(f"{name} {list(values.shape)} is written where {entry} was to come")
         file = self._file(name)
-        checksum = 0
+        checksum: Future[int] | None = None
         flat = values.contiguous().view(-1)
         for block in flat.split(BLOCK_BYTES // entry.dtype.itemsize):
             data = memoryview(block.to(entry.dtype).view(torch.uint8).numpy())
-            checksum = zlib.crc32(data, checksum)
+            before = 0 if checksum is None else checksum.result()
+            checksum = self._beside.submit(zlib.crc32, data, before)
             file.write(data)
-        self.checksums[name] = checksum
+        self.checksums[name] = 0 if checksum is None else checksum.result()
 
     def close(self) -> None:
         """Write the index, if there are several files.
@@ -94,6 +97,7 @@ class Writer:
         Raises:
             ValueError: a tensor has not come.
         """
+        self._beside.shutdown()
         left = next(self._due, None)
         if left is not None:
             raise ValueError(f"{left.name} was not written")

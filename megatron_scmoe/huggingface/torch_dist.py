@@ -8,10 +8,13 @@ Shapes: layers and experts are leading dimensions of a stacked tensor on disk.
 """
 
 import json
+import mmap
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -156,17 +159,77 @@ class Reader:
             raise ValueError(f"{self.folder}: a chunk of {key} is in no file")
         path = self.folder / where.relative_path
         try:
-            with path.open("rb") as file:
-                view: Any = _create_file_view(file, where.offset, where.length)
-                values = torch.load(view, map_location="cpu", weights_only=True)
+            values = _mapped(path, where)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        except Exception as error:  # torch stumbles over damage in any way there is
+        except Exception as error:  # damage is stumbled over in any way there is
             raise ValueError(f"{path} is corrupt (in {key})") from error
-        if not isinstance(values, Tensor) or values.shape != chunk.sizes:
+        if values.shape != chunk.sizes or values.dtype != self.stored[key].properties.dtype:
             raise ValueError(f"{path} is corrupt: {key} has another shape than .metadata says")
         self._last = (index, values)
         return values
+
+
+def _mapped(path: Path, where: _StorageInfo) -> Tensor:
+    """The tensor that `torch.save` has written into a part of a file, read when it is used.
+
+    `torch.load` would copy it into fresh memory, at a quarter of the speed. Read-only.
+    """
+    with path.open("rb") as file:
+        view: Any = _create_file_view(file, where.offset, where.length)
+        archive: Any = torch._C.PyTorchFileReader(view)
+        saved = _TensorUnpickler(BytesIO(archive.get_record("data.pkl"))).load()
+        begin = where.offset + archive.get_record_offset(f"data/{saved.record}")
+        if begin + saved.bytes > where.offset + where.length:
+            raise ValueError("a tensor ends behind its archive")
+        page = begin % mmap.ALLOCATIONGRANULARITY
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
+        mapped = mmap.mmap(
+            file.fileno(), page + saved.bytes, flags, mmap.PROT_READ, offset=begin - page
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        flat = torch.frombuffer(mapped, dtype=saved.dtype, offset=page)
+    return flat.as_strided(saved.size, saved.stride, saved.offset)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor as its pickle says."""
+
+    record: str
+    bytes: int
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads what `torch.save` writes for one tensor, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _saved
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name).dtype
+        raise pickle.UnpicklingError(f"{module}.{name} is in no tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, record, _, elements = pid
+        return record, elements * dtype.itemsize, dtype
+
+
+def _saved(
+    storage: tuple[str, int, torch.dtype],
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    *_: Any,
+) -> _Saved:
+    return _Saved(*storage, offset, size, stride)
 
 
 class Writer:

@@ -61,7 +61,6 @@ ALLOWED = {
         "overlap",
     },
     "checks.refusal": set(),
-    "huggingface": {"words", "run.checkpoint"},
     "run": {"host", "model.routing"},
     "run.watch": {"host", "say"},
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
