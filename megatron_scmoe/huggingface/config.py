@@ -30,7 +30,15 @@ SAME_NAME = {
     "router": "scmoe_router",
     "scoring_func": "moe_router_score_function",
     "pre_softmax": "moe_router_pre_softmax",
-    "expert_bias": "moe_router_enable_expert_bias",
+    "dual_gating": "scmoe_dual_gating",
+    "distinct_experts": "scmoe_distinct_experts",
+    "gating_residual": "scmoe_gating_residual",
+    "gate_layers": "scmoe_gate_layers",
+    "renormalise": "scmoe_renormalise",
+    "input_scale": "scmoe_input_scale",
+    "scaled_experts": "scmoe_scaled_experts",
+    "routed_topk": "scmoe_routed_topk",
+    "mla_scale": "scmoe_mla_scale",
     "n_group": "moe_router_num_groups",
     "topk_group": "moe_router_group_topk",
     "gated_linear_unit": "swiglu",
@@ -41,6 +49,19 @@ SAME_NAME = {
     "max_position_embeddings": "max_position_embeddings",
 }
 """Fields of config.json that are options of Megatron, value for value."""
+
+NEWER: dict[str, Any] = {
+    "scmoe_dual_gating": "none",
+    "scmoe_distinct_experts": True,
+    "scmoe_gating_residual": False,
+    "scmoe_gate_layers": 1,
+    "scmoe_renormalise": False,
+    "scmoe_input_scale": 1.0,
+    "scmoe_scaled_experts": "all",
+    "scmoe_routed_topk": None,
+    "scmoe_mla_scale": False,
+}
+"""Options that older records do not have, and what those runs computed."""
 
 LATENT = {
     "q_lora_rank": "q_lora_rank",
@@ -95,6 +116,8 @@ KEPT = (
     "moe_aux_loss_coeff",
     "moe_router_load_balancing_type",
     "scmoe_tau",
+    "scmoe_combine",
+    "scmoe_balance_groups",
     "rotary_scaling_factor",
     "mscale",
     "mscale_all_dim",
@@ -107,7 +130,7 @@ def from_record(record: dict[str, Any]) -> Config:
     Raises:
         ValueError: options that it has no field for, all of them in one line.
     """
-    options = {**record["options"], **record["model"]}
+    options = {**NEWER, **record["options"], **record["model"]}
     refuse(options)
     config: Config = {
         "architectures": ARCHITECTURES,
@@ -126,6 +149,10 @@ def from_record(record: dict[str, Any]) -> Config:
     config["shared_expert_intermediate_size"] = shared or 0
     config["moe_layers"] = moe_layers(options["moe_layer_freq"], options["num_layers"])
     config["combine"] = _combine(options)
+    longcat = options["scmoe_router"] == "longcat"  # it has a bias without the host's option
+    config["expert_bias"] = options["moe_router_enable_expert_bias"] or longcat
+    groups = options.get("scmoe_balance_groups") or options["expert_model_parallel_size"]
+    config["balance_groups"] = groups if longcat else None
     config["norm_topk_prob"] = _is_renormalised(options)
     config["routed_scaling_factor"] = options["moe_router_topk_scaling_factor"] or 1.0
     config |= {f"{kind}_experts": options["scmoe_experts_at_home"].get(kind, 0) for kind in AT_HOME}
@@ -199,7 +226,8 @@ def to_options(config: Config) -> dict[str, Any]:
         "kv_channels": config["hidden_size"] // heads if latent else config["head_dim"],
         "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"] or None,
         "moe_layer_freq": kept.get("moe_layer_freq", 1 if all(freq) else freq),
-        "scmoe_combine": config["combine"],
+        "scmoe_combine": kept.get("scmoe_combine", config["combine"]),
+        "moe_router_enable_expert_bias": config["expert_bias"] and config["router"] != "longcat",
         "moe_shared_expert_gate": config["combine"] == "cg1"
         and config["shared_expert_intermediate_size"] > 0,
         "moe_router_topk_scaling_factor": None if scaling == 1.0 else scaling,
@@ -231,11 +259,12 @@ def moe_layers(freq: int | list[int], layers: int) -> list[int]:
 
 
 def _combine(options: dict[str, Any]) -> str:
-    """What the model computes; stock Megatron's gate is cg1."""
+    """What the model computes; stock Megatron's gate is cg1, and one expert needs no gate."""
+    if not options["moe_shared_expert_intermediate_size"]:
+        return "add"
     if options["scmoe_shortcut_position"] != "none":
         return options["scmoe_combine"]
-    gated = options["moe_shared_expert_gate"] and options["moe_shared_expert_intermediate_size"]
-    return "cg1" if gated else "add"
+    return "cg1" if options["moe_shared_expert_gate"] else "add"
 
 
 def _is_renormalised(options: dict[str, Any]) -> bool:

@@ -61,7 +61,7 @@ def of_config(config: Config) -> Dialect:
 def _ours(config: Config) -> Config:
     if config.get("model_type") != "scmoe":
         raise ValueError(f"model_type is {config.get('model_type')} and not scmoe")
-    return dict(config)
+    return {**NEUTRAL, **config}
 
 
 def _same(name: str, config: Config, names: set[str]) -> Where:
@@ -152,6 +152,16 @@ NEUTRAL: Config = {
     "scoring_func": "softmax",
     "routed_scaling_factor": 1.0,
     "expert_bias": False,
+    "dual_gating": "none",
+    "distinct_experts": True,
+    "gating_residual": False,
+    "gate_layers": 1,
+    "renormalise": False,
+    "input_scale": 1.0,
+    "scaled_experts": "all",
+    "routed_topk": None,
+    "balance_groups": None,
+    "mla_scale": False,
     "n_group": None,
     "topk_group": None,
     "zero_experts": 0,

@@ -141,8 +141,8 @@ def locate(source: Source) -> tuple[list[tuple[Tensor, Place]], list[str]]:
     extra = sorted((reader.stored.keys() | reader.objects) - taken.keys() - set(left))
     for key, indices in taken.items():
         leading = len(next(iter(indices)))
-        places = {place.index for place in reader.places(key, leading)}
-        extra += [f"{key} {list(index)}" for index in sorted(places - indices)]
+        there = reader.places(key, leading)
+        extra += [f"{key} {list(index)}" for index in sorted(there - indices)]
     if extra:
         raise ValueError(
             f"{reader.folder} has {len(extra)} tensors that the model of its record does not have, "
@@ -205,6 +205,8 @@ def export(
     ]
     counts = Counts(len(located), len(entries), sum(entry.bytes for entry in entries), left)
     peak = peak_bytes(reader, [place for _, place in located])
+    if source.record["options"].get("moe_expert_capacity_factor") is not None:
+        say("--moe-expert-capacity-factor stays behind: an exported model drops no token")
     say(
         f"{size(counts.bytes)} in {counts.written} tensors; at most {size(peak)} of them in memory "
         "at a time"

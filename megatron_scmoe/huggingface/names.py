@@ -178,12 +178,40 @@ DENSE = [
 MOE = [
     *_norm("pre_mlp_layernorm.{}", "post_attention_layernorm"),
     *_norm("shortcut_layernorm.{}", "mlp.shortcut_layernorm", needs="own norm"),
-    _row("mlp.router.weight", "mlp.gate.weight", "choices,h", keeps_dtype=True),
+    _row("mlp.router.weight", "mlp.gate.weight", "choices,gate_input", keeps_dtype=True),
+    _row(
+        "mlp.router.inner_weight",
+        "mlp.gate.inner_weight",
+        "gate_input,h",
+        "two gate layers",
+        keeps_dtype=True,
+    ),
+    _row(
+        "mlp.router.residual_weight",
+        "mlp.gate.residual_weight",
+        "choices,choices",
+        "gating residual,no first MoE",
+        keeps_dtype=True,
+    ),
     _row(
         "mlp.router.expert_bias",
         "mlp.gate.e_score_correction_bias",
         "choices",
         "expert bias",
+        keeps_dtype=True,
+    ),
+    _row(
+        "mlp.current_router.weight",
+        "mlp.current_gate.weight",
+        "choices,h",
+        "separate gates",
+        keeps_dtype=True,
+    ),
+    _row(
+        "mlp.current_router.expert_bias",
+        "mlp.current_gate.e_score_correction_bias",
+        "choices",
+        "separate gates,expert bias",
         keeps_dtype=True,
     ),
     *_mlp("mlp.shared_experts.", "mlp.shared_expert.", "shared_ffn", "shared"),
@@ -224,6 +252,8 @@ PLACES = (
 
 OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chained_")
 """What of a checkpoint is no weight and stays there."""
+INNER = 8
+"""Width of a gate's inner layer, for each expert (model/routing/heterogeneous.py)."""
 NO_WEIGHTS = "_extra_state"
 """Transformer Engine's scales of FP8, and empty without it: not converted."""
 
@@ -250,7 +280,8 @@ def tensors(config: Config) -> Iterator[Tensor]:
     yield from _of_rows("", "", MODEL[:2], have, size)
     for layer in range(config["num_hidden_layers"]):
         rows = [*ATTENTION, *(MOE if layer in moe_layers else DENSE)]
-        yield from _of_rows(*PLACES[1][:2], rows, have, size, layer)
+        first = {"first MoE"} if layer == min(moe_layers) else set()
+        yield from _of_rows(*PLACES[1][:2], rows, have | first, size, layer)
         for expert in range(config["num_experts"] if layer in moe_layers else 0):
             yield from _of_rows(*PLACES[4][:2], EXPERT, have, size, layer, expert)
     yield from _of_rows("", "", MODEL[2:], have, size)
@@ -300,6 +331,9 @@ def features(config: Config) -> set[str]:
         "cg2": config["combine"] == "cg2",
         "expert bias": config["expert_bias"],
         "constants": config["constant_experts"] > 0,
+        "two gate layers": config["gate_layers"] == 2,
+        "gating residual": config["gating_residual"],
+        "separate gates": config["dual_gating"] == "separate",
     }
     return {name for name, answer in asked.items() if answer}
 
@@ -307,6 +341,9 @@ def features(config: Config) -> set[str]:
 def sizes(config: Config) -> dict[str, int]:
     """The dimensions that shapes are made of."""
     heads = config["num_attention_heads"]
+    at_home = sum(config[f"{kind}_experts"] for kind in ("zero", "copy", "constant"))
+    choices = config["num_experts"] + at_home
+    two = config["gate_layers"] == 2
     size = {
         "1": 1,
         "2": 2,
@@ -317,8 +354,8 @@ def sizes(config: Config) -> dict[str, int]:
         "expert_ffn": config["moe_intermediate_size"],
         "shared_ffn": config["shared_expert_intermediate_size"],
         "constants": config["constant_experts"],
-        "choices": sum(config[f"{kind}_experts"] for kind in ("zero", "copy", "constant"))
-        + config["num_experts"],
+        "choices": choices,
+        "gate_input": INNER * choices if two else config["hidden_size"],
     }
     if config["kv_lora_rank"] is None:
         head = config["head_dim"]

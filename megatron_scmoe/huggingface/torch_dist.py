@@ -12,9 +12,9 @@ import mmap
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,20 @@ class Reader:
     def dtype(self, place: Place) -> torch.dtype:
         return self.stored[place.key].properties.dtype
 
-    def places(self, key: str, leading: int) -> Iterator[Place]:
-        """All of a key with `leading` dimensions of layers and experts."""
-        shape = self.stored[key].size[:leading]
-        for number in range(prod(shape)):
-            index = []
-            for size in reversed(shape):
-                number, position = divmod(number, size)
-                index.append(position)
-            yield Place(key, tuple(reversed(index)))
+    def places(self, key: str, leading: int) -> set[tuple[int, ...]]:
+        """The indices of a key's `leading` dimensions, layers and experts, that are there."""
+        return {
+            index
+            for chunk in self.stored[key].chunks
+            for index in product(
+                *(
+                    range(begin, begin + length)
+                    for begin, length in zip(
+                        chunk.offsets[:leading], chunk.sizes[:leading], strict=True
+                    )
+                )
+            )
+        }
 
     def read(self, place: Place) -> Tensor:
         """One tensor, whole.

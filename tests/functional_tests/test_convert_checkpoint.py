@@ -131,8 +131,8 @@ def test_every_tensor_comes_back(
     states = {key for key in there.reader.objects if "_extra_state" in key}
     assert {key for key in back.reader.objects if "_extra_state" in key} == states
     assert back.config == there.config
-    options = {**there.record["model"]}
-    assert {name: back.record["model"][name] for name in SCMOE} == {n: options[n] for n in SCMOE}
+    models = [side.record["model"] for side in (there, back)]
+    assert {n: models[0][n] for n in SCMOE} == {n: models[1][n] for n in SCMOE}
     experts = counts.experts()
     assert len(experts) == len(set(experts.values())) == 4 * len(there.config["moe_layers"])
     assert f"{len(experts)} routed experts, {len(experts)} of them different" in said[-1]

@@ -3,7 +3,16 @@
 from pathlib import Path
 
 from megatron_scmoe.huggingface import names
-from megatron_scmoe.huggingface.config import moe_layers
+from megatron_scmoe.huggingface.config import (
+    LATENT,
+    NEWER,
+    ONLY,
+    SAME_NAME,
+    moe_layers,
+    to_options,
+)
+from megatron_scmoe.huggingface.dialects import NEUTRAL
+from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 
@@ -39,6 +48,8 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
         "shortcut_position": "pos2",
         "shortcut_norm": "own",
         "tie_word_embeddings": False,
+        "gate_layers": 2,
+        "dual_gating": "separate",
         **dict.fromkeys(
             (
                 "qk_layernorm",
@@ -48,6 +59,7 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
                 "gated_linear_unit",
                 "post_norm",
                 "expert_bias",
+                "gating_residual",
             ),
             True,
         ),
@@ -66,7 +78,8 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
     have = plain | names.features(config | latent | {"combine": "cg2"})
     sizes = names.sizes(config | dict.fromkeys(latent)) | names.sizes(config | latent)
     rows = [row for _, _, place in names.PLACES for row in place]
-    assert {need.removeprefix("no ") for row in rows for need in row.needs} == have
+    needs = {need.removeprefix("no ") for row in rows for need in row.needs}
+    assert needs == have | {"first MoE"}
     shapes = [part.shape for row in rows for part in row.parts]
     assert {dimension for shape in shapes for dimension in shape} == sizes.keys()
 
@@ -76,3 +89,15 @@ def test_layers_with_experts_are_those_of_the_host() -> None:
     assert moe_layers(1, 3) == [0, 1, 2]
     assert moe_layers(2, 5) == [0, 2, 4]
     assert moe_layers([0, 1, 0, 0], 4) == [1]
+
+
+def test_every_option_that_makes_a_model_goes_both_ways_or_is_refused() -> None:
+    """A new one would be lost without a word."""
+    fields = {*SAME_NAME, "moe_layers", "head_dim", "tie_word_embeddings", "attention_bias"}
+    config = {**dict.fromkeys(fields), **NEUTRAL, "norm": "rmsnorm"}
+    config |= {"moe_layers": [0], "num_hidden_layers": 1, "hidden_size": 4, "kv_lora_rank": 4}
+    config |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    known = to_options(config).keys() | ONLY.keys()
+    unused = {"openai_gelu"}  # the host's GPT does not read it
+    assert {*ARCHITECTURE, *SCMOE} - known == unused
+    assert set(LATENT.values()) < known and NEWER.keys() < known
