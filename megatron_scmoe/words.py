@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from math import log10
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,13 +77,19 @@ def table(
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name first, so that it is whole or not there."""
+    """Write a file under another name first, so that it is whole or not there.
+
+    Raises:
+        OSError: it cannot be written; its text names the file.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        error.filename = str(path)  # of a full disk the system names none
         raise
 
 

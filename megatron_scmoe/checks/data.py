@@ -1,19 +1,25 @@
 """Data that cannot be trained on, before any rank builds a dataset."""
 
 import math
+import struct
 from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexReader
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.checks.refusal import Found, Refusal
+
+LOOKED_AT = 1_000_000
+"""Sequences of a data set, its last ones."""
 
 
 def _not_read(dest: str) -> Refusal:
@@ -31,6 +37,48 @@ def _missing_dataset(args: Namespace) -> Found:
             if not IndexedDataset.exists(prefix):
                 return {"prefix": prefix}
     return False
+
+
+def _damaged_dataset(args: Namespace) -> Found:
+    """What the host reads as it is, or refuses without the file's name."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
+        for prefix in _on_disk(prefixes):
+            try:
+                why = _defect(prefix)
+            except (AssertionError, OSError, ValueError, struct.error) as error:
+                why = f"{prefix}.idx cannot be read ({error})"
+            if why:
+                return {"prefix": prefix, "why": why}
+    return False
+
+
+def _defect(prefix: str) -> str | None:
+    """What is wrong with the files of a data set, beyond what stands in every sequence of a large
+    one: every rank looks.
+
+    Raises:
+        AssertionError, OSError, ValueError, struct.error: the index is damaged.
+    """
+    index = _IndexReader(f"{prefix}.idx", multimodal=False)
+    lengths, begins, documents = (
+        index.sequence_lengths,
+        index.sequence_pointers,
+        index.document_indices,
+    )
+    size = Path(f"{prefix}.bin").stat().st_size
+    if not len(lengths) or not size:
+        return "they hold no token"
+    if documents[0] != 0 or documents[-1] != len(lengths):
+        return "the index is damaged: its documents are not its sequences"
+    looked_at = slice(None) if len(lengths) <= LOOKED_AT else slice(-LOOKED_AT, None)
+    lengths, begins = lengths[looked_at].astype(np.int64), begins[looked_at]
+    ends = begins + lengths * index.dtype_size
+    if lengths.min() < 0 or begins.min() < 0 or (ends[:-1] != begins[1:]).any():
+        return "the index is damaged: its sequences do not follow each other"
+    if ends[-1] != size:
+        return f"the index ends at byte {ends[-1]} and {prefix}.bin at {size}"
+    return None
 
 
 def _bad_weight(args: Namespace) -> Found:
@@ -82,6 +130,11 @@ DATA = (
         "add --object-storage-cache-path",
     ),
     Refusal(_missing_dataset, "no dataset {prefix}.bin and {prefix}.idx"),
+    Refusal(
+        _damaged_dataset,
+        "{prefix}.bin and {prefix}.idx cannot be trained on",
+        "{why}; write or copy both again",
+    ),
     Refusal(
         _empty_split,
         "--split {split} leaves the {kind} data none of the {documents} documents of {prefix}",

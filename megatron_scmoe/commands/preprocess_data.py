@@ -73,9 +73,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
 
 
@@ -295,6 +298,9 @@ def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuar
     """
     from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder, optimal_dtype
 
+    for file in files:
+        if file.is_fifo():
+            _say(f"{file} is a pipe: it is waited for, and read until its writer closes it")
     tokenizer = load_tokenizer(args)
     batches_of_lines = read_batches(files)
     encoder = Encoder(

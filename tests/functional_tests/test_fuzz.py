@@ -1,13 +1,18 @@
-"""Command lines that somebody may type: each is taken, or refused in one line.
+"""What somebody may give to the programs: each is taken, or refused in one line.
 
-Seeded. Every line is handed to a fork of this process, which has imported everything, as far as a
-run goes without process groups. None may end in a traceback, take long or eat memory.
-FUZZ_LINES chooses how many.
+Command lines of a run and of the planner, corpora and command lines of preprocessing, data sets
+whose files are damaged. Seeded. Every input is handed to a fork of this process, which has imported
+everything, as far as a run goes without process groups. None may end in a traceback, take long, eat
+memory or leave something behind. FUZZ is how often as many inputs are tried. Damaged checkpoints,
+traces, records and files of times: tests/unit_tests/test_damaged_files.py.
 """
 
+import gc
+import gzip
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -19,16 +24,29 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.training import get_args
 from megatron.training.arguments import add_megatron_arguments
 
+import pretrain_gpt_scmoe
 from megatron_scmoe import say
 from megatron_scmoe.arguments import add_scmoe_args, parse_and_validate_args, prepare
+from megatron_scmoe.commands import plan_overlap, preprocess_data
+from megatron_scmoe.commands.plan_overlap import add_planner_args
 from megatron_scmoe.run.doctor.machine import start_up
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
+from tests.unit_tests.test_plan_overlap import CLUSTER, MODEL
+from tests.unit_tests.test_readme import parser_of
 
 # The refusals that it meets are seen one by one in test_every_refusal.py.
 pytestmark = pytest.mark.slow
+
+Input = tuple[object, Callable[[], Any]]
+Draw = Callable[[random.Random], Input]
 
 SEED = 20261127
 SECONDS = 20
@@ -64,6 +82,7 @@ def in_fork(call: Callable[[], Any], output: Path) -> tuple[int, float, str]:
     child = os.fork()
     if child == 0:
         code = 0
+        gc.disable()  # it would copy all that the parent has
         with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             try:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
@@ -84,9 +103,9 @@ def in_fork(call: Callable[[], Any], output: Path) -> tuple[int, float, str]:
     return (-1 if code == 255 else code), time.monotonic() - began, output.read_text("utf-8")
 
 
-def judge(code: int, seconds: float, output: str, codes: tuple[int, ...] = (0, 2)) -> str:
+def judge(code: int, seconds: float, output: str) -> str:
     """What is wrong with the end of one input, or nothing."""
-    if code not in codes:
+    if code not in (0, 2):
         return f"exit code {code}: {output[-700:]}"
     if seconds > SECONDS:
         return f"took {seconds:.0f} s"
@@ -132,16 +151,148 @@ def start(line: list[str]) -> None:
         start_up(args)
 
 
-def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    chance, actions = random.Random(SEED), options()
-    bad, outcomes = [], Counter[int]()
-    for _ in range(int(os.environ.get("FUZZ_LINES", "250"))):
-        line = command_line(chance, actions)
-        code, seconds, output = in_fork(lambda line=line: start(line), tmp_path / "output.txt")
+
+
+def try_all(number: int, draw: Draw, output: Path) -> None:
+    """Give inputs to a program, and say what was wrong with any.
+
+    Args:
+        number: of inputs.
+        draw: an input, as it is shown, and the program that takes it.
+    """
+    chance = random.Random(SEED)
+    bad, outcomes, ends = [], Counter[int](), Counter[str]()
+    for _ in range(number * int(os.environ.get("FUZZ", "1"))):
+        shown, call = draw(chance)
+        code, seconds, text = in_fork(call, output)
         outcomes[code] += 1
-        if wrong := judge(code, seconds, output):
-            bad.append(f"{line[len(BASE) :]}: {wrong}")
-    print(outcomes)
+        if wrong := judge(code, seconds, text):
+            bad.append(f"{shown}: {wrong}")
+        ends[text.splitlines()[-1][:150] if text else ""] += 1
+    print(outcomes, *ends.most_common(9), sep="\n")
     assert not bad, f"{len(bad)} of {outcomes}:\n" + "\n".join(bad)
+
+
+def test_command_lines(tmp_path: Path) -> None:
+    actions = options()
+
+    def draw(chance: random.Random) -> Input:
+        line = command_line(chance, actions)
+        return line[len(BASE) :], lambda: start(line)
+
+    try_all(250, draw, tmp_path / "output.txt")
+
+
+def test_plans(tmp_path: Path) -> None:
+    """Of a cluster or a model that there is not."""
+    actions = [
+        action
+        for action in add_planner_args(ArgumentParser(allow_abbrev=False))._actions
+        if action.dest.startswith(("cluster_", "measured", "extrapolate", "json"))
+    ]
+    every = options()
+
+    def draw(chance: random.Random) -> Input:
+        line = [*MODEL.split(), *CLUSTER.split()]
+        for _ in range(chance.randint(1, 3)):
+            action = chance.choice(actions if chance.random() < 0.7 else every)
+            value = [] if action.nargs == 0 else [chance.choice(VALUES)]
+            line += [action.option_strings[0], *value]
+        return line[len(MODEL.split()) :], lambda: run_main(plan_overlap.main, "plan", line)
+
+    try_all(20, draw, tmp_path / "output.txt")
+
+
+LINES = (
+    *(b'{"text": "1 2 3"}',) * 9,
+    *(b'{"text": ""}', b'{"text": 1}', b'{"text": null}', b'{"t": "1"}'),
+    *(b"", b" ", b"{", b"[]", b"1", b"\xff\xfe", b"\x00", b'{"text": "\\ud800"}', b"[" * 100_000),
+    *(b'{"text": "1"}{"text": "1"}', b'{"text": "99"}', b'{"text": "' + b"7 " * 100_000 + b'"}'),
+)
+
+
+def test_corpora(tmp_path: Path) -> None:
+    """Lines, packed or not, and the options that say what to do with them."""
+    actions = [
+        action
+        for action in parser_of(preprocess_data.parse_arguments)._actions
+        if action.dest not in ("help", "workers", "trust_remote_code", "output_prefix")
+    ]
+    corpus = tmp_path / "corpus"
+
+    def draw(chance: random.Random) -> Input:
+        shutil.rmtree(corpus, ignore_errors=True)
+        corpus.mkdir()
+        text = b"\n".join(chance.choices(LINES, k=chance.randrange(4)))
+        name = "text" + chance.choice((".jsonl", ".jsonl", ".gz", ".zst", ".xz", ".json"))
+        packed = gzip.compress(text) if name.endswith("gz") and chance.random() < 0.7 else text
+        (corpus / name).write_bytes(packed[: chance.choice((None, None, len(packed) // 2))])
+        line = ["--input", str(corpus / name), "--output-prefix", str(corpus / "out")]
+        line += ["--workers", "2", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+        for _ in range(chance.randrange(3)):
+            action = chance.choice(actions)
+            value = [] if action.nargs == 0 else [chance.choice(VALUES)]
+            line += [action.option_strings[-1], *value]
+
+        def call() -> int:
+            code = run_main(preprocess_data.main, "preprocess", line)
+            left = {path.name for path in corpus.iterdir()} - {name}
+            assert not (code and left), left
+            return code
+
+        return (name, text[:40], line[8:]), call
+
+    try_all(20, draw, tmp_path / "output.txt")
+
+
+def test_damaged_data_sets(tmp_path: Path) -> None:
+    """Bytes of either file changed, cut off or added; what is not refused is read to the end."""
+    prefix = tmp_path / "text"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for length in (0, 1, 70, 3, 200) * 12:
+        builder.add_document(numpy.arange(length) % 60, [length])
+    builder.finalize(f"{prefix}.idx")
+    whole = {end: Path(f"{prefix}.{end}").read_bytes() for end in ("idx", "bin")}
+
+    def draw(chance: random.Random) -> Input:
+        for end, content in whole.items():
+            Path(f"{prefix}.{end}").write_bytes(content)
+        end = chance.choice(("idx", "idx", "idx", "bin"))
+        content = bytearray(whole[end])
+        at = chance.randrange(len(content) if chance.random() < 0.7 else min(len(content), 42))
+        how = chance.choice(("changed", "changed", "set", "cut", "added", "empty"))
+        match how:
+            case "changed":
+                content[at] = chance.randrange(256)
+            case "set":
+                content[at : at + 8] = chance.choice((b"\xff", b"\x00", b"\x7f")) * 8
+            case "cut":
+                del content[at:]
+            case "added":
+                content[at:at] = chance.randbytes(chance.randint(1, 9))
+            case "empty":
+                content.clear()
+        Path(f"{prefix}.{end}").write_bytes(content)
+        return (end, how, at), lambda: read_all(["--data-path", str(prefix)])
+
+    try_all(20, draw, tmp_path / "output.txt")
+
+
+def read_all(data: list[str]) -> None:
+    """What a run does with its data, and every sample of it."""
+    start([*TINY_MODEL, *TINY_MOE, *data, "--split", "50,50,0", "--vocab-size", "70"])
+    config = pretrain_gpt_scmoe.dataset_config_from_args(get_args())
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, (8, 8, 0), lambda: True, config)
+    for dataset in filter(None, builder.build()):
+        for sample in dataset:
+            assert len(sample["tokens"]) == config.sequence_length
+
+
+def run_main(main: Callable[..., int], name: str, line: list[str]) -> int:
+    """A program's end with these words."""
+    sys.argv = [name, *line]
+    return main()

@@ -5,6 +5,7 @@ Records, metrics and traces are complete: every pass and chunk, the bytes of eve
 
 import json
 import math
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
+from megatron_scmoe.overlap.measure.time_left import TimeLeft
 from megatron_scmoe.overlap.measure.trace import TraceWriter
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
@@ -284,3 +286,13 @@ def test_nothing_overlaps_in_a_lane(tmp_path: Path) -> None:
     assert list(lanes) == ["experts, forward", *exchanges]
     for lane in lanes.values():
         assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(lane)))
+
+
+def test_time_left_is_that_of_the_last_iterations() -> None:
+    left = TimeLeft()
+    assert left.after(40, 1000, now=7.0) == ""  # the first after a resume
+    assert left.after(42, 1000, now=11.0) == "0:31:56"
+    for iteration in range(43, 600):  # ten times as slow from here on
+        text = left.after(iteration, 1000, now=11.0 + 20.0 * (iteration - 42))
+    assert text == str(timedelta(seconds=20 * (1000 - 599)))
+    assert left.after(1000, 1000, now=1e6) == ""

@@ -7,6 +7,7 @@ tests/functional_tests/test_refusals.py.
 import importlib
 import pkgutil
 import shlex
+import shutil
 from argparse import ArgumentParser, Namespace
 from functools import cache
 from pathlib import Path
@@ -374,6 +375,9 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "b has the weight 0 among the data": Typed(data.DATA, "--data-path 0 b 1 CORPUS"),
     "s3://bucket/text is read through": Typed(data.DATA, "--data-path s3://bucket/text"),
     "no dataset /nowhere/corpus.bin": Typed(data.DATA, "--data-path /nowhere/corpus"),
+    "CORPUS.cut.bin and CORPUS.cut.idx cannot be trained on: the index ends at byte 48 and": Typed(
+        data.DATA, "--data-path CORPUS.cut"
+    ),
     "--split 98,1,1 leaves the valid data none of the 3": Typed(
         data.DATA, "--data-path CORPUS --split 98,1,1"
     ),
@@ -473,6 +477,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for _ in range(3):
         builder.add_document(numpy.arange(4), [4])
     builder.finalize(f"{prefix}.idx")
+    shutil.copy(f"{prefix}.idx", f"{prefix}.cut.idx")
+    Path(f"{prefix}.cut.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-1])
     Path(f"{prefix}.loop").symlink_to(f"{prefix}.loop")
     return prefix
 

@@ -29,7 +29,7 @@ class WorkerDied(RuntimeError):
 
 
 def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R]:
-    """function(item) for each item, in order, computed by `workers` forked processes.
+    """function(item) for each item, in order, computed by at most `workers` forked processes.
 
     The processes inherit `function`, so it may hold what cannot be pickled; items and results are
     pickled. Close the iterator (contextlib.closing) to stop early: workers are then killed.
@@ -43,17 +43,18 @@ def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: i
     following = 0  # number of the item whose result is yielded next
     more = True
     try:
-        with _blocked_signals():  # until a worker has set its own handlers
-            for _ in range(workers):
-                team.append(_Worker(function, team))
         while True:
-            for worker in team:
-                taken = len(results) + sum(other.number is not None for other in team)
-                if more and worker.number is None and taken < ITEMS_PER_WORKER * workers:
-                    number, item = next(source, (-1, None))
-                    more = number >= 0
-                    if more:
-                        worker.send(number, item)
+            while more:
+                idle = [worker for worker in team if worker.number is None]
+                taken = len(results) + len(team) - len(idle)
+                if taken == ITEMS_PER_WORKER * workers or not (idle or len(team) < workers):
+                    break
+                number, item = next(source, (-1, None))
+                more = number >= 0
+                if more:
+                    if not idle:  # no more processes than there is work for
+                        idle = [_start(function, team)]
+                    idle[0].send(number, item)
             busy = any(worker.number is not None for worker in team)
             for worker in _answering(team, block=busy and following not in results):
                 number, result = worker.receive()
@@ -72,6 +73,13 @@ def ordered_map[T, R](function: Callable[[T], R], items: Iterable[T], workers: i
             worker.connection.close()
         for worker in team:
             worker.process.join()
+
+
+def _start(function: Callable[[Any], Any], team: list["_Worker"]) -> "_Worker":
+    """One worker more for the team."""
+    with _blocked_signals():  # until it has set its own handlers
+        team.append(_Worker(function, team))
+    return team[-1]
 
 
 class _Worker:

@@ -23,6 +23,7 @@ Measured where the exchanges run (overlap/streams.py); evaluation is not counted
 """
 
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -42,6 +43,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
     slow_down,
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
+from megatron_scmoe.overlap.measure.time_left import TimeLeft
 from megatron_scmoe.overlap.measure.trace import TRACED_OPTIONS, TRACED_PARAMETERS, TraceWriter
 from megatron_scmoe.overlap.recorder import UnitRecord, UnitRecorder
 from megatron_scmoe.overlap.schedule import Route, Slots, default_slots
@@ -95,6 +97,7 @@ class UnitTracker(MoEMetricsTracker):
         self._first = FirstIterations(position, 1 + len(further)) if overlap else None
         self._beside: tuple[UnitTimes, UnitTimes] | None = None
         self._slow_down: SlowDown | None = None
+        self._time_left = TimeLeft()
 
     def report(
         self, loss_scale: float, iteration: int, writer=None, wandb_writer=None, **options: Any
@@ -145,6 +148,8 @@ class UnitTracker(MoEMetricsTracker):
             by_layer = " ".join(f"{share:.0%}" for share in shares.values())
             console += f" gates agree: {mean:.1%} ({by_layer}) |"
         self._log_scalars(scalars, iteration, writer, wandb_writer)
+        if left := self._time_left.after(iteration, get_args().train_iters, time.monotonic()):
+            console += f" time left: {left} |"
         return losses + console
 
     def _shares_of_same_choices(self, records: list[UnitRecord]) -> dict[int, float]:

@@ -101,3 +101,15 @@ def test_stopped_while_workers_send():
     time.sleep(0.5)
     results.close()
     assert multiprocessing.active_children() == []
+
+
+def test_no_more_processes_than_there_is_work_for() -> None:
+    """In place of 500, each of which is forked and ended."""
+    with closing(ordered_map(_process, range(3), 500)) as results:
+        first = next(results)
+        assert len(multiprocessing.active_children()) <= 3
+        assert len({first, *results}) <= 3
+
+
+def _process(_: int) -> int:
+    return os.getpid()
