@@ -102,6 +102,21 @@ def one_line_interrupts() -> None:
     sys.excepthook = replacement
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Raises what it refuses, without argparse's usage before it.
+
+    Args:
+        refused: the kind of error.
+    """
+
+    def __init__(self, refused: type[Exception], **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._refused = refused
+
+    def error(self, message: str) -> NoReturn:
+        raise self._refused(f"{message} (see --help)")
+
+
 def one_line_usage_errors(parser: argparse.ArgumentParser) -> None:
     """Let the parser raise instead of printing the host's several hundred lines of usage."""
 

@@ -19,8 +19,7 @@ import torch.multiprocessing as mp
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-TIMEOUT = timedelta(seconds=120)  # of one collective
-LIMIT_S = 240  # of one job
+from tests.limits import COLLECTIVE_S, JOB_S
 
 # Ranks are forked from a server that has imported this once, instead of importing it again each.
 # The entry script first: it replaces symbols of the host before the host is imported.
@@ -43,7 +42,7 @@ def initialize(rank: int, world_size: int, store: Path, **parallel_sizes: int) -
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
-        timeout=TIMEOUT,
+        timeout=timedelta(seconds=COLLECTIVE_S),
     )
     parallel_state.initialize_model_parallel(**parallel_sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
@@ -72,7 +71,7 @@ def run_distributed(
 
     Raises:
         Exception: the first rank's failure, with its traceback.
-        TimeoutError: the job took longer than LIMIT_S; no rank is left behind.
+        TimeoutError: the job took longer than JOB_S; no rank is left behind.
     """
     with tempfile.TemporaryDirectory() as folder:
         # By file: the start method would pass tensors as file descriptors, a few hundred at most.
@@ -85,10 +84,10 @@ def run_distributed(
             start_method="forkserver",
         )
         try:
-            deadline = time.monotonic() + LIMIT_S
+            deadline = time.monotonic() + JOB_S
             while not job.join(timeout=1):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{function.__name__} on {world_size} ranks: {LIMIT_S} s")
+                    raise TimeoutError(f"{function.__name__} on {world_size} ranks: {JOB_S} s")
         finally:
             for process in job.processes:
                 process.kill()

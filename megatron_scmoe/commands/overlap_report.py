@@ -11,7 +11,6 @@ Exit codes: 0 done; 2 options or traces are wrong, or the picture cannot be writ
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_scmoe import say
 from megatron_scmoe.commands.trace_report.analysis import analyse
@@ -20,19 +19,13 @@ from megatron_scmoe.commands.trace_report.report_text import render
 from megatron_scmoe.commands.trace_report.traces import TraceError, read_run
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without argparse's usage before it."""
-        raise TraceError(f"{message} (see --help)")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options.
 
     Raises:
         TraceError: they cannot be read.
     """
-    parser = _Parser(description="What the traces of a run say.", allow_abbrev=False)
+    parser = say.OneLineParser(TraceError, description="What the traces of a run say.")
     parser.add_argument("trace_dir", type=Path, help="the run's --scmoe-trace-dir")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw into this file too: .png, .svg, .pdf"

@@ -42,7 +42,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from megatron_scmoe import __version__
 from megatron_scmoe.commands.preprocess import DataError
@@ -61,15 +61,10 @@ from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentences import check_nltk, load_splitter
 from megatron_scmoe.commands.preprocess.work_folder import work_folder
 from megatron_scmoe.commands.preprocess.worker_pool import WorkerDied, ordered_map
+from megatron_scmoe.say import OneLineParser
 
 SKIPPED_SHOWN = 10
 SAMPLE_CHARS = 1 << 16  # of each document of the sample on which a fast engine is proven
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without argparse's usage before it."""
-        raise DataError(f"{message} (see --help)")
 
 
 def _count(text: str) -> int:
@@ -92,11 +87,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         DataError: they cannot work.
     """
-    parser = _Parser(
+    parser = OneLineParser(
+        DataError,
         description="JSON lines to Megatron's .bin and .idx, byte for byte as Megatron-LM's tool.",
         epilog="Nothing appears under a final name before it is whole. "
         "Exit codes: 1 machine, 2 options or input, 130 and 143 stopped.",
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("input")
     group.add_argument(

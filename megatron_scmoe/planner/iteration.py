@@ -79,7 +79,7 @@ class Iteration(NamedTuple):
         return max(1, math.floor((self.exposed - other.exposed) / gain) + 1)
 
 
-class Contender(NamedTuple):
+class Racer(NamedTuple):
     """A model in an iteration."""
 
     traffic: Traffic
@@ -96,16 +96,16 @@ class Race:
     num_microbatches: int
     overlaps: bool
     """Whether the command line has --overlap-grad-reduce."""
-    shortcut: Contender
-    wider: Contender
+    shortcut: Racer
+    wider: Racer
     """Top-(K+1) without a shared expert."""
-    shared: Contender
+    shared: Racer
     """Top-K with a shared expert."""
 
-    def now(self, contender: Contender) -> Iteration:
+    def now(self, contender: Racer) -> Iteration:
         return contender.overlapped if self.overlaps else contender.waiting
 
-    def over(self, contender: Contender) -> float:
+    def over(self, contender: Racer) -> float:
         """The shortcut's speed-up over another."""
         ours, theirs = (
             self.now(each).seconds(self.num_microbatches) for each in (self.shortcut, contender)
@@ -134,11 +134,11 @@ def race(
     """
     units = sum(moe_layer_pattern(config.transformer)) / args.pipeline_model_parallel_size
 
-    def contender(built: ScMoEModelConfig, work: Work) -> Contender:
+    def contender(built: ScMoEModelConfig, work: Work) -> Racer:
         size = model_size(built, args.seq_length, args.micro_batch_size)
         own = traffic(args, size, training, cluster)
         parameters = args.overlap_param_gather
-        return Contender(
+        return Racer(
             own,
             *(
                 Iteration(units * work.seconds, exposed_seconds(own, work, units, overlap))

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import default_slots
 from megatron_scmoe.planner.cluster import PRESETS
-from megatron_scmoe.planner.iteration import Contender, Race
+from megatron_scmoe.planner.iteration import Race, Racer
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
@@ -327,7 +327,7 @@ def _race_table(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     )
 
 
-def _wins(ours: Contender, theirs: Contender) -> str:
+def _wins(ours: Racer, theirs: Racer) -> str:
     waiting = ours.waiting.wins_from(theirs.waiting)
     overlapped = ours.overlapped.wins_from(theirs.overlapped)
     if waiting is None or overlapped is None:

@@ -20,7 +20,8 @@ from torch import distributed as dist
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from tests.distributed_utils import run_distributed
 from tests.functional_tests.forked import speak_at_once, start_ranks
-from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, TINY_MODEL, TINY_MOE
+from tests.functional_tests.launch import SCRIPT, TINY_MODEL, TINY_MOE
+from tests.limits import JOB_S
 from tests.models import Case
 
 WORLD_SIZE = 4
@@ -226,7 +227,7 @@ def test_stage_that_cuts_a_unit_is_refused(tmp_path: Path) -> None:
     options = [*TINY_MODEL, *TINY_MOE, *units, *shortcut, "--mock-data"]
     ranks = start_ranks(options, outputs, hook=speak_at_once)
     for rank in ranks:
-        rank.join(TIMEOUT_S)
+        rank.join(JOB_S)
         rank.kill()
     for rank, output in zip(ranks, outputs, strict=True):
         text = output.read_text()

@@ -16,7 +16,8 @@ from typing import Any
 from megatron_scmoe import say
 from megatron_scmoe.say import EXIT_CODE
 from tests import distributed_utils  # the server's preloaded modules
-from tests.functional_tests.launch import SCRIPT, TIMEOUT_S, Run, free_port
+from tests.functional_tests.launch import SCRIPT, Run, free_port
+from tests.limits import JOB_S
 
 assert distributed_utils  # imported for its effect
 
@@ -47,7 +48,7 @@ def launch_forked(
     outputs = [folder / f"rank{rank}.txt" for rank in range(nproc)]
     ranks = start_ranks(options, outputs, largest_file, hook, main)
     try:
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + JOB_S
         while any(rank.exitcode is None for rank in ranks):
             if any(rank.exitcode for rank in ranks):
                 refused = ranks[0].exitcode == EXIT_CODE

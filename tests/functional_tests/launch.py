@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.limits import JOB_S
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "pretrain_gpt_scmoe.py"
-TIMEOUT_S = 240
 
 LOSS_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 FIELD = re.compile(r" ([a-z ]+): +([-+0-9.E]+) \|")
@@ -80,7 +81,7 @@ def _run(command: list[str], extra_env: dict[str, str] | None = None) -> Run:
         stderr=subprocess.PIPE,
     )
     try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        stdout, stderr = process.communicate(timeout=JOB_S)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.communicate()
@@ -130,7 +131,7 @@ class Launcher:
         Raises:
             subprocess.TimeoutExpired: it hangs.
         """
-        return self._process.wait(TIMEOUT_S)
+        return self._process.wait(JOB_S)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_scmoe.run.doctor import links, machine
+from tests.limits import JOB_S
 
 from .forked import launch_forked
-from .launch import TIMEOUT_S, TINY_MODEL, TINY_MOE
+from .launch import TINY_MODEL, TINY_MOE
 
 OPTIONS = [*TINY_MODEL, *TINY_MOE, "--mock-data"]
 SLOW_RANK = 2
@@ -54,7 +55,7 @@ def doctor_of_a_hanging_rank() -> int:
 
     def hang(*args: object) -> None:
         if torch.distributed.get_rank() == 1:
-            time.sleep(TIMEOUT_S)
+            time.sleep(JOB_S)
         exchange(*args)  # type: ignore[arg-type]
 
     links.exchange_with = hang
@@ -74,7 +75,7 @@ def doctor_of_a_missing_rank() -> int:
         store = torch.distributed.TCPStore(
             "localhost", port, is_master=True, wait_for_workers=False
         )
-        time.sleep(TIMEOUT_S)
+        time.sleep(JOB_S)
         del store
     doctor.TIMEOUT_MINUTES = SHORT_MINUTES  # type: ignore[assignment]
     return doctor.main()

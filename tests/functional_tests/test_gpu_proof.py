@@ -15,7 +15,7 @@ from megatron_scmoe.overlap.collectives import PerTensor
 from tools.gpu_proof.bundle import PACKAGES, TRANSFORMER_ENGINE
 from tools.gpu_proof.environment import make
 from tools.gpu_proof.parts import PARTS, read_part
-from tools.gpu_proof.results import Finding, read_findings
+from tools.gpu_proof.results import ProofFinding, read_findings
 
 from .launch import REPOSITORY
 
@@ -44,7 +44,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("environment"), names=PACKAGES)
 
 
-def rehearse(python: Path, output: Path, part: str) -> list[Finding]:
+def rehearse(python: Path, output: Path, part: str) -> list[ProofFinding]:
     done = run(
         python, "-m", "tools.gpu_proof", "--device", "cpu", "--only", part, "--output", output
     )

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests import distributed_utils  # what the server of the forks has imported
+from tests.limits import PROOF_S
 from tools.gpu_proof import right
-from tools.gpu_proof.results import Finding, Results, read_findings
+from tools.gpu_proof.results import ProofFinding, Results, read_findings
 
 assert distributed_utils  # imported for its effect
 
-LIMIT_S = 400  # on a machine that does other things too
 POSITIONS = ("pos1", "pos2", "pos3")
 NEEDS_CUDA = "needs CUDA"
 
@@ -26,15 +26,15 @@ NEEDS_CUDA = "needs CUDA"
 def _run(part: str, folder: Path) -> None:
     torch.set_num_threads(1)
     module = importlib.import_module(f"tools.gpu_proof.{part}")
-    module.run(Results(part, folder), torch.device("cpu"), LIMIT_S)
+    module.run(Results(part, folder), torch.device("cpu"), PROOF_S)
 
 
-def rehearse(part: str, folder: Path) -> dict[str, Finding]:
+def rehearse(part: str, folder: Path) -> dict[str, ProofFinding]:
     """Run a part in a process of its own, as the proof does."""
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(part, folder))
     process.start()
     try:
-        process.join(LIMIT_S)
+        process.join(PROOF_S)
     finally:
         process.kill()
     assert process.exitcode == 0
@@ -46,7 +46,7 @@ def rehearse(part: str, folder: Path) -> dict[str, Finding]:
 
 
 def check_outcomes(
-    findings: dict[str, Finding], promised: dict[str, str], skipped: dict[str, str]
+    findings: dict[str, ProofFinding], promised: dict[str, str], skipped: dict[str, str]
 ) -> None:
     """All promised outcomes and no others; what was skipped says why."""
     assert {name: finding.outcome for name, finding in findings.items()} == {

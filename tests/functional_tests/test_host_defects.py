@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import JOB_S
+
 from .forked import launch_forked
 from .launch import REPOSITORY, SCRIPT, TINY_MODEL, TINY_MOE, Run
 from .test_doctor import doctor
@@ -122,7 +124,7 @@ def test_without_a_launcher_it_is_one_rank_that_an_interrupt_ends_in_one_line() 
         if "iteration        3/  100000" in line:
             run.send_signal(signal.SIGINT)
             break
-    _, errors = run.communicate(timeout=120)
+    _, errors = run.communicate(timeout=JOB_S)
     assert run.returncode == -signal.SIGINT, errors[-3000:]
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].endswith(f"{SCRIPT}: error: stopped by an interrupt.")

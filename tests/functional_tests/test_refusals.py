@@ -16,8 +16,7 @@ import pytest
 
 from tests import distributed_utils  # the server's preloaded modules
 from tests.functional_tests.launch import SCRIPT
-
-TIMEOUT_S = 100
+from tests.limits import JOB_S
 
 assert distributed_utils  # imported for its effect
 
@@ -203,10 +202,10 @@ def test_refusal(case: str, tmp_path: Path) -> None:
     for process in ranks:
         process.start()
     try:
-        ranks[0].join(TIMEOUT_S)
+        ranks[0].join(JOB_S)
         assert ranks[0].exitcode == 2, "".join(path.read_text() for path in outputs)[-3000:]
         ranks[1].terminate()  # as torchrun does
-        ranks[1].join(TIMEOUT_S)
+        ranks[1].join(JOB_S)
         assert ranks[1].exitcode in (2, -signal.SIGTERM)
     finally:
         for process in ranks:

@@ -19,8 +19,8 @@ import torch
 from tools.gpu_proof.bundle import PACKAGES, TRANSFORMER_ENGINE, pack, requirements
 from tools.gpu_proof.observed_run import Wait, watched
 from tools.gpu_proof.parts import PARTS, read_part
-from tools.gpu_proof.results import Finding, Results, read_findings
-from tools.gpu_proof.runs import Run, difference
+from tools.gpu_proof.results import ProofFinding, Results, read_findings
+from tools.gpu_proof.runs import ProofRun, difference
 from tools.gpu_proof.summary import write_summary
 
 REPOSITORY = Path(__file__).parents[2]
@@ -212,14 +212,14 @@ def test_findings_on_the_page(tmp_path: Path) -> None:
     ],
 )
 def test_the_line_of_a_run_that_says_what_was_wrong(output: str, said: str) -> None:
-    assert Run("toy", 3, output, 1.0).error() == f"exit code 3: {said}"
+    assert ProofRun("toy", 3, output, 1.0).error() == f"exit code 3: {said}"
 
 
 @pytest.mark.parametrize("losses", [{}, {1: float("nan")}])
 def test_a_run_without_finite_losses_has_failed(tmp_path: Path, losses: dict[int, float]) -> None:
     results = Results("toy", tmp_path, echo=False)
-    assert not Run("toy", 0, "", 1.0, {"lm loss": losses}).ended(results)
-    assert Run("toy", 0, "", 1.0, {"lm loss": {1: 2.0}}).ended(results)
+    assert not ProofRun("toy", 0, "", 1.0, {"lm loss": losses}).ended(results)
+    assert ProofRun("toy", 0, "", 1.0, {"lm loss": {1: 2.0}}).ended(results)
     assert [finding.outcome for finding in read_findings(tmp_path)] == ["failed", "passed"]
 
 
@@ -281,5 +281,5 @@ def test_packing_a_wheel_changes_its_size_only(tmp_path: Path) -> None:
 
 
 def test_a_finding_is_one_line() -> None:
-    finding = Finding("toy", "sum", "failed", "is 3", {"seconds": 0.123456})
+    finding = ProofFinding("toy", "sum", "failed", "is 3", {"seconds": 0.123456})
     assert finding.line() == "failed   toy: sum; seconds 0.1235; is 3"

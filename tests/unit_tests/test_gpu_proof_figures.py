@@ -55,7 +55,7 @@ from tools.gpu_proof.layers import (
     largest,
     on_disk,
 )
-from tools.gpu_proof.results import Finding, Results, read_findings
+from tools.gpu_proof.results import ProofFinding, Results, read_findings
 from tools.gpu_proof.timing import PartStep, Rates, Timing, do_steps, in_turns, judge
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -70,7 +70,7 @@ def outcomes(results: Results) -> dict[str, str]:
     return {finding.name: finding.outcome for finding in read_findings(results.folder)}
 
 
-def last(results: Results) -> Finding:
+def last(results: Results) -> ProofFinding:
     return read_findings(results.folder)[-1]
 
 

@@ -14,7 +14,7 @@ from megatron_scmoe.commands.trace_report.advice import advise
 from megatron_scmoe.commands.trace_report.analysis import Figures, analyse
 from megatron_scmoe.commands.trace_report.picture import draw
 from megatron_scmoe.commands.trace_report.report_text import render, slot_name
-from megatron_scmoe.commands.trace_report.traces import Run, read_run
+from megatron_scmoe.commands.trace_report.traces import TracedRun, read_run
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.each_iteration import traced_parameters
 from megatron_scmoe.overlap.measure.trace import TraceWriter
@@ -127,7 +127,7 @@ def write_run(
     return folder
 
 
-def figures_of(folder: Path, **options: Any) -> tuple[Run, Figures]:
+def figures_of(folder: Path, **options: Any) -> tuple[TracedRun, Figures]:
     run = read_run(write_run(folder, **options))
     return run, analyse(run)
 
@@ -215,7 +215,7 @@ def test_the_example_is_typical(tmp_path: Path) -> None:
     place = analyse(run).example["forward"].place
     slow = run.records[place]
     slow.exchanges[:] = [x._replace(end=x.end + 1) for x in slow.exchanges]
-    again = Run(run.facts, run.groups, run.parameters, run.slots, (), run.records)
+    again = TracedRun(run.facts, run.groups, run.parameters, run.slots, (), run.records)
     for rank in (None, 0, 1):
         example = analyse(again, rank).example
         assert example["forward"].place == example["backward"].place != place

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from megatron_scmoe.run.checkpoint.writer import SECONDS_TO_NOTICE, obey_the_rank_alone
 from tests import distributed_utils  # the server's preloaded modules
+from tests.limits import PROCESS_S
 
 assert distributed_utils  # imported for its effect
-
-LIMIT_S = 60
 
 
 def write(ready: Connection) -> None:
     obey_the_rank_alone()
     ready.send(os.getpid())
-    time.sleep(LIMIT_S)
+    time.sleep(PROCESS_S)
 
 
 def start_writer(start_method: str) -> multiprocessing.process.BaseProcess:
@@ -27,7 +26,7 @@ def start_writer(start_method: str) -> multiprocessing.process.BaseProcess:
     ready, says = context.Pipe(duplex=False)
     writer = context.Process(target=write, args=(says,))  # type: ignore[attr-defined]
     writer.start()
-    assert ready.poll(LIMIT_S)
+    assert ready.poll(PROCESS_S)
     return writer
 
 
@@ -43,7 +42,7 @@ def test_it_obeys_its_rank_alone() -> None:
     writer.join(2 * SECONDS_TO_NOTICE)
     assert writer.exitcode is None
     os.kill(writer.pid, signal.SIGTERM)
-    writer.join(LIMIT_S)
+    writer.join(PROCESS_S)
     assert writer.exitcode == 1
 
 
@@ -53,7 +52,7 @@ def test_it_leaves_with_its_rank() -> None:
     rank = context.Process(target=be_a_rank, args=(says,))
     rank.start()
     writer = Path("/proc", str(hears.recv()))
-    deadline = time.monotonic() + LIMIT_S / 2
+    deadline = time.monotonic() + PROCESS_S / 2
     while writer.exists():
         assert time.monotonic() < deadline, "the writer outlives its rank"
         time.sleep(0.1)

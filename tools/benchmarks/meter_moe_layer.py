@@ -63,7 +63,7 @@ class LayerClock:
         self.seconds[field] += time.perf_counter() - started
 
 
-class _Mark(torch.autograd.Function):
+class _Timestamp(torch.autograd.Function):
     """The identity; `reached` is called when the gradient passes."""
 
     @staticmethod
@@ -84,9 +84,9 @@ def timed_forward(forward: Callable[..., Any], clock: LayerClock) -> Callable[..
     def replacement(self: MoELayer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         clock.begin(torch.is_grad_enabled())
         # Backward goes the other way: it enters at the output and leaves at the input.
-        hidden_states = _Mark.apply(hidden_states, clock.end)
+        hidden_states = _Timestamp.apply(hidden_states, clock.end)
         output, bias = forward(self, hidden_states, *args, **kwargs)
-        output = _Mark.apply(output, functools.partial(clock.begin, True))
+        output = _Timestamp.apply(output, functools.partial(clock.begin, True))
         clock.end()
         return output, bias
 

@@ -28,7 +28,7 @@ import torch
 from tools.benchmarks.provenance import describe
 from tools.gpu_proof.parts import PACKAGE, PARTS, Part, read_part
 from tools.gpu_proof.processes import adopt_orphans, kill_descendants
-from tools.gpu_proof.results import FINDINGS, Finding, Results, read_findings
+from tools.gpu_proof.results import FINDINGS, ProofFinding, Results, read_findings
 from tools.gpu_proof.summary import write_summary
 
 MINIMUM_S = 20.0
@@ -159,7 +159,7 @@ def parse_args(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     return parser.parse_args(argv)
 
 
-def _failed(finding: Finding) -> bool:
+def _failed(finding: ProofFinding) -> bool:
     return finding.outcome == "failed"
 
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_scmoe.overlap.collectives import PerTensor
 from tools.gpu_proof.results import Results
-from tools.gpu_proof.runs import LOCAL, MODEL, Job, Run
+from tools.gpu_proof.runs import LOCAL, MODEL, ProofJob, ProofRun
 
 LIMIT_S: float = 150.0
 CORRECTNESS: bool = True
@@ -57,8 +57,8 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         folder = Path(name)
         saves = {what: str(folder / f"saved_{what}") for what in ("local", "async", "engine")}
 
-        def start(name: str, *options: str, observe: Sequence[str] = ()) -> Job:
-            return Job(name, folder, [*common, *options], observe)
+        def start(name: str, *options: str, observe: Sequence[str] = ()) -> ProofJob:
+            return ProofJob(name, folder, [*common, *options], observe)
 
         def saving(what: str) -> list[str]:
             return ["--save", saves[what], "--save-interval", str(SAVED)]
@@ -104,7 +104,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         _check_same(results, name, engine_resumed, _rest(engine_run), trained)
 
 
-def _check_training(results: Results, run: Run) -> bool:
+def _check_training(results: Results, run: ProofRun) -> bool:
     """Whether there are losses to compare others with."""
     if not run.ended(results):
         return False
@@ -113,7 +113,7 @@ def _check_training(results: Results, run: Run) -> bool:
     return True
 
 
-def _check_slots(results: Results, run: Run) -> None:
+def _check_slots(results: Results, run: ProofRun) -> None:
     """That they were measured, which needs exchanges."""
     chosen = [line for line in run.output.splitlines() if line.startswith("expert slot ")]
     results.check("slots are measured", len(chosen) == 2, "; ".join(chosen))
@@ -122,7 +122,7 @@ def _check_slots(results: Results, run: Run) -> None:
 def _check_same(
     results: Results,
     name: str,
-    run: Run,
+    run: ProofRun,
     expected: Mapping[str, Mapping[int, float]],
     comparable: bool,
 ) -> None:
@@ -140,7 +140,7 @@ def _check_same(
     results.check(name, same, note)
 
 
-def _rest(run: Run) -> dict[str, dict[int, float]]:
+def _rest(run: ProofRun) -> dict[str, dict[int, float]]:
     """Behind the checkpoint."""
     return {
         name: {step: value for step, value in curve.items() if step > SAVED}
@@ -148,7 +148,7 @@ def _rest(run: Run) -> dict[str, dict[int, float]]:
     }
 
 
-def _list_waits(results: Results, run: Run) -> None:
+def _list_waits(results: Results, run: ProofRun) -> None:
     if run.code != 0:
         return
     number = sum(count for _, _, count in run.waits)

@@ -21,7 +21,15 @@ import torch
 
 from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
-from tools.gpu_proof.runs import ENVIRONMENT, LOCAL, MODEL, Job, Run, difference, rank_variables
+from tools.gpu_proof.runs import (
+    ENVIRONMENT,
+    LOCAL,
+    MODEL,
+    ProofJob,
+    ProofRun,
+    difference,
+    rank_variables,
+)
 
 LIMIT_S: float = 100.0
 CORRECTNESS: bool = True
@@ -59,17 +67,17 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         initial = str(folder / "checkpoint")
         save = ["--train-iters", "1", "--save", initial, "--save-interval", "1", "--no-save-optim"]
         options = [*MODEL, *TRAIN, *LOCAL, "--micro-batch-size", "4"]
-        job = Job("initial weights", folder, [*options, *save], ranks=1, environment=NO_GPU)
+        job = ProofJob("initial weights", folder, [*options, *save], ranks=1, environment=NO_GPU)
         with results.guarded("gloo's collectives"):
             _try_collectives(results, device)
         if not job.wait(deadline).ended(results):
             return
 
         options += ["--load", initial, "--finetune", *STEPS]
-        first = Job("one process, CPU", folder, options, ranks=1, environment=NO_GPU)
+        first = ProofJob("one process, CPU", folder, options, ranks=1, environment=NO_GPU)
         # DDP reduces buckets by one coalesced call, which gloo has for the CPU only.
         jobs = [
-            Job(
+            ProofJob(
                 layout,
                 folder,
                 [*options, *shlex.split(more)],
@@ -85,7 +93,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
             _compare(results, job.wait(deadline), reference, comparable)
 
 
-def _compare(results: Results, run: Run, reference: Run, comparable: bool) -> None:
+def _compare(results: Results, run: ProofRun, reference: ProofRun, comparable: bool) -> None:
     if not (run.ended(results) and comparable):
         return
     found = difference(run.losses, reference.losses)

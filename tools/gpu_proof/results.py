@@ -18,7 +18,7 @@ FINDINGS = "findings.jsonl"
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProofFinding:
     """One thing that was looked at."""
 
     part: str
@@ -81,20 +81,20 @@ class Results:
 
     def _add(self, name: str, outcome: Outcome, note: str, values: dict[str, Any]) -> None:
         at = round(time.perf_counter() - self._began, 3)
-        finding = Finding(self.part, name, outcome, note, values, at)
+        finding = ProofFinding(self.part, name, outcome, note, values, at)
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(finding)) + "\n")
         if self._echo:
             print(finding.line(), flush=True)
 
 
-def read_findings(folder: Path) -> list[Finding]:
+def read_findings(folder: Path) -> list[ProofFinding]:
     """All findings in a folder, in order; a line that was cut off by a kill is left out."""
     path = folder / FINDINGS
     findings = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            findings.append(Finding(**json.loads(line)))
+            findings.append(ProofFinding(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):
             continue
     return findings

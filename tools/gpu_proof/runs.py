@@ -51,7 +51,7 @@ LOCAL = shlex.split(
 
 
 @dataclass(frozen=True)
-class Run:
+class ProofRun:
     """What a run left behind."""
 
     name: str
@@ -86,7 +86,7 @@ class Run:
         return results.check(f"{self.name}: ends", good, note, seconds=self.seconds)
 
 
-class Job:
+class ProofJob:
     """A run on this machine's only device.
 
     Args:
@@ -131,7 +131,7 @@ class Job:
                 )
             self._processes.append(process)
 
-    def wait(self, deadline: float) -> Run:
+    def wait(self, deadline: float) -> ProofRun:
         """Until it ends, or until then, in seconds of `time.monotonic`."""
         while True:
             codes = [process.poll() for process in self._processes]
@@ -148,13 +148,13 @@ class Job:
         output = "".join(path.read_text(errors="replace") for path in self._outputs)
         seconds = round(time.perf_counter() - self._began, 1)
         if not self._record.exists():
-            return Run(self._name, code, output, seconds)
+            return ProofRun(self._name, code, output, seconds)
         record = json.loads(self._record.read_text())
         curves = {
             name: {int(iteration): value for iteration, value in curve.items()}
             for name, curve in record["curves"].items()
         }
-        return Run(self._name, code, output, seconds, curves, record["waits"])
+        return ProofRun(self._name, code, output, seconds, curves, record["waits"])
 
 
 def difference(curve: Mapping[int, float], reference: Mapping[int, float]) -> float:

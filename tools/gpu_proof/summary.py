@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_scmoe.words import markdown_table, write_whole
 from tools.benchmarks.provenance import as_markdown
-from tools.gpu_proof.results import OUTCOMES, Finding
+from tools.gpu_proof.results import OUTCOMES, ProofFinding
 
 
 def write_summary(
     folder: Path,
     environment: dict[str, Any],
-    findings: Sequence[Finding],
+    findings: Sequence[ProofFinding],
     seconds: dict[str, float],
 ) -> str:
     """Write summary.json and summary.md.
@@ -46,7 +46,7 @@ def write_summary(
 
 def _page(
     environment: dict[str, Any],
-    findings: Sequence[Finding],
+    findings: Sequence[ProofFinding],
     parts: Sequence[str],
     failed: Sequence[str],
 ) -> str:
@@ -60,12 +60,12 @@ def _page(
     return "\n".join(lines)
 
 
-def _row(finding: Finding) -> tuple[str, ...]:
+def _row(finding: ProofFinding) -> tuple[str, ...]:
     cells = (finding.outcome, finding.name, finding.values_text, finding.note)
     return f"{finding.at_s:.1f}", *(cell.replace("|", "\\|") for cell in cells)
 
 
-def _counts(part: str, findings: Sequence[Finding]) -> dict[str, int]:
+def _counts(part: str, findings: Sequence[ProofFinding]) -> dict[str, int]:
     return {
         outcome: sum(f.part == part and f.outcome == outcome for f in findings)
         for outcome in OUTCOMES

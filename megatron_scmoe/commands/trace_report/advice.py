@@ -3,7 +3,7 @@
 from statistics import fmean
 
 from megatron_scmoe.commands.trace_report.analysis import DirectionFigures, Figures
-from megatron_scmoe.commands.trace_report.traces import Run
+from megatron_scmoe.commands.trace_report.traces import TracedRun
 from megatron_scmoe.overlap.recorder import Direction
 from megatron_scmoe.words import duration, percent
 
@@ -17,7 +17,7 @@ COUNTING = 0.1  # waiting for the numbers of rows / a pass
 UNPREDICTED = 1.25  # measured time / predicted
 
 
-def advise(run: Run, figures: Figures) -> list[str]:
+def advise(run: TracedRun, figures: Figures) -> list[str]:
     """Lines in the order of their weight; none if nothing stands out."""
     lines = []
     if not run.overlaps:
@@ -40,7 +40,7 @@ def advise(run: Run, figures: Figures) -> list[str]:
     return lines
 
 
-def _ranks(run: Run, figures: Figures) -> list[str]:
+def _ranks(run: TracedRun, figures: Figures) -> list[str]:
     lines = []
     count = sum(len(one.exchanges) for one in run.passes) / len(run.ranks) / len(run.iterations)
     in_flight = figures.total.in_flight / count
@@ -63,7 +63,7 @@ def _ranks(run: Run, figures: Figures) -> list[str]:
     return lines
 
 
-def _gradients(run: Run, figures: Figures) -> list[str]:
+def _gradients(run: TracedRun, figures: Figures) -> list[str]:
     """The shared experts send gradients once an iteration; every micro-batch hides something."""
     own = figures.data_parallel
     if run.facts["overlap_grad_reduce"] or own.speed is None:
@@ -79,7 +79,7 @@ def _gradients(run: Run, figures: Figures) -> list[str]:
     ]
 
 
-def _window(run: Run, own: DirectionFigures) -> list[str]:
+def _window(run: TracedRun, own: DirectionFigures) -> list[str]:
     times = own.times
     fits = times.communication <= times.window
     if not run.overlaps or fits or own.exposed < MATTERS * own.measured:
@@ -93,7 +93,7 @@ def _window(run: Run, own: DirectionFigures) -> list[str]:
     ]
 
 
-def _slots(run: Run, figures: Figures) -> list[str]:
+def _slots(run: TracedRun, figures: Figures) -> list[str]:
     gains = [
         own.costs[own.slot].seconds / own.costs[own.best].seconds
         for own in figures.directions.values()
@@ -111,7 +111,7 @@ def _slots(run: Run, figures: Figures) -> list[str]:
     ]
 
 
-def _surprises(run: Run, direction: Direction, own: DirectionFigures) -> list[str]:
+def _surprises(run: TracedRun, direction: Direction, own: DirectionFigures) -> list[str]:
     lines = []
     if direction == "forward" and own.launching >= COUNTING * own.measured:
         lines.append(

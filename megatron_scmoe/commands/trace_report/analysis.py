@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from megatron_scmoe.commands.trace_report.traces import Pass, Place, Run, TraceError
+from megatron_scmoe.commands.trace_report.traces import Place, TracedPass, TracedRun, TraceError
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import (
     SlotCost,
@@ -139,11 +139,11 @@ class Figures:
     ranks: dict[int, RankFigures]
     directions: dict[Direction, DirectionFigures]
     links: dict[tuple[Direction, str], LinkSpeed | None]
-    example: dict[Direction, Pass]
+    example: dict[Direction, TracedPass]
     data_parallel: DataParallel
 
 
-def analyse(run: Run, rank: int | None = None) -> Figures:
+def analyse(run: TracedRun, rank: int | None = None) -> Figures:
     """All figures.
 
     Args:
@@ -188,7 +188,7 @@ def analyse(run: Run, rank: int | None = None) -> Figures:
     )
 
 
-def _data_parallel(run: Run, links: list[LinkSpeed]) -> DataParallel:
+def _data_parallel(run: TracedRun, links: list[LinkSpeed]) -> DataParallel:
     facts, own = run.facts, run.parameters
     stage = facts["world_size"] // facts["pipeline_model_parallel_size"]
     expert_ranks = facts["expert_model_parallel_size"] * facts["expert_tensor_parallel_size"]
@@ -220,11 +220,11 @@ def _layer_order(key: tuple[int, Direction, str]) -> tuple[int, int, int]:
 _Key = tuple[tuple[int, ...], int, int, object]
 
 
-def _key(run: Run, place: Place, exchange: Exchange) -> _Key:
+def _key(run: TracedRun, place: Place, exchange: Exchange) -> _Key:
     return run.groups[place.rank], place.iteration, place.layer, exchange.activity
 
 
-def _starts(run: Run) -> dict[_Key, dict[int, float]]:
+def _starts(run: TracedRun) -> dict[_Key, dict[int, float]]:
     """By exchange: when each rank started it; only what all ranks of the group have on record."""
     starts: dict[_Key, dict[int, float]] = defaultdict(dict)
     for one in run.passes:
@@ -233,7 +233,7 @@ def _starts(run: Run) -> dict[_Key, dict[int, float]]:
     return {key: ranks for key, ranks in starts.items() if len(ranks) == len(key[0]) > 1}
 
 
-def _rank_figures(run: Run, rank: int, starts: dict[_Key, dict[int, float]]) -> RankFigures:
+def _rank_figures(run: TracedRun, rank: int, starts: dict[_Key, dict[int, float]]) -> RankFigures:
     own = [one for one in run.passes if one.place.rank == rank]
     iterations = len(run.iterations)
     dense = {step.value for step in window(run.position)}
@@ -256,7 +256,7 @@ def _rank_figures(run: Run, rank: int, starts: dict[_Key, dict[int, float]]) -> 
 
 
 def _link(
-    run: Run, direction: Direction, name: str, starts: dict[_Key, dict[int, float]]
+    run: TracedRun, direction: Direction, name: str, starts: dict[_Key, dict[int, float]]
 ) -> LinkSpeed | None:
     sizes, speeds, together = [], [], []
     for one in run.passes:
@@ -286,7 +286,7 @@ def _link(
 # One direction of a unit. -----------------------------------------------------------------------
 
 
-def _direction_figures(run: Run, direction: Direction) -> DirectionFigures:
+def _direction_figures(run: TracedRun, direction: Direction) -> DirectionFigures:
     """Averaged as the run itself does when it chooses its slots (overlap/measure/adaptive.py)."""
     passes = defaultdict(list)
     for one in run.passes:
@@ -336,25 +336,25 @@ def _direction_figures(run: Run, direction: Direction) -> DirectionFigures:
     )
 
 
-def _seconds(one: Pass, step: Step) -> float:
+def _seconds(one: TracedPass, step: Step) -> float:
     return sum(span.end - span.begin for span in one.steps if span.activity.name == step.value)
 
 
-def _dense_or_experts(one: Pass, position: str) -> list[Span]:
+def _dense_or_experts(one: TracedPass, position: str) -> list[Span]:
     names = {step.value for step in (*window(position), Step.EXPERTS)}
     return [span for span in one.steps if span.activity.name in names]
 
 
-def _measured(one: Pass, position: str) -> float:
+def _measured(one: TracedPass, position: str) -> float:
     """What the formula predicts: dense work of the window, experts and exchanges."""
     ends = [span.end for span in _dense_or_experts(one, position)]
     begin = min(exchange.begin for exchange in one.exchanges)
     return max(*ends, *(exchange.end for exchange in one.exchanges)) - begin
 
 
-def _example(run: Run, rank: int | None) -> dict[Direction, Pass]:
+def _example(run: TracedRun, rank: int | None) -> dict[Direction, TracedPass]:
     """The unit nearest to the medians of time and of exposed time, in both directions."""
-    pairs: dict[tuple[Place, int], dict[Direction, Pass]] = defaultdict(dict)
+    pairs: dict[tuple[Place, int], dict[Direction, TracedPass]] = defaultdict(dict)
     for one in run.passes:
         if rank is None or one.place.rank == rank:
             pairs[one.place, one.number][one.direction] = one
@@ -370,7 +370,7 @@ def _example(run: Run, rank: int | None) -> dict[Direction, Pass]:
         for direction in DIRECTIONS
     }
 
-    def distance(pair: dict[Direction, Pass]) -> float:
+    def distance(pair: dict[Direction, TracedPass]) -> float:
         return sum(
             (abs(one.end - one.begin - seconds) + abs(exposed[one] - blocked)) / seconds
             for one, (seconds, blocked) in ((pair[d], typical[d]) for d in DIRECTIONS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_scmoe.commands.trace_report.analysis import Figures
 from megatron_scmoe.commands.trace_report.report_text import lane_of, step_name
-from megatron_scmoe.commands.trace_report.traces import Pass, TraceError
+from megatron_scmoe.commands.trace_report.traces import TracedPass, TraceError
 from megatron_scmoe.overlap.measure.trace import LANES
 from megatron_scmoe.overlap.recorder import Activity
 from megatron_scmoe.overlap.schedule import POSITIONS, Step, window
@@ -46,7 +46,7 @@ def draw(figures: Figures, path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
-def _timeline(axes: Any, one: Pass) -> None:
+def _timeline(axes: Any, one: TracedPass) -> None:
     """A lane for each kind of work; hatched, and shaded over all lanes: compute stood still."""
     length = (one.end - one.begin) * 1e3
     chunks = 1 + max(exchange.activity.chunk for exchange in one.exchanges)

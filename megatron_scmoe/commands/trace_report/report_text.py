@@ -9,7 +9,7 @@ from megatron_scmoe.commands.trace_report.analysis import (
     DirectionFigures,
     Figures,
 )
-from megatron_scmoe.commands.trace_report.traces import Pass, Run
+from megatron_scmoe.commands.trace_report.traces import TracedPass, TracedRun
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS
 from megatron_scmoe.overlap.measure.trace import EXCHANGES, LANES
 from megatron_scmoe.overlap.recorder import Direction
@@ -21,7 +21,7 @@ COLUMNS = 72  # of a timeline
 COMMUNICATION = ("in flight", "hidden", "exposed", "hidden share")
 
 
-def render(run: Run, figures: Figures) -> str:
+def render(run: TracedRun, figures: Figures) -> str:
     """All sections, with a line between them."""
     sections = [
         _head(run, figures),
@@ -36,7 +36,7 @@ def render(run: Run, figures: Figures) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def _head(run: Run, figures: Figures) -> str:
+def _head(run: TracedRun, figures: Figures) -> str:
     facts, total = run.facts, figures.total
     ranks = f"{numbers(run.ranks)} of {facts['world_size']}"
     if len(run.ranks) < facts["world_size"]:
@@ -82,7 +82,7 @@ def _head(run: Run, figures: Figures) -> str:
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
 
-def _data_parallel(run: Run, own: DataParallel) -> str:
+def _data_parallel(run: TracedRun, own: DataParallel) -> str:
     time = "" if own.speed is None else f", {duration(own.sent / own.speed)} at the link's speed"
     gathers = " and parameters" if run.facts["use_distributed_optimizer"] else ""
     overlap = "with" if run.facts["overlap_grad_reduce"] else "without"
@@ -92,7 +92,7 @@ def _data_parallel(run: Run, own: DataParallel) -> str:
     )
 
 
-def _timeline(one: Pass) -> str:
+def _timeline(one: TracedPass) -> str:
     """A pass to scale: `#` at work or in flight, `!` the end of an exchange that is exposed."""
     length = one.end - one.begin
 
@@ -159,7 +159,7 @@ def _ranks(figures: Figures) -> str:
     )
 
 
-def _slots(run: Run, direction: Direction, own: DirectionFigures) -> str:
+def _slots(run: TracedRun, direction: Direction, own: DirectionFigures) -> str:
     """Every slot, the order without overlap, and what was measured."""
     times = own.times
     here = own.costs[own.slot].seconds if run.overlaps else times.sequential
@@ -184,7 +184,7 @@ def _slots(run: Run, direction: Direction, own: DirectionFigures) -> str:
     )
 
 
-def _parts(run: Run, figures: Figures) -> str:
+def _parts(run: TracedRun, figures: Figures) -> str:
     passes = [figures.directions[direction].times for direction in DIRECTIONS]
     steps = enumerate(window(run.position))
     rows = [(step_name(step.value), [unit.dense[at] for unit in passes]) for at, step in steps]

@@ -42,7 +42,7 @@ class Place(NamedTuple):
     layer: int
 
 
-class Pass(NamedTuple):
+class TracedPass(NamedTuple):
     """One pass of a unit on one rank, in one direction."""
 
     place: Place
@@ -65,7 +65,7 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class TracedRun:
     """What the traces of a run hold.
 
     Attributes:
@@ -117,11 +117,11 @@ class Run:
         return tuple(sorted({place.layer for place in self.records}))
 
     @cached_property
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[TracedPass, ...]:
         return tuple(one for place, record in self.records.items() for one in _split(place, record))
 
 
-def _split(place: Place, record: UnitRecord) -> list[Pass]:
+def _split(place: Place, record: UnitRecord) -> list[TracedPass]:
     steps: dict[tuple[int, Direction], list[Span]] = defaultdict(list)
     exchanges: dict[tuple[int, Direction], list[Exchange]] = defaultdict(list)
     for span in record.steps:
@@ -130,12 +130,12 @@ def _split(place: Place, record: UnitRecord) -> list[Pass]:
         activity = exchange.activity
         exchanges[activity.pass_number, activity.direction].append(exchange)
     return [
-        Pass(place, number, direction, tuple(steps[number, direction]), tuple(mine))
+        TracedPass(place, number, direction, tuple(steps[number, direction]), tuple(mine))
         for (number, direction), mine in exchanges.items()
     ]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> TracedRun:
     """All rank-*.json of a folder.
 
     Raises:
@@ -186,7 +186,7 @@ def read_run(folder: Path) -> Run:
         ),
         key=lambda of_rank: of_rank["dense_parameters"],
     )
-    return Run(facts, groups, parameters, slots, left_out, dict(records))
+    return TracedRun(facts, groups, parameters, slots, left_out, dict(records))
 
 
 def _load(path: Path) -> dict[str, Any]:

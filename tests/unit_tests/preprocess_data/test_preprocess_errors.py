@@ -105,7 +105,7 @@ def test_nothing_to_write(tool, tmp_path: Path, null_arguments, content, said):
         (["--input", "empty_folder"], "has no *.jsonl or *.json file"),
         (["--input", "c.jsonl", "c.jsonl"], "c.jsonl twice"),
         (["--input", "c.jsonl", "--workers", "0"], "must be at least 1, not 0"),
-        (["--input", "c.jsonl", "--workers", "two"], "argument --workers: invalid"),
+        (["--input", "c.jsonl", "--workers", "two"], "--workers: must be at least 1, not two"),
         (["--input", "c.jsonl", "--partitions", "-1"], "must be at least 1, not -1"),
         (["--input", "c.jsonl", "--json-keys", "a/b"], "cannot be part of a file name"),
         (["--input", "c.jsonl", "--json-keys", "a", "a"], "names 'a' twice"),
