@@ -42,8 +42,9 @@ def expand(
         known, typed = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{CONFIG} names no file: write {CONFIG} FILE.") from error
-    files = getattr(known, CONFIG.removeprefix("--"), [])
-    found = (options(file, OPTIONS, variables, inside) for file in files)
+    files: list[Path] = getattr(known, CONFIG.removeprefix("--"), [])
+    beside = inside[-1].parent if inside else Path()
+    found = (options(beside / file, OPTIONS, variables, inside) for file in files)
     return [*(word for words in found for word in words), *typed]
 
 
@@ -66,7 +67,7 @@ def options(
     variables: Mapping[str, str] = os.environ,
     inside: tuple[Path, ...] = (),
 ) -> list[str]:
-    """The options of a file, as on a command line; files that it names are read too.
+    """The options of a file, as on a command line; files beside it that it names are read too.
 
     Args:
         key: where in the file they stand.

@@ -91,7 +91,6 @@ class Case:
             second: of the run that goes on.
         """
         paths = {
-            "CASES": FOLDER,
             "DATA_PATH": data,
             "DATA_CACHE_PATH": data.parent / "cache",
             "TENSORBOARD_PATH": folder / ("resumed" if second else "tensorboard"),

@@ -54,7 +54,7 @@ def test_what_is_typed_stands_behind_wherever_the_file_is_named(file: Path) -> N
 
 def test_a_file_names_another_and_wins(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "longer.yaml"
-    other.write_text(f"MODEL_ARGS:\n  --num-layers: 6\n  --config: {file}\n")
+    other.write_text(f"MODEL_ARGS:\n  --num-layers: 6\n  --config: {file.name}\n")
     assert recipe.expand(["--config", str(other)]) == [*EXPECTED, "--num-layers=6"]
 
 
