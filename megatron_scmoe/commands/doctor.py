@@ -26,6 +26,7 @@ with say.user_errors():
 import logging
 import os
 import socket
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -37,6 +38,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training import training
 
 from megatron_scmoe import __version__
@@ -49,7 +51,7 @@ from megatron_scmoe.arguments import (
 )
 from megatron_scmoe.planner.iteration import micro_batches_to_win
 from megatron_scmoe.planner.memory import training_from_args
-from megatron_scmoe.run.doctor import gpu, links, machine
+from megatron_scmoe.run.doctor import gpu, links, machine, nodes
 from megatron_scmoe.run.doctor.findings import Finding, RankOfHost, merge, name_ranks
 from megatron_scmoe.run.shared_folder import (
     SharedFolderError,
@@ -135,7 +137,7 @@ def judge_gradients(args: Namespace, micro_batches: int) -> Iterator[Finding]:
         )
 
 
-def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Finding]) -> int:
+def examine_job(args: Namespace | None, found: list[Finding], layout: list[Finding]) -> int:
     """Gather what all ranks found, and measure their links where nothing is wrong.
 
     Raises:
@@ -156,12 +158,16 @@ def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Fin
     # What is not measured goes over gloo, which names the ranks that do not come.
     control = torch.distributed.new_group(backend="gloo", timeout=timeout)
     here = RankOfHost(rank, socket.gethostname())
-    everyone = gather((here, machine, layout), control, timeout)
+    everyone = gather((here, found, layout), control, timeout)
     parts = {
         "machine": merge([(place, findings) for place, findings, _ in everyone]),
         "layout": merge([(place, findings) for place, _, findings in everyone]),
     }
-    if not any(finding.severity == "error" for found in parts.values() for finding, _ in found):
+    # The barrier first, so that all clocks are read at one moment.
+    name_missing(control, timeout)
+    node = nodes.Node(here, machine.versions(), time.time())
+    parts["nodes"] = [(each, "") for each in nodes.judge(gather(node, control, timeout))]
+    if not any(each.severity == "error" for part in parts.values() for each, _ in part):
         hosts = {place.rank: place.host for place, _, _ in everyone}
         parts["folders"] = [(finding, "") for finding in examine_folders(args)]
         parts["links"] = [(finding, "") for finding in examine_links(args, control, timeout, hosts)]
@@ -172,15 +178,21 @@ def examine_job(args: Namespace | None, machine: list[Finding], layout: list[Fin
 
 
 def examine_folders(args: Namespace | None) -> Iterator[Finding]:
-    """What rank 0 writes for all nodes; a collective."""
-    if args is None or args.data_cache_path is None or args.mock_data or not has_several_nodes():
+    """What one rank writes for all nodes, or all for one; a collective."""
+    if args is None or not has_several_nodes():
         return
-    try:
-        check_shared(Path(args.data_cache_path), "--data-cache-path")
-    except SharedFolderError as error:
-        yield Finding("error", str(error))
-    else:
-        yield Finding("ok", f"--data-cache-path {args.data_cache_path} is one folder on all nodes")
+    folders = {"--save": args.save}
+    if not args.mock_data:
+        folders["--data-cache-path"] = args.data_cache_path
+    for option, folder in folders.items():
+        if folder is None or is_object_storage_path(folder):
+            continue
+        try:
+            check_shared(Path(folder), option)
+        except SharedFolderError as error:
+            yield Finding("error", str(error))
+        else:
+            yield Finding("ok", f"{option} {folder} is one folder on all nodes")
 
 
 def meet(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:

@@ -81,6 +81,22 @@ def doctor_of_a_missing_rank() -> int:
     return doctor.main()
 
 
+def doctor_of_two_nodes() -> int:
+    """Each rank on a node of its own, with other folders and an early clock on the second."""
+    import socket
+    import sys
+
+    from megatron_scmoe.commands import doctor
+
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    if os.environ["RANK"] == "1":
+        now = time.time
+        socket.gethostname = lambda: "node1"
+        doctor.time.time = lambda: now() - 60  # type: ignore[assignment]
+        sys.argv = [word.replace("of node 0", "of node 1") for word in sys.argv]
+    return doctor.main()
+
+
 def groups_of(text: str) -> list[tuple[str, str, float]]:
     """Ranks, slowest rank and its ratio of every group in a report."""
     lines = re.findall(
@@ -116,6 +132,17 @@ def test_hang(main: Callable[[], int], expected: str, tmp_path: Path) -> None:
     run = launch_forked([*OPTIONS, "--expert-model-parallel-size", "2"], 2, tmp_path, main=main)
     assert run.returncode == 1, run.stdout
     assert re.search(expected, run.stdout), run.stdout
+
+
+def test_what_nodes_do_not_share(tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path / "checkpoints of node 0"), "--save-interval", "6"]
+    run = launch_forked([*OPTIONS, *save], 2, tmp_path, main=doctor_of_two_nodes)
+    assert run.returncode == 1, run.stdout
+    clock = r"warning  the clock of \S+ is ([\d.]+) s ahead of that of node1"
+    (apart,) = re.findall(clock, run.stdout)
+    assert float(apart) == pytest.approx(60, abs=10)
+    assert "--save" in run.stdout and "is not the same folder everywhere" in run.stdout
+    assert not list(tmp_path.glob("checkpoints*"))
 
 
 def test_impossible_layout(tmp_path: Path) -> None:

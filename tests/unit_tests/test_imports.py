@@ -64,7 +64,7 @@ ALLOWED = {
     "run": {"host", "model.routing"},
     "run.watch": {"host", "say"},
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
-    "run.doctor": {"words", "host", "run.checkpoint"},
+    "run.doctor": {"words", "host", "run", "run.checkpoint"},
     "huggingface": {"words", "run.checkpoint"},
     "arguments": {
         "words",

@@ -21,7 +21,7 @@ from megatron.training.theoretical_memory_usage import compute_weight_and_optimi
 
 from megatron_scmoe.host.version import SUPPORTED, megatron_core_folder, megatron_core_version
 from megatron_scmoe.run.checkpoint import contents
-from megatron_scmoe.run.doctor import gpu
+from megatron_scmoe.run.doctor import gpu, network
 from megatron_scmoe.run.doctor.findings import Finding
 
 Check = Callable[[Namespace | None], Iterator[Finding]]
@@ -36,9 +36,8 @@ HOST_BYTES_PER_PARAMETER = 18  # in the host's estimate of memory, without distr
 
 def examine(args: Namespace | None) -> list[Finding]:
     """Every check of this machine, for tools/doctor.py."""
-    return [
-        finding for check in (check_versions, *_STARTUP, *gpu.CHECKS) for finding in check(args)
-    ]
+    checks = (check_versions, *_STARTUP, *gpu.CHECKS, *network.CHECKS)
+    return [finding for check in checks for finding in check(args)]
 
 
 def start_up(args: Namespace) -> list[str]:
@@ -58,11 +57,15 @@ def start_up(args: Namespace) -> list[str]:
 
 
 def check_versions(args: Namespace | None) -> Iterator[Finding]:
-    """That the ranks of a job agree on them is seen where their findings are merged."""
-    yield Finding(
-        "ok",
+    """Whether the nodes of a job agree on them is asked in nodes.py."""
+    yield Finding("ok", f"{versions()} (supported: {SUPPORTED})")
+
+
+def versions() -> str:
+    """Those of which a job's nodes should have the same."""
+    return (
         f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core "
-        f"{megatron_core_version()} (supported: {SUPPORTED})",
+        f"{megatron_core_version()}"
     )
 
 
