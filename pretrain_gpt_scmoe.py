@@ -14,13 +14,13 @@ import time
 
 PROGRAM_START = time.time()
 
-from megatron_scmoe import say
+from megatron_scmoe import recipe, say
 from megatron_scmoe.checks.words import refuse_words
 
 say.one_line_interrupts()
 if __name__ == "__main__":
     with say.user_errors():
-        refuse_words(sys.argv[1:])
+        refuse_words(recipe.expand(sys.argv[1:]))
 
 from megatron_scmoe import start
 

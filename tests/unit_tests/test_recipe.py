@@ -1,5 +1,6 @@
 """Options from a file stand in front of those that are typed."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(
     with pytest.raises(ValueError, match=expected) as error:
         recipe.expand(["--config", str(path)])
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_entry_script_reads_the_file_before_torch(tmp_path: Path) -> None:
+    """What it misses and what is out of range is looked for there too."""
+    path = tmp_path / "model.yaml"
+    path.write_text("MODEL_ARGS:\n  --train-iters: 5\n  --lr: 1e-3\n  --eval-interval: 5\n")
+    script = Path(__file__).resolve().parents[2] / "pretrain_gpt_scmoe.py"
+    command = [sys.executable, script, "--config", path, "--seq-length", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert "--seq-length 0" in line and "missing" not in line
 
 
 def test_no_file_is_one_line() -> None:
