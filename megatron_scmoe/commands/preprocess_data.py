@@ -1,4 +1,4 @@
-"""Turn JSON lines into the .bin and .idx files that Megatron trains on.
+"""Turn text into the .bin and .idx files that Megatron trains on.
 
     python tools/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/tokenizer --append-eod
@@ -29,7 +29,8 @@ runs. The last line says what encoded. The first run with a tokenizer loads Mega
 ones start in a second or two (preprocess/kept_tokenizer.py).
 
 The output appears when it is whole. An interrupted run leaves nothing; one that is killed outright
-(SIGKILL) leaves a hidden folder `.{prefix}.*.tmp` beside the output, to be deleted by hand.
+(SIGKILL) leaves a hidden folder `.{prefix}.*.tmp` beside the output, to be deleted by hand. With
+--resume either leaves `.{prefix}.resume`, from which the same line goes on.
 
 Exit codes: 0 done; 1 the machine failed (disk full, worker killed); 2 options or input are wrong;
 130 and 143 stopped by SIGINT and SIGTERM.
@@ -42,10 +43,11 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-from megatron_scmoe import __version__
 from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess.corpus import Batch, find_files, read_batches
+from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder, optimal_dtype
 from megatron_scmoe.commands.preprocess.encoding import Encoder
 from megatron_scmoe.commands.preprocess.engines import find_engine
 from megatron_scmoe.commands.preprocess.host_tokenizer import (
@@ -56,14 +58,16 @@ from megatron_scmoe.commands.preprocess.host_tokenizer import (
     load_tokenizer,
 )
 from megatron_scmoe.commands.preprocess.interrupt import Interrupted, InterruptGuard
-from megatron_scmoe.commands.preprocess.json_lines import Batch, find_files, read_batches
+from megatron_scmoe.commands.preprocess.job import Job
+from megatron_scmoe.commands.preprocess.names import blend_names, output_names
 from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentences import check_nltk, load_splitter
+from megatron_scmoe.commands.preprocess.terminal import Progress, say
 from megatron_scmoe.commands.preprocess.work_folder import work_folder
 from megatron_scmoe.commands.preprocess.worker_pool import WorkerDied, ordered_map
 from megatron_scmoe.say import OneLineParser
 
-SKIPPED_SHOWN = 10
+SECONDS_BETWEEN_RECORDS = 10  # of --resume; what a run has done since is done again
 SAMPLE_CHARS = 1 << 16  # of each document of the sample on which a fast engine is proven
 
 
@@ -74,6 +78,13 @@ def _count(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+def _weight(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return number
 
 
@@ -89,7 +100,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = OneLineParser(
         DataError,
-        description="JSON lines to Megatron's .bin and .idx, byte for byte as Megatron-LM's tool.",
+        description="Text to Megatron's .bin and .idx, byte for byte as Megatron-LM's tool.",
         epilog="Nothing appears under a final name before it is whole. "
         "Exit codes: 1 machine, 2 options or input, 130 and 143 stopped.",
     )
@@ -99,8 +110,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="JSON lines, plain, .gz, .zst or .xz: files, directories (their *.jsonl and *.json, "
-        "plain or packed), or globs; UTF-8, one object a line",
+        help="JSON lines, plain, .gz, .zst or .xz, one object a line; .parquet, a document a row; "
+        ".txt, plain or packed, one document each: files, directories (their *.jsonl, *.json and "
+        "*.parquet), or globs; UTF-8",
+    )
+    group.add_argument(
+        "--input-weights",
+        nargs="+",
+        type=_weight,
+        metavar="WEIGHT",
+        help="one for each of --input, whose datasets are then written apart, with a .blend file "
+        "of weights and names for Megatron's --data-args-path",
     )
     group.add_argument(
         "--json-keys",
@@ -145,6 +165,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--overwrite",
         action="store_true",
         help="replace existing output; without it a run refuses to start if there is any",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what an interrupted run has done, and go on from what an earlier one has kept; "
+        "the output is that of a run without interruption",
     )
     group = parser.add_argument_group("running")
     group.add_argument(
@@ -201,14 +227,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise DataError(f"--json-keys {key!r}: cannot be part of a file name")
         if args.json_keys.count(key) > 1:
             raise DataError(f"--json-keys names {key!r} twice")
+    if args.input_weights and len(args.input_weights) != len(args.input):
+        raise DataError(
+            f"--input-weights has {len(args.input_weights)} numbers for {len(args.input)} inputs: "
+            "give one each"
+        )
+    folder = str(Path(args.output_prefix).absolute())
+    if args.input_weights and folder.split() != [folder]:
+        raise DataError(
+            f"--input-weights: Megatron reads names from a file of words, so {folder} may have "
+            "no white space: choose another --output-prefix"
+        )
     check_tokenizer_arguments(args)
     return args
-
-
-def output_names(args: argparse.Namespace) -> dict[str, str]:
-    """For each key the name of its files, without suffix and folder."""
-    level = "sentence" if args.split_sentences else "document"
-    return {key: f"{Path(args.output_prefix).name}_{key}_{level}" for key in args.json_keys}
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -231,73 +262,31 @@ def check_output(args: argparse.Namespace) -> None:
         raise DataError(f"--output-prefix {args.output_prefix}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise DataError(f"--output-prefix {args.output_prefix}: {existing} is not writable")
-    for name in output_names(args).values():
-        for suffix in (".bin", ".idx", ".json"):
-            path = folder / (name + suffix)
-            if path.is_dir():
-                raise DataError(f"{path} is a folder; choose another --output-prefix")
-            if path.exists() and not args.overwrite:
-                raise DataError(f"{path} exists; use --overwrite or another --output-prefix")
+    names = [
+        name + end for name in output_names(args).values() for end in (".bin", ".idx", ".json")
+    ]
+    for name in (*names, *blend_names(args).values()):
+        path = folder / name
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; choose another --output-prefix")
+        if path.exists() and not args.overwrite:
+            raise DataError(f"{path} exists; use --overwrite or another --output-prefix")
 
 
-class Progress:
-    """Documents, documents/s and MB/s of JSON: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, disk_bytes: int, log_interval: int, stream: IO[str]) -> None:
-        from tqdm import tqdm
-
-        self._start = time.monotonic()
-        self._log_interval = self._next_log = log_interval
-        self._stream = stream
-        self.documents = self.text_bytes = 0
-        tqdm.monitor_interval = 0  # no thread in a process that forks
-        self._bar = tqdm(
-            total=disk_bytes or None,
-            unit="B",
-            unit_scale=True,
-            disable=not stream.isatty(),
-            file=stream,
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.close()
-
-    def add(self, documents: int, text_bytes: int, disk_bytes: int) -> None:
-        self.documents += documents
-        self.text_bytes += text_bytes
-        self._bar.set_postfix_str(str(self), refresh=False)
-        self._bar.update(disk_bytes)
-        if self._bar.disable and self.documents >= self._next_log:
-            print(f"Processed {self}", file=self._stream, flush=True)
-            self._next_log = (self.documents // self._log_interval + 1) * self._log_interval
-
-    def __str__(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return (
-            f"{self.documents} documents ({self.documents / seconds:.1f} docs/s, "
-            f"{self.text_bytes / seconds / 1e6:.2f} MB/s)"
-        )
-
-
-def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuard) -> None:
-    """Encode `files` and publish the output; say on stderr what was done.
+def preprocess(args: argparse.Namespace, guard: InterruptGuard) -> None:
+    """Encode the input and publish the output; say on stderr what was done.
 
     Raises:
         DataError: the input is wrong.
         WorkerDied: a worker was killed.
         OSError: the disk failed.
     """
-    from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder, optimal_dtype
-
+    prefix = Path(args.output_prefix)
+    files = find_files(args.input)
     for file in files:
         if file.is_fifo():
-            _say(f"{file} is a pipe: it is waited for, and read until its writer closes it")
+            say(f"{file} is a pipe: it is waited for, and read until its writer closes it")
     tokenizer = load_tokenizer(args)
-    batches_of_lines = read_batches(files)
     encoder = Encoder(
         tokenizer,
         args.json_keys,
@@ -306,55 +295,45 @@ def preprocess(args: argparse.Namespace, files: list[Path], guard: InterruptGuar
         split=load_splitter(args.lang, args.keep_newlines) if args.split_sentences else None,
         verify=args.verify,
     )
-    first = list(itertools.islice(batches_of_lines, 1))
-    slow_because = _choose_engine(args, encoder, first)
-    partitions = 1 if args.keep_sequential_samples else args.partitions
-    bad_lines = repaired = 0
     with (
-        work_folder(Path(args.output_prefix)) as folder,
-        OutputFolder(Path(args.output_prefix), folder) as output,
-        closing(
-            ordered_map(encoder, itertools.chain(first, batches_of_lines), args.workers)
-        ) as batches,
+        work_folder(prefix, args.resume, _run(args, files)) as folder,
+        OutputFolder(prefix, folder.path) as output,
         Progress(sum(file.stat().st_size for file in files), args.log_interval, sys.stderr) as bar,
     ):
-        writers = {
-            key: output.create(name, encoder.dtype, partitions)
-            for key, name in output_names(args).items()
-        }
-        for batch in batches:
-            guard.check()
-            for bad in batch.bad_lines:
-                if args.on_error == "fail":
-                    raise DataError(f"{bad} (--on-error skip leaves such lines out)")
-                bad_lines += 1
-                if bad_lines <= SKIPPED_SHOWN:
-                    _say(f"skipped {bad}")
-            for key, writer in writers.items():
-                writer.add(batch.tokens[key], batch.lengths[key], batch.sequences[key])
-            repaired += batch.repaired
-            bar.add(batch.documents, batch.text_bytes, batch.disk_bytes)
-
-        if bad_lines:
-            _say(f"skipped {bad_lines} lines in all")
-        if repaired:
-            _say(f"replaced {repaired} unpaired surrogates by U+FFFD")
-        if not bar.documents:
-            raise DataError(f"no documents in --input {' '.join(args.input)}: nothing to write")
-        for key, writer in writers.items():
-            if not writer.tokens:
-                raise DataError(f"every {key!r} is empty: nothing to write")
-            writer.finish(_description(args, key, tokenizer.vocab_size, bad_lines, repaired))
+        job = Job(args, encoder, output, bar, folder.progress)
+        lines = read_batches(files, args.json_keys, job.place)
+        first = list(itertools.islice(lines, 1))
+        slow_because = _choose_engine(args, encoder, first)
+        if folder.progress:
+            say(f"goes on behind document {bar.documents}")
+        with closing(ordered_map(encoder, itertools.chain(first, lines), args.workers)) as batches:
+            recorded = time.monotonic()
+            for batch in batches:
+                guard.check()
+                job.add(batch)
+                if args.resume and time.monotonic() - recorded >= SECONDS_BETWEEN_RECORDS:
+                    folder.record(job.progress())
+                    recorded = time.monotonic()
+        job.finish()
         with guard.shielded():
             output.publish()
-        total = ", ".join(f"{writer.tokens} tokens of {key}" for key, writer in writers.items())
-        empty = ", ".join(
-            f"{writer.empty_documents} with empty {key}"
-            for key, writer in writers.items()
-            if writer.empty_documents
+        by = f"by the tokenizer itself: {slow_because}" if slow_because else "by tiktoken"
+        say(f"wrote {bar}{job.summary()}, encoded {by}")
+
+
+def _run(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
+    """What must be the same in a run that goes on with --resume: whatever decides a byte."""
+    run = {
+        f"--{name.replace('_', '-')}": getattr(args, name)
+        for name in (
+            *("json_keys", "input_weights", "append_eod", "split_sentences", "keep_newlines"),
+            *("lang", "partitions", "keep_sequential_samples", "tokenizer_type"),
+            *("tokenizer_model", "vocab_size", "special_tokens"),
         )
-    by = f"by the tokenizer itself: {slow_because}" if slow_because else "by tiktoken"
-    _say(f"wrote {bar}{', ' + empty if empty else ''}: {total}, encoded {by}")
+    }
+    run["tokenizer"] = fingerprint(args)
+    run["--input"] = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return run
 
 
 def _choose_engine(args: argparse.Namespace, encoder: Encoder, first: list[Batch]) -> str | None:
@@ -368,62 +347,34 @@ def _choose_engine(args: argparse.Namespace, encoder: Encoder, first: list[Batch
         prove(engine, encoder.tokenizer.tokenize, texts)
     except NotExactError as error:
         if args.tokenizer_type == "HuggingFaceTokenizer":
-            _say(f"encoding is several times slower than with tiktoken: {error}")
+            say(f"encoding is several times slower than with tiktoken: {error}")
         return str(error)
     encoder.engine = engine
     return None
 
 
-def _description(
-    args: argparse.Namespace, key: str, vocab_size: int, skipped: int, repaired: int
-) -> dict[str, object]:
-    """What the manifest says beside the counts; the same for any number of workers."""
-    return {
-        "format": 1,
-        "megatron_scmoe": __version__,
-        "key": key,
-        "tokenizer_type": args.tokenizer_type,
-        "tokenizer_model": args.tokenizer_model,
-        "tokenizer_sha256": fingerprint(args),
-        "vocab_size": vocab_size,
-        "append_eod": args.append_eod,
-        "split_sentences": args.split_sentences,
-        "skipped_lines": skipped,
-        "replaced_surrogates": repaired,
-    }
-
-
-def _say(message: str) -> None:
-    """One line on stderr, whatever the message holds (a terminal's bar is wiped first)."""
-    line = " ".join(message.split())
-    if len(line) > 500:
-        line = line[:500] + "..."
-    wipe = "\r\033[K" if sys.stderr.isatty() else ""
-    print(f"{wipe}{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    left = "nothing was written"
     try:
         with InterruptGuard() as guard:
             args = parse_arguments(argv)
+            if args.resume:
+                left += "; the same line goes on from what was kept"
             check_output(args)
-            preprocess(args, find_files(args.input), guard)
+            preprocess(args, guard)
         return 0
     except DataError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
-    except WorkerDied as error:
-        _say(f"error: {error}; nothing was written")
-        return 1
-    except OSError as error:
-        _say(f"error: {error}; nothing was written")
+    except (WorkerDied, OSError) as error:
+        say(f"error: {error}; {left}")
         return 1
     except MemoryError:
-        _say("error: out of memory; use fewer --workers; nothing was written")
+        say(f"error: out of memory; use fewer --workers; {left}")
         return 1
     except Interrupted as interrupted:
-        _say(f"stopped by {interrupted}; nothing was written")
+        say(f"stopped by {interrupted}; {left}")
         return 128 + interrupted.signum
 
 

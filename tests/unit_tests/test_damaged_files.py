@@ -18,7 +18,7 @@ import pytest
 from megatron_scmoe.checks.command_line import _trace_of_nothing
 from megatron_scmoe.commands import overlap_report
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.json_lines import find_files
+from megatron_scmoe.commands.preprocess.corpus import find_files
 from megatron_scmoe.commands.preprocess_data import check_output
 from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
 from megatron_scmoe.planner.measured import Measurement

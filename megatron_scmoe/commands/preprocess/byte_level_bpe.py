@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess.proof import CLASSES, NotExactError, ranges
+from megatron_scmoe.commands.preprocess.special_tokens import finder
 
 _SPACE_BEFORE_A_WORD = r"|\s+(?!\S)"
 
@@ -74,11 +75,11 @@ class ByteLevelBPE:
         self._normalize = NFC().normalize_str if normalizer else None
         added = [token["content"] for token in state["added_tokens"]]
         ranks, ids = _ranks(state["model"], added)
-        self._ids = np.array(ids, np.int64)
+        self._ids = np.array(ids, np.int32)
         added.append(_MARK)
         if normalizer:
             added += [NFC().normalize_str(token) for token in added]
-        self._to_reference = re.compile("|".join(map(re.escape, sorted(set(added)))))
+        self._has_special_token = finder(added)
         space = _members(r"\s")
         self._before_a_word = re.compile(
             rf"[{space}]{WORDS[words]}(?=[^{space}])(?<=[{space}][{space}])"
@@ -95,16 +96,16 @@ class ByteLevelBPE:
         if letter is None or list(letter) != [i for i in around if i == letter[0]]:
             raise NotExactError("it does not encode the letter a once")
         place = around.index(letter[0])
-        self._before = np.array(around[:place], np.int64)
-        self._after = np.array(around[place + 1 :], np.int64)
+        self._before = np.array(around[:place], np.int32)
+        self._after = np.array(around[place + 1 :], np.int32)
 
     def encode(self, text: str) -> np.ndarray | None:
-        """The ids of a text, int64; None if only the reference can tell."""
-        if self._to_reference.search(text):
+        """The ids of a text, int32; None if only the reference can tell."""
+        if self._has_special_token(text):
             return None
         if self._normalize and not text.isascii():
             text = self._normalize(text)
-            if self._to_reference.search(text):
+            if self._has_special_token(text):
                 return None
         text = self._before_a_word.sub(rf"{_MARK}\g<0>", text)
         if len(text) >= _LARGE_TEXT:

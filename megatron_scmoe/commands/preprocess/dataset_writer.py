@@ -25,7 +25,7 @@ import numpy as np
 PUBLISHED = (".bin", ".json", ".idx")  # in the order of renaming
 GROWING = (".bin", ".lengths", ".ends")  # ids; int32 a sequence; int64 a document
 
-_MAGIC = b"MMIDIDX\x00\x00"
+MAGIC = b"MMIDIDX\x00\x00"
 _CODES: dict[type[np.number], int] = {np.int32: 4, np.uint16: 8}
 _ENTRIES = 1 << 20  # of an index that are in memory at a time
 
@@ -105,7 +105,8 @@ class DatasetWriter:
 
     def finish(self, description: dict[str, object]) -> None:
         """Joins the partitions, writes the index and, from `description` and what was counted,
-        the manifest; all on disk when it returns."""
+        the manifest; all on disk when it returns. The growing files stay, to go on from a `state`
+        again if the process is killed before `publish`."""
         whole, *others = self._parts
         for part in others:
             whole.join(part)
@@ -161,7 +162,7 @@ class _Part:
         self._sequences += len(lengths)
 
     def join(self, other: "_Part") -> None:
-        """Puts another part's documents behind this one's and deletes its files."""
+        """Puts another part's documents behind this one's."""
         other.close()
         tokens, lengths, ends = other._paths
         for path, stream in zip((tokens, lengths), self._streams, strict=False):
@@ -170,8 +171,6 @@ class _Part:
         for block in _blocks(ends, np.int64):
             self._streams[2].write((self._sequences + block).data)
         self._sequences += other._sequences
-        for path in other._paths:
-            path.unlink()
 
     def write_index(self, path: str, dtype: type[np.number]) -> None:
         """The .idx: magic, version, type, counts, and for each sequence its length and where it
@@ -180,7 +179,7 @@ class _Part:
         _, lengths, ends = self._paths
         documents = ends.stat().st_size // 8
         with open(path, "wb") as stream:
-            stream.write(_MAGIC + struct.pack("<QB", 1, _CODES[dtype]))
+            stream.write(MAGIC + struct.pack("<QB", 1, _CODES[dtype]))
             stream.write(struct.pack("<QQ", self._sequences, documents + 1))
             with lengths.open("rb") as source:
                 shutil.copyfileobj(source, stream, 1 << 20)
@@ -192,8 +191,6 @@ class _Part:
             stream.write(struct.pack("<q", 0))
             with ends.open("rb") as source:
                 shutil.copyfileobj(source, stream, 1 << 20)
-        lengths.unlink()
-        ends.unlink()
 
     def close(self) -> None:
         for stream in self._streams:
@@ -218,6 +215,7 @@ class OutputFolder:
         self.target = prefix.parent
         self._folder = folder
         self._writers: list[DatasetWriter] = []
+        self._texts: list[str] = []
 
     def __enter__(self) -> "OutputFolder":
         return self
@@ -238,6 +236,12 @@ class OutputFolder:
         self._writers.append(writer)
         return writer
 
+    def add_text(self, name: str, content: str) -> None:
+        """A file that `publish` will put beside the datasets, after them."""
+        (self._folder / name).write_text(content)
+        _sync(self._folder / name)
+        self._texts.append(name)
+
     def publish(self) -> None:
         """Gives the finished files their final names, in place of older ones.
 
@@ -249,8 +253,11 @@ class OutputFolder:
             for suffix in PUBLISHED:
                 for final in finals:
                     os.replace(self._folder / f"{final.name}{suffix}", f"{final}{suffix}")
+            for text in self._texts:
+                os.replace(self._folder / text, self.target / text)
         except OSError:
             _unlink(finals, (".idx", ".json", ".bin"))
+            _unlink([self.target / text for text in self._texts], ("",))
             raise
         _sync(self.target)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.json_lines import Batch
+from megatron_scmoe.commands.preprocess.corpus import Batch, Place
 from megatron_scmoe.commands.preprocess.proof import Engine
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,13 +37,14 @@ class EncodedBatch:
     lengths: for each key the number of ids of each sequence, int32.
     sequences: for each key the number of sequences of each document, int64; a document without ids
     has none.
-    text_bytes: size of the lines, packed or not on disk; disk_bytes: as in Batch.
+    text_bytes: size of the lines, packed or not on disk; disk_bytes, end: as in Batch.
     repaired: number of unpaired surrogates that became U+FFFD.
     """
 
     tokens: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
     sequences: dict[str, np.ndarray]
+    end: Place
     documents: int = 0
     text_bytes: int = 0
     disk_bytes: int = 0
@@ -93,7 +94,7 @@ class Encoder:
     def __call__(self, batch: Batch) -> EncodedBatch:
         ids: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
         lengths: dict[str, list[list[int]]] = {key: [] for key in self.keys}
-        result = EncodedBatch({}, {}, {}, disk_bytes=batch.disk_bytes)
+        result = EncodedBatch({}, {}, {}, batch.end, disk_bytes=batch.disk_bytes)
         for number, line in enumerate(batch.lines, batch.first_line):
             result.text_bytes += len(line)
             if line.isspace() or not line:
@@ -164,7 +165,7 @@ class Encoder:
             ) from error
         lengths = [len(ids) for ids in document]
         if document and self.eod is not None:
-            document.append(np.array([self.eod], np.int64))
+            document.append(np.array([self.eod], np.int32))
             lengths[-1] += 1
         tokens = np.concatenate(document) if document else np.empty(0, np.int64)
         bounds = np.iinfo(np.dtype(self.dtype))

@@ -25,12 +25,12 @@ TOKENIZER_TYPES = (*MODEL_TYPES, *VOCAB_FILE_TYPES, "NullTokenizer")
 _FOLDER_PATTERNS = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*token*.py")
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add Megatron's tokenizer options, as far as they decide the ids of a text."""
     group = parser.add_argument_group("tokenizer, as in Megatron-LM")
     group.add_argument(
         "--tokenizer-type",
-        required=True,
+        required=required,
         choices=TOKENIZER_TYPES,
         help="Megatron's name of the kind",
     )

@@ -44,6 +44,7 @@ class KeptTokenizer:
 
     backend: Any
     tokenize: Callable[[str], list[int]]
+    detokenize: Callable[[list[int]], str]
     vocab_size: int
     eod: int | None
 
@@ -124,14 +125,21 @@ def _restore(
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer_model)
-        return KeptTokenizer(processor, processor.encode_as_ids, vocab_size, eod)
+        ids, text = processor.encode_as_ids, processor.decode_ids
+        return KeptTokenizer(processor, ids, text, vocab_size, eod)
     import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_str(backend)
     except Exception as error:  # the library raises no narrower one
         raise ValueError(str(error)) from error
-    return KeptTokenizer(tokenizer, lambda text: tokenizer.encode(text).ids, vocab_size, eod)
+    return KeptTokenizer(
+        tokenizer,
+        lambda text: tokenizer.encode(text).ids,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        vocab_size,
+        eod,
+    )
 
 
 def _path(args: argparse.Namespace, fingerprint: str | None) -> Path:

@@ -19,7 +19,7 @@ class Engine(Protocol):
     """A tokenizer's ids, faster."""
 
     def encode(self, text: str) -> np.ndarray | None:
-        """The ids of a text, int64; None if only the tokenizer can tell."""
+        """The ids of a text, int32; None if only the tokenizer can tell."""
 
 
 def prove(engine: Engine, reference: Callable[[str], list[int]], texts: Iterable[str]) -> None:

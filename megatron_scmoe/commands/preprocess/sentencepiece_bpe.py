@@ -16,12 +16,14 @@ best is the highest score here, the lowest rank there. What differs:
 As for byte-level BPE nothing of this is trusted (see `proof`).
 """
 
+import array
 import re
 from typing import Any
 
 import numpy as np
 
 from megatron_scmoe.commands.preprocess.proof import NotExactError
+from megatron_scmoe.commands.preprocess.special_tokens import finder
 
 _SPACE = "\u2581"
 _LARGE_TEXT = 1 << 24  # characters from which Python's integers would need gigabytes
@@ -48,7 +50,7 @@ class SentencePieceBPE:
         _check(model)
         kinds = type(model).SentencePiece
         users = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
-        self._to_reference = re.compile("|".join(map(re.escape, users))) if users else None
+        self._has_special_token = finder(users)
         self._prefix = " " if model.normalizer_spec.add_dummy_prefix else ""
         byte_ids = {
             int(piece.piece[1:-1], 16): number
@@ -75,11 +77,12 @@ class SentencePieceBPE:
         )
         names = single + whole + [token.encode() for token in merged]
         # Up to three ids for each rank, the rest of the row is empty.
-        self._ids = np.full((len(names), 3), _NO_ID, np.int64)
+        self._ids = np.full((len(names), 3), _NO_ID, np.int32)
         for rank, name in enumerate(names):
             known = name not in beginnings and (len(name) > 1 or name in characters)
             ids = [tokens[name.decode()]] if known else [byte_ids[byte] for byte in name]
             self._ids[rank, : len(ids)] = ids
+        self._first_ids = self._ids[:, 0].copy()
         self._beginnings = np.array([name in beginnings for name in names])
         self._bpe = tiktoken.Encoding(
             "sentencepiece",
@@ -89,20 +92,20 @@ class SentencePieceBPE:
         )
 
     def encode(self, text: str) -> np.ndarray | None:
-        """The ids of a text, int64; None if only the reference can tell."""
-        if self._to_reference and self._to_reference.search(text):
+        """The ids of a text, int32; None if only the reference can tell."""
+        if self._has_special_token(text):
             return None
         if not text:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int32)
         text = self._prefix + text.replace(_SPACE, " ")
         if len(text) >= _LARGE_TEXT:
             ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
-        else:
-            ranks = np.array(self._bpe.encode_ordinary(text), np.uint32)
+        else:  # faster than numpy.array
+            ranks = np.frombuffer(array.array("I", self._bpe.encode_ordinary(text)), np.uint32)
         if self._beginnings[ranks].any():
             ids = self._ids[ranks].ravel()
             return ids[ids != _NO_ID]
-        return self._ids[ranks, 0]
+        return self._first_ids[ranks]
 
 
 def _by_rank(scores: list[tuple[float, str]]) -> list[str]:

@@ -9,8 +9,10 @@ import termios
 from itertools import accumulate
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import TOOL, documents, write_lines
+from pyarrow import parquet
 
 
 def bin_bytes(corpus: list[list[list[int]]]) -> bytes:
@@ -145,6 +147,43 @@ def test_huge_line(tool, tmp_path: Path, null_arguments):
     assert tool("--input", corpus, *null_arguments).code == 0
     data, _ = read(tmp_path / "out" / "corpus_text_document")
     assert data == struct.pack(f"<{len(numbers)}H", *numbers)
+
+
+def test_inputs_with_weights_are_a_blend(tool, tmp_path: Path, null_arguments):
+    """Each input is what it is alone, and Megatron reads weights and names from the blend file."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    write_lines(tmp_path / "web.jsonl", [{"text": "1 2", "t": "5"}, {"text": "3", "t": "6"}])
+    (tmp_path / "code").mkdir()
+    write_lines(tmp_path / "code" / "a.jsonl", [{"text": "4", "t": "7"}])
+    write_lines(tmp_path / "code" / "b.jsonl", [{"text": "5", "t": "8"}])
+    inputs = [tmp_path / "web.jsonl", tmp_path / "code"]
+    run = ["--json-keys", "text", "t", *null_arguments]
+    outcome = tool("--input", *inputs, "--input-weights", "0.3", "2", *run)
+    assert outcome.code == 0 and "5 tokens of text, 4 tokens of t" in outcome.stderr
+    out = tmp_path / "out"
+    for key in ("text", "t"):
+        words = (out / f"corpus_{key}_document.blend").read_text().split()
+        prefixes, weights = get_blend_from_list(words)
+        assert weights == [0.3, 2.0]
+        assert prefixes == [f"{out}/corpus_{name}_{key}_document" for name in ("web", "code")]
+        assert [read(Path(prefix))[0] for prefix in prefixes] == {
+            "text": [struct.pack("<3H", 1, 2, 3), struct.pack("<2H", 4, 5)],
+            "t": [struct.pack("<2H", 5, 6), struct.pack("<2H", 7, 8)],
+        }[key]
+    again = tool("--input", *inputs, "--input-weights", "1", "1", *run)
+    assert "exists; use --overwrite" in again.error
+
+
+def test_parquet_and_text_files(tool, tmp_path: Path, null_arguments):
+    table = pyarrow.table({"text": [f"{i % 90} 1" for i in range(3000)]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_text("7 8 9")
+    run = ["--input", tmp_path / "c.parquet", tmp_path / "d.txt", *null_arguments]
+    assert tool(*run, "--workers", 2).code == 0
+    expected = [[[i % 90, 1]] for i in range(3000)] + [[[7, 8, 9]]]
+    written = read(tmp_path / "out" / "corpus_text_document")
+    assert written == (bin_bytes(expected), idx_bytes(expected))
 
 
 def test_existing_output(tool, tmp_path: Path, null_arguments):

@@ -35,11 +35,12 @@ from megatron_scmoe.commands.preprocess.byte_level_bpe import (
     WORDS,
     ByteLevelBPE,
 )
+from megatron_scmoe.commands.preprocess.corpus import Batch
 from megatron_scmoe.commands.preprocess.encoding import Encoder
 from megatron_scmoe.commands.preprocess.engines import find_engine
-from megatron_scmoe.commands.preprocess.json_lines import Batch
 from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentencepiece_bpe import SentencePieceBPE
+from megatron_scmoe.commands.preprocess.special_tokens import finder
 
 CORPUS = (
     "def encode(self, text: str) -> list[int]:\n        return [self.ids[word] for word in text]\n"
@@ -205,6 +206,11 @@ def test_what_is_not_exact_is_not_used(parts: dict[str, object], reason: str) ->
     tokenizer = changed(**parts)
     with pytest.raises(NotExactError, match=reason):
         ByteLevelBPE(tokenizer, reference(tokenizer))
+
+
+@given(tokens=st.lists(st.text("<|ab", min_size=1, max_size=5), max_size=4), text=st.text("<|abc"))
+def test_special_tokens_are_found(tokens: list[str], text: str) -> None:
+    assert finder(tokens)(text) == any(token in text for token in tokens)
 
 
 def test_other_tokenizers_have_no_engine() -> None:

@@ -109,6 +109,17 @@ def test_nothing_to_write(tool, tmp_path: Path, null_arguments, content, said):
         (["--input", "c.jsonl", "--partitions", "-1"], "must be at least 1, not -1"),
         (["--input", "c.jsonl", "--json-keys", "a/b"], "cannot be part of a file name"),
         (["--input", "c.jsonl", "--json-keys", "a", "a"], "names 'a' twice"),
+        (["--input", "c.jsonl", "--input-weights", "1", "2"], "2 numbers for 1 inputs"),
+        (["--input", "c.jsonl", "--input-weights", "0"], "must be above 0, not 0"),
+        (["--input", "c.jsonl", "--input-weights", "x"], "argument --input-weights: invalid"),
+        (
+            ["--input", "c.jsonl", "a/c.jsonl", "--input-weights", "1", "1"],
+            "the inputs' names c, c are those of their datasets and must differ",
+        ),
+        (
+            ["--input", "c.jsonl", "--input-weights", "1", "--output-prefix", "a b/x"],
+            "no white space",
+        ),
         (["--input", "c.jsonl", "--keep-newlines"], "--keep-newlines needs --split-sentences"),
         (["--input", "c.jsonl", "--output-prefix", "empty_folder/"], "is a folder"),
         (["--input", "c.jsonl", "--output-prefix", "c.jsonl/x"], "c.jsonl is not a folder"),
@@ -159,11 +170,16 @@ def test_tokenizer_without_end(tool, tmp_path: Path, tokenizers):
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("nltk", ["--split-sentences"]), ("zstandard", ["--input", "c.jsonl.zst"])],
+    [
+        ("nltk", ["--split-sentences"]),
+        ("zstandard", ["--input", "c.jsonl.zst"]),
+        ("pyarrow", ["--input", "c.parquet"]),
+    ],
 )
 def test_missing_extra(tmp_path: Path, module, arguments):
     """As a user starts it, on a machine without the module."""
-    (tmp_path / "c.jsonl.zst").write_bytes(b"")
+    for name in ("c.jsonl.zst", "c.parquet"):
+        (tmp_path / name).write_bytes(b"")
     code = (
         "import importlib.util, runpy, sys\n"
         "find = importlib.util.find_spec\n"

@@ -30,7 +30,7 @@ def files(folder: Path, name: str) -> tuple[bytes, bytes]:
 @settings(max_examples=60, deadline=None)
 @given(DOCUMENTS, st.integers(1, 3), st.integers(0, 12), st.sampled_from([np.uint16, np.int32]))
 def test_the_bytes_of_megatrons_writer(tmp_path_factory, documents, partitions, cut, dtype) -> None:
-    """In one go, and stopped somewhere, with more on disk than the run knows of, and resumed."""
+    """In one go, and resumed from somewhere, with more on disk than was known then."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     folder = tmp_path_factory.mktemp("w")
@@ -50,7 +50,7 @@ def test_the_bytes_of_megatrons_writer(tmp_path_factory, documents, partitions, 
         add(stopped, documents[:cut])
         state = stopped.state()
         add(stopped, documents[cut:][:2])
-        stopped.close()
+        stopped.finish({})
         resumed = DatasetWriter(folder, "resumed", dtype, partitions, state)
         add(resumed, documents[cut:])
         resumed.finish({})
