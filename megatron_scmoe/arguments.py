@@ -110,9 +110,8 @@ def complete_async_save(args: Namespace) -> list[str]:
 def set_defaults(args: Namespace) -> list[str]:
     """apply_scmoe_defaults, with what sets them."""
     position = args.scmoe_shortcut_position
-    return [
-        f"--scmoe-shortcut-position {position} sets {note}" for note in apply_scmoe_defaults(args)
-    ]
+    what = "The variant" if position == "none" else f"--scmoe-shortcut-position {position}"
+    return [f"{what} sets {note}" for note in apply_scmoe_defaults(args)]
 
 
 def explain_hub(args: Namespace) -> list[str]:
@@ -305,14 +304,12 @@ def apply_scmoe_defaults(args: Namespace) -> list[str]:
         args.scmoe_implied = {**args.scmoe_implied, dest: getattr(args, dest)}
         setattr(args, dest, value)
 
-    if scmoe.dual_gating:
+    if scmoe.dual_gating or not (scmoe.has_shortcut or args.moe_shared_expert_gate):
         if scmoe.scmoe_combine == ScMoEConfig.scmoe_combine:
             imply("scmoe_combine", "add")
             scmoe = scmoe_config_from_args(args)
-            notes.append(
-                "--scmoe-combine add: two gates have no shared expert, and nothing to weigh"
-            )
-    elif args.moe_shared_expert_intermediate_size is None:
+            notes.append("--scmoe-combine add: there is no gated shared expert")
+    elif scmoe.has_shortcut and args.moe_shared_expert_intermediate_size is None:
         imply("moe_shared_expert_intermediate_size", args.ffn_hidden_size)
         notes.append(
             f"--moe-shared-expert-intermediate-size {args.ffn_hidden_size} (--ffn-hidden-size): "

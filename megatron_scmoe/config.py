@@ -5,6 +5,7 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 --multi-latent-attention (megatron/training/argument_utils.py:292).
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.variant import Variant
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots
 
 # Fields of ScMoEConfig that stand on no command line.
 NO_OPTIONS = ("scmoe_measured_slots", "scmoe_experts_at_home")
@@ -44,7 +45,8 @@ class ScMoEConfig:
                 "choices": ("none", *POSITIONS),
                 "help": "Where the routed experts read: "
                 + "".join(f"{name}, {position.reads}; " for name, position in POSITIONS.items())
-                + "none, after the MoE layer's own attention, which is stock Megatron.",
+                + "none, behind its own attention: stock Megatron, or with another variant a "
+                "unit without a shortcut.",
             }
         },
     )
@@ -161,8 +163,18 @@ class ScMoEConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a shortcut at all."""
+        """Whether MoE layers are units of ours."""
+        return has_units(self)
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether the experts of a unit read an earlier tensor than stock Megatron's."""
         return self.scmoe_shortcut_position != "none"
+
+    @property
+    def own_norm(self) -> bool:
+        """Whether what the experts read has a norm of its own."""
+        return self.has_shortcut and self.scmoe_shortcut_norm == "own"
 
     @property
     def dual_gating(self) -> bool:
@@ -205,8 +217,7 @@ class ScMoEConfig:
             return Slots(int(numbers[0]), int(numbers[-1]))
         if self.scmoe_measured_slots is not None:
             return Slots(*self.scmoe_measured_slots[:2])
-        slot = POSITIONS[self.scmoe_shortcut_position].default_slot
-        return Slots(slot, slot)
+        return default_slots(self.scmoe_shortcut_position)
 
     @property
     def measures_slots(self) -> bool:
@@ -216,3 +227,19 @@ class ScMoEConfig:
             and self.scmoe_expert_slot == "auto"
             and self.scmoe_measured_slots is None
         )
+
+
+def has_units(options: ScMoEConfig | Namespace) -> bool:
+    """Whether MoE layers are units of ours: with a shortcut, or with a variant that stock Megatron
+    does not have.
+
+    Args:
+        options: these, or the command line that has them.
+    """
+    return (
+        options.scmoe_shortcut_position != "none"
+        or options.scmoe_router != "topk"
+        or options.scmoe_dual_gating != "none"
+        or any(options.scmoe_experts_at_home.values())
+        or options.scmoe_input_scale != 1
+    )

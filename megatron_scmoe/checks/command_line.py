@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.checks.shortcut import TRANSFORMER_ENGINE
 from megatron_scmoe.checks.words import LENGTH
+from megatron_scmoe.config import has_units
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts
 from megatron_scmoe.words import flag
@@ -100,7 +101,7 @@ def _trace_of_nothing(args: Namespace) -> Found:
     start, end = args.profile_step_start, args.profile_step_end
     if args.scmoe_trace_dir is None:
         return False
-    if args.scmoe_shortcut_position == "none":
+    if not has_units(args):
         return {"why": "only shortcut units are traced, and --scmoe-shortcut-position is none"}
     if start >= end:
         return {"why": f"--profile-step-start {start} is not before --profile-step-end {end}"}

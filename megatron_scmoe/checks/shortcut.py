@@ -11,10 +11,10 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
-from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.config import ScMoEConfig, has_units
 from megatron_scmoe.model import norm
 from megatron_scmoe.model.routing import ROUTERS
-from megatron_scmoe.overlap.schedule import POSITIONS, window
+from megatron_scmoe.overlap.schedule import TAPS, window
 from megatron_scmoe.words import flag
 
 
@@ -30,8 +30,6 @@ def check_model(config: TransformerConfig, scmoe: ScMoEConfig) -> None:
         refuse(norm.REFUSALS, config)
     if scmoe.enabled:
         refuse(of_shortcut(config, scmoe), config, scmoe)
-    else:
-        refuse(WITHOUT_SHORTCUT, config, scmoe)
 
 
 def of_shortcut(config: TransformerConfig, scmoe: ScMoEConfig) -> list[Refusal]:
@@ -205,7 +203,7 @@ def _slot_outside(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
 
 def _moe_first(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
     freq = config.moe_layer_freq
-    if not isinstance(freq, int) or freq == 1:
+    if not scmoe.has_shortcut or not isinstance(freq, int) or freq == 1:
         return False
     repeats, rest = divmod(config.num_layers, freq)
     advice = (
@@ -222,7 +220,7 @@ def _no_dense_layer(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
     pattern = [1] * config.num_layers if isinstance(freq, int) else freq
     pairs = zip([1, *pattern[:-1]], pattern, strict=True)
     alone = [number for number, (before, here) in enumerate(pairs, 1) if before and here]
-    if not POSITIONS[scmoe.scmoe_shortcut_position].is_pair or not alone:
+    if not TAPS[scmoe.scmoe_shortcut_position].is_pair or not alone:
         return False
     advice = "use pos1, which reads the MoE layer's own input"
     count, rest = divmod(config.num_layers, 2)
@@ -237,11 +235,28 @@ SHORTCUT = (
     *_UNSUPPORTED,
     Refusal(
         lambda config, scmoe: (
-            config.moe_shared_expert_intermediate_size is None and not scmoe.dual_gating
+            scmoe.has_shortcut
+            and config.moe_shared_expert_intermediate_size is None
+            and not scmoe.dual_gating
         ),
         "A model without --moe-shared-expert-intermediate-size does not work with a shortcut",
         "add it, for example with the size of --ffn-hidden-size",
         "a shared expert reads the current representation",
+    ),
+    Refusal(
+        lambda config, scmoe: (
+            not scmoe.has_shortcut
+            and config.moe_shared_expert_intermediate_size is None
+            and scmoe.scmoe_combine != "add"
+        ),
+        "--scmoe-combine {scmoe_combine} weighs a shared expert, and there is none",
+        "use add, or --moe-shared-expert-intermediate-size",
+    ),
+    Refusal(
+        lambda config, scmoe: scmoe.dual_gating and not scmoe.has_shortcut,
+        "--scmoe-dual-gating {scmoe_dual_gating} does not work without a shortcut",
+        "add --scmoe-shortcut-position",
+        "one of its gates reads it",
     ),
     Refusal(
         lambda config, scmoe: (
@@ -324,25 +339,10 @@ WITHOUT_EFFECT = (
     ),
 )
 
-WITHOUT_SHORTCUT = (
-    Refusal(
-        lambda config, scmoe: scmoe.dual_gating,
-        "--scmoe-dual-gating {scmoe_dual_gating} does not work without a shortcut",
-        "add --scmoe-shortcut-position",
-        "one of its gates reads it",
-    ),
-    Refusal(
-        lambda config, scmoe: scmoe.at_home or scmoe.scmoe_router != "topk",
-        "--scmoe-router {scmoe_router} and experts at home do not work without a shortcut",
-        "add --scmoe-shortcut-position",
-        "the layers are stock Megatron's then",
-    ),
-)
-
 
 def _unsupported_option(dest: str, reason: str) -> Refusal:
     return Refusal(
-        lambda args: args.scmoe_shortcut_position != "none" and getattr(args, dest),
+        lambda args: has_units(args) and getattr(args, dest),
         f"--{dest.replace('_', '-')} does not work with a shortcut",
         "drop it",
         reason,

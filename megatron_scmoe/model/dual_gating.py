@@ -90,10 +90,6 @@ class DualGatingLayer(ShortcutLayer):
 
     further_routes = (Route(PAIR.index(Step.SHARED_EXPERT), Slots(1, 1)),)
 
-    def shared_expert(self, run: UnitPass, _: Task) -> None:
-        """There is none. Its step stays as a place between two routes: in front of it the current
-        route's tokens leave, behind it the preceding route's experts may run beside that."""
-
     def tapped_norm(self, tapped: Tensor, route: int) -> Tensor:
         """The current route reads what a shared expert would read, x."""
         if route == PRECEDING:

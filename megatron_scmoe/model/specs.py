@@ -43,7 +43,7 @@ from megatron_scmoe.model.unit import (
     ShortcutLayer,
     ShortcutLayerSubmodules,
 )
-from megatron_scmoe.overlap.schedule import POSITIONS
+from megatron_scmoe.overlap.schedule import TAPS
 
 # 0-based numbers of the attention layers of one block layer.
 BlockLayer = tuple[int, ...]
@@ -56,7 +56,7 @@ def block_layers(config: TransformerConfig, scmoe: ScMoEConfig) -> list[BlockLay
     the dense layer in front. Dense layers that no MoE layer follows stay plain.
     """
     pattern = moe_layer_pattern(config)
-    if not POSITIONS[scmoe.scmoe_shortcut_position].is_pair:
+    if not TAPS[scmoe.scmoe_shortcut_position].is_pair:
         return [(layer,) for layer in range(config.num_layers)]
     groups: list[BlockLayer] = []
     for layer, is_moe in enumerate(pattern):
@@ -199,8 +199,8 @@ def _unit_submodules(
     norm: LayerNormBuilder,
     first_moe: bool,
 ) -> ShortcutLayerSubmodules:
-    if scmoe.scmoe_shortcut_norm == "shared":
-        layer, _, tapped = POSITIONS[scmoe.scmoe_shortcut_position].norm.rpartition(".")
+    if not scmoe.own_norm:
+        layer, _, tapped = TAPS[scmoe.scmoe_shortcut_position].norm.rpartition(".")
         if layer:
             assert dense is not None
             dense = _unfused(dense, tapped, norm)
@@ -215,7 +215,7 @@ def _unit_submodules(
     return ShortcutLayerSubmodules(
         **values,
         dense_layer=None if dense is None else _with_disk_names(dense),
-        shortcut_layernorm=norm if scmoe.scmoe_shortcut_norm == "own" else IdentityOp,
+        shortcut_layernorm=norm if scmoe.own_norm else IdentityOp,
         post_layernorm=norm if scmoe.scmoe_post_norm else IdentityOp,
     )
 

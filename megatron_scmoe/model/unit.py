@@ -45,7 +45,7 @@ from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
 from megatron_scmoe.overlap.runner import Runner
 from megatron_scmoe.overlap.schedule import (
-    POSITIONS,
+    TAPS,
     Route,
     Slots,
     Step,
@@ -344,7 +344,9 @@ class ShortcutLayer(NumberedLayer):
         """Done by the call; its place was not passed (a recomputed core, an inference kernel)."""
 
     def shared_expert(self, run: UnitPass, _: Task) -> None:
-        """c_s SE(H_{l+1}^MH)  [(7)]"""
+        """c_s SE(H_{l+1}^MH)  [(7)]; without a shared expert a place between two routes."""
+        if self.mlp.shared_experts is None:
+            return
         run.shared = self.mlp.shared_expert(self._forward_pre_mlp_layernorm(run.hidden_states))
 
     # Routed work. -----------------------------------------------------------------------------
@@ -363,9 +365,9 @@ class ShortcutLayer(NumberedLayer):
         """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),
         which is the norm that the main branch applies to the same tensor. A shared norm is
         evaluated twice, here and inside the host's attention or MLP."""
-        if self._scmoe.scmoe_shortcut_norm == "own":
+        if self._scmoe.own_norm:
             return self.shortcut_layernorm(tapped)
-        norm = POSITIONS[self._scmoe.scmoe_shortcut_position].norm
+        norm = TAPS[self._scmoe.scmoe_shortcut_position].norm
         return self.get_submodule(norm)(tapped)
 
     def choose_experts(

@@ -109,6 +109,12 @@ POSITIONS = {
     "pos3": Position("the input of that dense layer", 0, 4, "dense_layer.input_layernorm"),
 }
 
+# By the value of the option; without a shortcut the experts read what stock Megatron's do.
+TAPS = {
+    **POSITIONS,
+    "none": Position("its own attention's output", 7, 1, "pre_mlp_layernorm", is_pair=False),
+}
+
 PAIR = (
     Step.DENSE_QKV,
     Step.DENSE_CORE_ATTENTION,
@@ -126,12 +132,12 @@ MOE_LAYER = PAIR[PAIR.index(Step.QKV) :]
 
 def window(position: str) -> tuple[Step, ...]:
     """The dense operators that may run while tokens travel, in order (section 3.1)."""
-    return PAIR[POSITIONS[position].tap :]
+    return PAIR[TAPS[position].tap :]
 
 
 def default_slots(position: str) -> Slots:
     """The expert slots before anything was measured."""
-    slot = POSITIONS[position].default_slot
+    slot = TAPS[position].default_slot
     return Slots(slot, slot)
 
 
@@ -148,7 +154,7 @@ def build_schedule(
     """Order the steps of one unit.
 
     Args:
-        position: a key of POSITIONS.
+        position: a key of TAPS.
         slots: where the experts stand, forward and backward.
         overlap: launch the exchanges early and wait late; otherwise wait at once.
         num_chunks: parts of the tokens that are exchanged one by one.
@@ -162,7 +168,7 @@ def build_schedule(
         ValueError: a slot lies outside the window of its route, or a further route taps in front
             of the first.
     """
-    first = POSITIONS[position]
+    first = TAPS[position]
     if any(route.tap < first.tap for route in further):
         raise ValueError(f"a further route taps in front of {position}, outside what is measured")
     routes = [Route(first.tap, slots), *further]
@@ -184,7 +190,7 @@ def build_schedule(
     if overlap:
         places[-1] += [Task(Step.WAIT_COMBINE, route=number) for number in range(len(routes))]
     places[-1].append(Task(Step.MERGE))
-    begin = 0 if first.is_pair else first.tap
+    begin = 0 if first.is_pair else PAIR.index(MOE_LAYER[0])
     tasks = [*places[begin]]
     for operator, behind in zip(PAIR[begin:], places[begin + 1 :], strict=True):
         tasks += [Task(operator), *behind]

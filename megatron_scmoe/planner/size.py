@@ -381,13 +381,13 @@ class _Counter:
         gate = router.parameters(config, self.scmoe, first)
         matrix = gate + gating.weights(config)
         norm = self._norm(self.hidden)
-        own_norm = not self.scmoe.enabled or self.scmoe.scmoe_shortcut_norm == "own"
+        own_norm = not self.scmoe.has_shortcut or self.scmoe.own_norm
         weights = Weights(replicated=matrix + (norm if own_norm else 0))
         assert config.num_moe_experts is not None
         scores = 4 * gating.gates * config.num_moe_experts * self.outer_tokens  # fp32
         if not self.scmoe.enabled and self._recomputes("moe"):
             scores = 0
-        kept = self.kept(outer=self.hidden if self.scmoe.enabled else self._normed_input())
+        kept = self.kept(outer=self.hidden if self.scmoe.has_shortcut else self._normed_input())
         kept += self.kept(outer=router.kept(config))
         return Operator(weights, weights.total, 2 * gating.gates * gate, kept + scores)
 
@@ -426,11 +426,13 @@ class _Counter:
         With two gates there is none, and the second gate reads x."""
         width = self.config.moe_shared_expert_intermediate_size or 0
         matrices = self._mlp_matrices(width)
-        norm = self._norm(self.hidden) if self.scmoe.enabled else 0
+        norm = self._norm(self.hidden) if self.scmoe.has_shortcut else 0
         recomputed = self._recomputes("shared_experts") or self._recomputes("moe")
+        # A unit without a shortcut evaluates the norm for the router, and again for this.
+        again = self.hidden if self.scmoe.enabled and width else 0
         kept = self.kept(
             inner=0 if recomputed else self._kept_in_mlp(width),
-            outer=self._normed_input() if self.scmoe.enabled else 0,
+            outer=self._normed_input() if self.scmoe.has_shortcut else again,
         )
         weights = Weights(tensor=matrices, replicated=norm)
         return Operator(weights, weights.total, 2 * matrices, kept)

@@ -39,6 +39,7 @@ def twin(args: Namespace) -> Twin | None:
     stock.scmoe_shortcut_position = stock.scmoe_dual_gating = "none"
     for dest in SHARED_EXPERT & args.scmoe_implied.keys():
         setattr(stock, dest, args.scmoe_implied[dest])
+    stock.scmoe_combine = "cg1" if stock.moe_shared_expert_gate else "add"
     sizes = (
         model_size(model_config_from_args(each), args.seq_length, args.micro_batch_size)
         for each in (stock, args)

@@ -48,7 +48,7 @@ def test_without_a_shortcut_nothing_is_refused(option: str) -> None:
         ({"moe_token_dispatcher_type": "post"}, {}, "none of allgather, alltoall, flex."),
         ({}, {"scmoe_combine": "gate"}, "--scmoe-combine gate is none of add, cg1, cg2."),
         ({}, {"scmoe_dual_gating": "no"}, "--scmoe-dual-gating no is none of none, shared, sepa"),
-        ({}, {"scmoe_router": "dice"}, "--scmoe-router dice is none of topk, heterogeneous."),
+        ({}, {"scmoe_router": "dice"}, "--scmoe-router dice is none of topk, heterogeneous, long"),
         ({}, {"scmoe_experts_at_home": {"cat": 1}}, "A kind of experts at home: cat is none of"),
     ],
 )

@@ -159,6 +159,14 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"scmoe_bias_decay": "linear"},
     ),
     "--scmoe-mla-scale scales": ({"multi_latent_attention": False}, {"scmoe_mla_scale": True}),
+    "--scmoe-combine cg1 weighs a shared expert, and there is none": (
+        {"moe_shared_expert_intermediate_size": None},
+        {"scmoe_shortcut_position": "none", "scmoe_router": "longcat"},
+    ),
+    "--scmoe-dual-gating shared does not work without a shortcut": (
+        {},
+        {"scmoe_shortcut_position": "none", **DUAL},
+    ),
     "--scmoe-gate-layers 3 is neither": (WEIGHED, {"scmoe_gate_layers": 3, **HETEROGENEOUS}),
     "--scmoe-gating-residual does not work with --pipeline-model-parallel-size 2": (
         {"pipeline_model_parallel_size": 2, **WEIGHED},
@@ -406,8 +414,6 @@ ALL = [
     *OF_NORM,
     *OF_COMMAND_LINE,
     "pipeline stage 1 would start at layer 4",
-    "--scmoe-router topk and experts at home do not work without",
-    "--scmoe-dual-gating shared does not work without",
 ]
 
 
@@ -447,9 +453,6 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
             return next(complaints(rows, config, scmoe))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
-    if line.endswith("not work without"):
-        chosen = DUAL if "dual" in line else {"scmoe_experts_at_home": {"zero": 1}}
-        return next(complaints(shortcut.WITHOUT_SHORTCUT, host_config(), ScMoEConfig(**chosen)))
     if line not in OF_COMMAND_LINE:
         scmoe = ScMoEConfig(scmoe_shortcut_position="pos2")
         host = {"moe_layer_freq": [0, 1] * 3, "pipeline_model_parallel_size": 2}

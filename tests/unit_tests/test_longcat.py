@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from transformers.models.longcat_flash import modeling_longcat_flash as hf
 
@@ -32,7 +35,7 @@ from tests.unit_tests.test_variants import (
 
 IDENTITY = 2
 COLUMNS = EXPERTS + IDENTITY
-FACTOR = 1.5
+FACTOR = 2.0  # exact in the router's float32
 LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
 
 
@@ -182,6 +185,41 @@ def test_the_loss_is_that_of_groups(groups: int) -> None:
     torch.testing.assert_close(logged.double(), loss.detach(), rtol=1e-6, atol=0)
     (LOSS["moe_aux_loss_coeff"] * loss).backward()
     torch.testing.assert_close(found, moe.router.weight.grad, rtol=1e-6, atol=1e-8)
+
+
+# Without a shortcut. ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("shared_expert", [True, False])
+@pytest.mark.parametrize("every_layer", [True, False])
+def test_a_unit_without_a_shortcut_is_stock_megatrons_layer(
+    every_layer: bool, shared_expert: bool
+) -> None:
+    """Where the bias is 0 and there is nothing at home: output and every gradient."""
+    options = {"scmoe_shortcut_position": "none", "scmoe_experts_at_home": {}}
+    block_case = case(**options)
+    block_case.moe_frequency = 1 if every_layer else 2
+    if not shared_expert:
+        block_case.host["moe_shared_expert_intermediate_size"] = None
+    block = toy_block(block_case)
+    config, groups = block_case.host_config(), ProcessGroupCollection.use_mpu_process_groups()
+    stock = TransformerBlock(
+        config=config,
+        spec=get_gpt_decoder_block_spec(config, use_transformer_engine=False),
+        pg_collection=groups,
+    ).double()
+    parameters = dict(block.named_parameters())
+    assert parameters.keys() == dict(stock.named_parameters()).keys()
+    stock.load_state_dict(block.state_dict(), strict=False)
+    found = []
+    for model in (block, stock):
+        x = hidden_states()
+        output = run_block(model, x)
+        output.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"output": output.detach(), "input": x.grad, **grads})
+    assert_close(*found)
 
 
 # The whole layer. -------------------------------------------------------------------------------

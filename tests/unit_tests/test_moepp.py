@@ -246,7 +246,7 @@ def test_logits_are_handed_on() -> None:
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3", "none"])
 def test_the_residual_crosses_units_and_recomputation(position: str) -> None:
     """The same bits with and without overlap, and with full recomputation."""
     found = []
@@ -291,7 +291,7 @@ def test_the_loss_leads_to_the_papers_shares() -> None:
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3", "none"])
 def test_units_train_at_every_position(position: str) -> None:
     block = toy_block(case(position, router="heterogeneous", **LOSS))
     run_block(block, hidden_states()).square().mean().backward()

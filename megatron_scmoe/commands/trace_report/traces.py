@@ -20,7 +20,7 @@ from megatron_scmoe.overlap.measure.trace import (
     TRACED_PARAMETERS,
 )
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
+from megatron_scmoe.overlap.schedule import TAPS, Slots, Step, window
 from megatron_scmoe.words import read_json
 
 # What ranks of one run may differ in.
@@ -200,7 +200,7 @@ def _load(path: Path) -> dict[str, Any]:
         sizes = [facts[name] for name in TRACED_OPTIONS if KINDS.get(name, int) is int]
         if min(sizes) < 1 or min(facts[name] for name in TRACED_PARAMETERS) < 0:
             raise ValueError("a size is not positive")
-        if facts["scmoe_shortcut_position"] not in POSITIONS or facts["scmoe_num_chunks"] < 1:
+        if facts["scmoe_shortcut_position"] not in TAPS or facts["scmoe_num_chunks"] < 1:
             raise ValueError("no step of a unit")
         for rank in facts["expert_parallel_ranks"]:
             _need({"rank": rank}, "rank", int)

@@ -52,6 +52,7 @@ class LongCatRouter(TopKRouter):
         self._routed_topk = proportional if routed_topk is None else routed_topk
         self._groups = groups
         self._scales_at_home = scales_at_home
+        self._factor = self.config.moe_router_topk_scaling_factor
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and map, [T, N + H], from logits, [s, b, N + H]; see the host's."""
@@ -62,13 +63,19 @@ class LongCatRouter(TopKRouter):
         scores = logits.detach().softmax(dim=-1, dtype=torch.float32)
         chosen = (scores + self.expert_bias).topk(self.topk, dim=-1).indices
         probs, routing_map = topk_routing_with_score_function(
-            logits, self.topk, use_pre_softmax=True, precomputed_indices=chosen
+            logits,
+            self.topk,
+            use_pre_softmax=True,
+            scaling_factor=self._factor if self._scales_at_home else None,
+            precomputed_indices=chosen,
         )
         self._apply_expert_bias(
             routing_map, None if padding_mask is None else padding_mask.unsqueeze(-1)
         )
         selected = routing_map
-        probs = self._scaled(probs)
+        if self._factor and not self._scales_at_home:
+            routed, at_home = probs.split([self._routed, probs.shape[1] - self._routed], dim=1)
+            probs = torch.cat([routed * self._factor, at_home], dim=1)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -85,14 +92,6 @@ class LongCatRouter(TopKRouter):
                 selected = selected & ~padding_mask.unsqueeze(-1)
             probs = self._apply_aux_loss(probs, scores, selected, padding_mask is not None)
         return probs, routing_map
-
-    def _scaled(self, probs: Tensor) -> Tensor:
-        factor = self.config.moe_router_topk_scaling_factor
-        if not factor:
-            return probs
-        if self._scales_at_home:
-            return probs * factor
-        return torch.cat([probs[:, : self._routed] * factor, probs[:, self._routed :]], dim=1)
 
     def _apply_aux_loss(
         self,

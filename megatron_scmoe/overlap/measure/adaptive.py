@@ -100,7 +100,7 @@ class FirstIterations:
     """Watches the first iterations of a run; see `observe`.
 
     Args:
-        position: a key of POSITIONS.
+        position: a key of TAPS.
         num_routes: routed branches of a unit.
     """
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from megatron_scmoe.overlap.recorder import Direction
 from megatron_scmoe.overlap.schedule import (
-    POSITIONS,
+    TAPS,
     Route,
     Slots,
     Step,
@@ -206,7 +206,7 @@ def slot_seconds_of_routes(
 
 def _operators(times: UnitTimes, position: str, further: tuple[Route, ...]) -> list[int]:
     """Dense operators in the window of every route."""
-    tap = POSITIONS[position].tap
+    tap = TAPS[position].tap
     return [len(times.dense), *(len(times.dense) - (route.tap - tap) for route in further)]
 
 
