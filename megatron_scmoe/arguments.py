@@ -24,7 +24,7 @@ from megatron.training.utils import (
     has_nvrx_checkpointing_async_support as has_nvrx_async_support,
 )
 
-from megatron_scmoe import host, recipe, say
+from megatron_scmoe import host, presets, recipe, say
 from megatron_scmoe.checks import command_line, layout, shortcut
 from megatron_scmoe.checks.data import DATA, VOCABULARY
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -57,7 +57,7 @@ def parse_and_validate_args() -> Namespace:
 
 
 def parse(add_options: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """The host's parser, on a command line in which files of options are spelled out.
+    """The host's parser, on a command line in which files and presets are spelled out.
 
     Args:
         add_options: the program's own, an `extra_args_provider` of the host.
@@ -65,7 +65,8 @@ def parse(add_options: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
     Raises:
         ValueError: a file or an option that cannot be read.
     """
-    sys.argv[1:] = recipe.expand(sys.argv[1:])  # where the host and `typed_options` look
+    # Where the host and `typed_options` look.
+    sys.argv[1:] = presets.expand(recipe.expand(sys.argv[1:]))
     return parse_args(add_options)
 
 

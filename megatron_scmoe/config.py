@@ -5,7 +5,7 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 --multi-latent-attention (megatron/training/argument_utils.py:292).
 """
 
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots
+from megatron_scmoe.presets import PRESETS
 
 # Fields of ScMoEConfig that stand on no command line.
 NO_OPTIONS = ("scmoe_measured_slots", "scmoe_experts_at_home")
@@ -34,9 +35,27 @@ def _shown_as(metavar: str, default: Any) -> Any:
     return field(default=default, metadata={"argparse_meta": {"metavar": metavar}})
 
 
+def _switch() -> Any:
+    """A field that a preset may switch on, and the command line off again."""
+    return field(default=False, metadata={"argparse_meta": {"action": BooleanOptionalAction}})
+
+
 @dataclass
 class ScMoEConfig:
     """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
+
+    scmoe_preset: str | None = field(
+        default=None,
+        metadata={
+            "argparse_meta": {
+                "choices": tuple(PRESETS),
+                "help": "The options of a published system; what is typed wins. "
+                + "; ".join(f"{name}: {options}" for name, options in PRESETS.items())
+                + ".",
+            }
+        },
+    )
+    """A published system by name, a key of presets.PRESETS."""
 
     scmoe_shortcut_position: str = field(
         default="none",
@@ -62,7 +81,7 @@ class ScMoEConfig:
     """Weight of an expert at home in the balancing loss of --scmoe-router heterogeneous: a routed
     expert gets TAU times the tokens of one at home (MoE++)."""
 
-    scmoe_gating_residual: bool = False
+    scmoe_gating_residual: bool = _switch()
     """Add to the router's logits a learnt matrix times those of the MoE layer in front, with
     --scmoe-router heterogeneous (MoE++)."""
 
@@ -97,7 +116,7 @@ class ScMoEConfig:
     """Whose weights --scmoe-router longcat multiplies by --moe-router-topk-scaling-factor: those of
     experts at home too (transformers, vLLM), or not (SGLang)."""
 
-    scmoe_mla_scale: bool = False
+    scmoe_mla_scale: bool = _switch()
     """Multiply queries and keys and values of multi-latent attention by the square root of hidden
     size / rank of the latent they come from (LongCat-Flash)."""
 

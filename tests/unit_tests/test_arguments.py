@@ -56,6 +56,7 @@ POS2 = "--scmoe-shortcut-position pos2"
 
 # A value other than the default for every option, as typed and as stored.
 TYPED = {
+    "scmoe_preset": ("--scmoe-preset scmoe", "scmoe"),
     "scmoe_shortcut_position": ("--scmoe-shortcut-position pos3", "pos3"),
     "scmoe_combine": ("--scmoe-combine cg2", "cg2"),
     "scmoe_router": ("--scmoe-router heterogeneous", "heterogeneous"),

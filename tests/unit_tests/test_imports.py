@@ -20,6 +20,7 @@ ALLOWED = {
     "words": set(),
     "say": {"words"},
     "recipe": set(),
+    "presets": set(),
     "host": {"words"},
     "overlap": set(),
     "overlap.measure": {"words", "overlap"},
@@ -31,6 +32,7 @@ ALLOWED = {
     "model.experts": {"checks.refusal", "model.variant"},
     "model.names": {"model.combine", "model.experts", "model.routing", "model.variant"},
     "config": {
+        "presets",
         "model.combine",
         "model.dispatch",
         "model.experts",
@@ -68,6 +70,7 @@ ALLOWED = {
     "huggingface": {"words", "run.checkpoint"},
     "arguments": {
         "words",
+        "presets",
         "recipe",
         "say",
         "host",
