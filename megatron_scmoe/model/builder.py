@@ -89,6 +89,7 @@ def track_units(model: GPTModel, scmoe: ScMoEConfig) -> None:
             scmoe.measures_slots,
             scmoe.scmoe_trace_dir,
             unit_class(scmoe).further_routes,
+            (model.config.num_moe_experts or 0, scmoe.at_home),
         )
         set_moe_metrics_tracker(tracker)
     tracker.chunks.append(model)

@@ -57,6 +57,10 @@ class DualGatingMoE(ScMoELayer):
             else None
         )
 
+        if self.current_router is not None:
+            watched = self.choices.watching(self.current_router.routing)
+            self.current_router.routing = watched  # type: ignore[method-assign]
+
     def set_layer_number(self, layer_number: int) -> None:
         super().set_layer_number(layer_number)
         if self.current_router is not None:

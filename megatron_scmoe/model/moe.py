@@ -29,6 +29,7 @@ from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.routing import ROUTERS, wide_builder
 from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch
+from megatron_scmoe.overlap.measure.choices import Choices
 from megatron_scmoe.overlap.recorder import UnitRecorder
 
 
@@ -85,6 +86,8 @@ class ScMoELayer(MoELayer):
         self.input_scale = scmoe.scmoe_input_scale
         self.hands_on_logits = scmoe.scmoe_gating_residual
         self.recorder = UnitRecorder()
+        self.choices = Choices()
+        self.router.routing = self.choices.watching(self.router.routing)
         self.combine_gate = COMBINES[scmoe.scmoe_combine].build(self.config)
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
         # stands between them, and the shared expert.

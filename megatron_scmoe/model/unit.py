@@ -42,6 +42,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.combine import SharedOutput
 from megatron_scmoe.model.moe import RoutedChunk, RoutedTokens
 from megatron_scmoe.model.routing.choice import Routing
+from megatron_scmoe.overlap.measure.choices import Choices
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder, mark_backward
 from megatron_scmoe.overlap.runner import Runner
 from megatron_scmoe.overlap.schedule import (
@@ -243,6 +244,16 @@ class ShortcutLayer(NumberedLayer):
         return self.mlp.recorder
 
     @property
+    def choices(self) -> Choices:
+        """What its router has chosen."""
+        return self.mlp.choices
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What selects experts beside their scores, [E + H], if anything does."""
+        return getattr(self.mlp.router, "expert_bias", None)
+
+    @property
     def ep_group(self) -> ProcessGroup:
         """Ranks that share the experts."""
         return self.mlp.ep_group
@@ -359,7 +370,11 @@ class ShortcutLayer(NumberedLayer):
         )
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        run.taps[task.route] = Tap(z, self.choose_experts(run, task, z, padding_mask))
+        routing = self.choose_experts(run, task, z, padding_mask)
+        if self.training:
+            topk = self.config.moe_router_topk
+            self.mlp.choices.add(routing.routing_map, routing.at_home_map, topk)
+        run.taps[task.route] = Tap(z, routing)
 
     def tapped_norm(self, tapped: Tensor, route: int) -> Tensor:
         """z, [s, b, h]. The paper leaves the norm open: own (NVIDIA), or shared (LongCat-Flash),

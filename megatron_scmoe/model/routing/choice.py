@@ -19,6 +19,8 @@ class Routing:
     at_home: Tensor | None = None
     """Weights of the experts that are computed where the token is, zero where not chosen:
     [T, H]."""
+    at_home_map: Tensor | None = None
+    """Which of those were chosen, [T, H], bool."""
     rows_per_token: int | None = None
     """The most rows that a token may have; None for K."""
     chosen: Tensor | None = None
@@ -41,4 +43,5 @@ class Routing:
             probs[:, :num_experts].contiguous(),
             routing_map[:, :num_experts].contiguous(),
             probs[:, num_experts:],
+            routing_map[:, num_experts:],
         )

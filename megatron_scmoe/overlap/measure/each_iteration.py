@@ -19,12 +19,13 @@
                            host's suffix
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
 
-Measured where the exchanges run (overlap/streams.py); evaluation is not counted.
+What the routers have chosen is in choices.py. Measured where the exchanges run
+(overlap/streams.py); evaluation is not counted.
 """
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +42,13 @@ from megatron_scmoe.overlap.measure.adaptive import (
     describe_choice,
     describe_routes,
     slow_down,
+)
+from megatron_scmoe.overlap.measure.choices import (
+    SUMS,
+    Choices,
+    in_words,
+    over_layers,
+    statistics,
 )
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.measure.time_left import TimeLeft
@@ -61,6 +69,12 @@ class Unit(Protocol):
     def recorder(self) -> UnitRecorder: ...
 
     @property
+    def choices(self) -> Choices: ...
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+    @property
     def ep_group(self) -> ProcessGroup: ...
 
 
@@ -75,6 +89,8 @@ class UnitTracker(MoEMetricsTracker):
         measures_slots: whether the first iterations decide where the experts run.
         trace_dir: where traces go, None for none.
         further: routed branches beside that of the position, of all units.
+        columns: what the routers of all units choose among: routed experts, then those at home by
+            kind.
     """
 
     def __init__(
@@ -84,8 +100,10 @@ class UnitTracker(MoEMetricsTracker):
         measures_slots: bool,
         trace_dir: str | None = None,
         further: tuple[Route, ...] = (),
+        columns: tuple[int, Mapping[str, int]] = (0, {}),
     ) -> None:
         super().__init__()
+        self._columns = columns
         self.units: list[Unit] = []
         self.chunks: list[torch.nn.Module] = []
         self._position = position
@@ -141,6 +159,16 @@ class UnitTracker(MoEMetricsTracker):
                 "expert-slot-backward": slots.backward,
             }
             console += f" expert slots: {slots.forward},{slots.backward} |"
+        layers = self._choices()
+        means = over_layers(layers)
+        scalars |= {f"moe/{name}": value for name, value in means.items()}
+        if options.get("per_layer_logging"):
+            scalars |= {
+                f"moe/{name}_layer_{layer}": value
+                for layer, found in layers.items()
+                for name, value in found.items()
+            }
+        console += in_words(means)
         if self._further and (shares := self._shares_of_same_choices(records)):
             mean = sum(shares.values()) / len(shares)
             scalars |= {"gates-agree": mean}
@@ -151,6 +179,26 @@ class UnitTracker(MoEMetricsTracker):
         if left := self._time_left.after(iteration, get_args().train_iters, time.monotonic()):
             console += f" time left: {left} |"
         return losses + console
+
+    def _choices(self) -> dict[int, dict[str, float]]:
+        """Statistics by attention layer of the whole model, from 0; the same on every rank."""
+        experts, kinds = self._columns
+        width = experts + sum(kinds.values()) + len(SUMS)
+        device = torch.cuda.current_device()
+        rows = torch.zeros(get_args().num_layers, width, dtype=torch.float64, device=device)
+        biased = torch.zeros((), dtype=torch.float64, device=device)
+        for unit in self.units:
+            row = unit.choices.take(unit.bias)
+            if row is not None:
+                rows[unit.attention_number - 1] = row
+            biased += unit.bias is not None
+        torch.distributed.all_reduce(rows)
+        torch.distributed.all_reduce(biased)
+        return {
+            layer: statistics(row, kinds, biased.item() > 0)
+            for layer, row in enumerate(rows.tolist())
+            if row[experts + sum(kinds.values())] > 0
+        }
 
     def _shares_of_same_choices(self, records: list[UnitRecord]) -> dict[int, float]:
         """By MoE layer of the whole model, from 0; the same on every rank."""
