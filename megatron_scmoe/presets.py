@@ -37,8 +37,8 @@ def expand(argv: list[str]) -> list[str]:
         ValueError: the preset needs the number of experts, in one line.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(PRESET)
-    parser.add_argument("--num-experts", type=int)
+    parser.add_argument(PRESET, help=argparse.SUPPRESS)
+    parser.add_argument("--num-experts", type=int, help=argparse.SUPPRESS)
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError:
