@@ -38,7 +38,7 @@ def expand(argv: list[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(PRESET, help=argparse.SUPPRESS)
-    parser.add_argument("--num-experts", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--num-experts", type=int, metavar="N", help=argparse.SUPPRESS)
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError:
