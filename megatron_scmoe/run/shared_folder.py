@@ -43,15 +43,15 @@ def check_shared(folder: Path, option: str) -> None:
         raise SharedFolderError(f"{option} {folder} cannot be written: {name[0].strerror}.")
     file = folder / name[0]
     seen: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(seen, (file.exists(), socket.gethostname()))
+    torch.distributed.all_gather_object(seen, (file.exists(), socket.gethostname(), folder))
     if first:
         with suppress(OSError):  # somebody else is there already
             file.unlink()
             for path in made:
                 path.rmdir()
-    if blind := sorted({host for sees, host in seen if not sees}):
+    if blind := sorted({host for sees, host, _ in seen if not sees}):
         raise SharedFolderError(
-            f"{option} {folder} is not the same folder everywhere: what rank 0 on {seen[0][1]} "
+            f"{option} {seen[0][2]} is not the same folder everywhere: what rank 0 on {seen[0][1]} "
             f"writes there {', '.join(blind)} does not see; name one on a file system that all "
             "nodes share."
         )
