@@ -74,6 +74,39 @@ def set_states_without_step(
     return replacement
 
 
+def states_behind_padded_buckets(sharded_states: Callable[..., Any]) -> Callable[..., Any]:
+    """`DistributedOptimizer.sharded_param_state_fully_reshardable` that saves what it means to.
+
+    The host gathers its buffers without the padding between buckets and cuts the parameters out by
+    places that count it (core/optimizer/distrib_optimizer.py:1768): behind a bucket that is no
+    multiple of 128 and of the ranks, state was saved shifted, without a word. Tied embeddings are
+    such a bucket on every pipeline stage that has them.
+    """
+
+    def replacement(self: Any, *args: Any, **named: Any) -> Any:
+        places = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            return sharded_states(self, *args, **named)
+        finally:
+            for buffer, own in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = own
+
+    return replacement
+
+
+def _without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
+    """Where each parameter begins and ends if the buckets stand side by side, and its bucket."""
+    padding = [0]
+    for bucket in buffer.buckets:
+        padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+    return {
+        param: (begin - padding[bucket], end - padding[bucket], bucket)
+        for param, (begin, end, bucket) in buffer.param_index_map.items()
+    }
+
+
 def load_schedule_and_step(
     load_state_dict: Callable[[Any, StateDict], None],
 ) -> Callable[[Any, StateDict], None]:

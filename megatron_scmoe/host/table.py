@@ -250,6 +250,14 @@ TABLE: tuple[Replacement, ...] = (
         optimizer.set_states_without_step,
     ),
     Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+        ".sharded_param_state_fully_reshardable",
+        "always",
+        "core/optimizer/distrib_optimizer.py:1768",
+        "saves the state of parameters behind a padded bucket shifted, as of tied embeddings",
+        optimizer.states_behind_padded_buckets,
+    ),
+    Replacement(
         "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
         "always",
         "core/optimizer/optimizer.py:1578",

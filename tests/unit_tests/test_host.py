@@ -7,6 +7,8 @@ import sys
 import threading
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from megatron.training import global_vars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scmoe import host, say, start
-from megatron_scmoe.host import cpu, replace
+from megatron_scmoe.host import cpu, optimizer, replace
 from megatron_scmoe.say import SECONDS_TO_SPEAK
 
 
@@ -210,3 +212,25 @@ def test_curves_end_on_a_full_disk_and_nothing_else(
     assert "Traceback" not in said.err
     curves = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert 10 < len(curves) < 100 and curves[-1].step == len(curves) - 1
+
+
+def test_state_behind_a_padded_bucket_is_cut_where_it_lies() -> None:
+    """The host gathers 3 and 2 elements without padding; buckets are padded to 4."""
+    first, second, third = torch.zeros(3), torch.zeros(2), torch.zeros(1)
+    padded = {first: (0, 3, 0), second: (4, 6, 1), third: (8, 9, 2)}
+    buckets = [SimpleNamespace(grad_data=torch.zeros(4), numel_unpadded=n) for n in (3, 2, 1)]
+    buffer = SimpleNamespace(param_index_map=padded, buckets=buckets)
+    seen = []
+
+    def sharded_states(self: Any, fails: bool) -> str:
+        seen.append([place[:2] for place in self.buffers[0].param_index_map.values()])
+        if fails:
+            raise ValueError
+        return "states"
+
+    save = optimizer.states_behind_padded_buckets(sharded_states)
+    assert save(SimpleNamespace(buffers=[buffer]), False) == "states"
+    with pytest.raises(ValueError):
+        save(SimpleNamespace(buffers=[buffer]), True)
+    assert seen == [[(0, 3), (3, 5), (5, 6)]] * 2
+    assert buffer.param_index_map is padded

@@ -20,7 +20,10 @@ from megatron_scmoe.commands import generate, inspect_data, plan_overlap, prepro
 
 ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"
-WITH_OPTIONS = (README, OPTIONS, ROOT / "docs" / "operations.md")
+WITH_OPTIONS = (
+    *(README, OPTIONS, ROOT / "docs" / "operations.md"),
+    *sorted((ROOT / "examples" / "dgmoe").glob("*.sh")),
+)
 COMMANDS = (README, OPTIONS, ROOT / "docs" / "generation.md")
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
