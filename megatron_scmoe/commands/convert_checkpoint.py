@@ -6,25 +6,28 @@
     python tools/convert_checkpoint.py inspect CHECKPOINTS_OR_DIR
 
 What the model is says the checkpoint's record or the directory's config.json, never an option.
-Exit codes: 0 done; 1 verify has found a difference; 2 something is wrong, in one line, and nothing
-is left behind. docs/huggingface.md has the names of all tensors.
+An export ends with the logits of both models on a paragraph of text. `verify` takes Megatron's
+options too, such as a layout for its --ranks.
+Exit codes: 0 done; 1 both models differ; 2 something is wrong, in one line, and nothing is left
+behind. docs/huggingface.md has the names of all tensors.
 """
 
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_scmoe import say
 from megatron_scmoe.huggingface.export import DTYPES, export
 from megatron_scmoe.huggingface.inspect import inspect
 from megatron_scmoe.huggingface.load import load
 from megatron_scmoe.huggingface.safetensors_files import SHARD_BYTES
-from megatron_scmoe.huggingface.verify import compare_tensors
+from megatron_scmoe.huggingface.verify import compare_logits, compare_tensors, why_not
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line.
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it is Megatron's.
 
     Raises:
         ValueError: it cannot be read.
@@ -66,6 +69,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=SHARD_BYTES / 1e9,
         help="Largest file. Default: 5.",
     )
+    to.add_argument(
+        "--target",
+        choices=("scmoe", "longcat_flash"),
+        default="scmoe",
+        help="Our modelling code beside the weights, or the model that serving programs have.",
+    )
+    to.add_argument(
+        "--zero-expert-rows",
+        action="store_true",
+        help="Of longcat_flash: what transformers 5.23 wants for experts without weights.",
+    )
+    to.add_argument("--no-verify", action="store_true", help="Do not compare logits at the end.")
+    same.add_argument(
+        "--text", type=Path, metavar="FILE", help="For logits and perplexity; a paragraph without."
+    )
+    same.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="Processes of Megatron's model."
+    )
     back.add_argument(
         "--save",
         type=Path,
@@ -81,33 +102,62 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     look.add_argument("--tensors", action="store_true", help="Also every tensor by both names.")
     for each in (parser, to, back, same, look):
         say.one_line_usage_errors(each)
-    return parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others and args.verb != "verify":
+        raise ValueError(f"{args.verb} has no option {others[0]}")
+    return args, others
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export, and compare the logits if both models can be computed here."""
+    export(
+        args.load,
+        args.output,
+        args.ckpt_step,
+        dtype=args.dtype,
+        tokenizer_folder=args.tokenizer,
+        shard_bytes=round(args.max_shard_gb * 1e9),
+        target=args.target,
+        zero_expert_rows=args.zero_expert_rows,
+    )
+    if args.no_verify:
+        return 0
+    reason = why_not(args.load, args.ckpt_step)
+    if reason is not None:
+        print(f"the logits were not compared: {reason}")
+        return 0
+    return run_logits(args.load, args.output, args.ckpt_step)
+
+
+def run_logits(load: Path, folder: Path, step: int | None, **others: Any) -> int:
+    """Print what both models say, and return the exit code."""
+    found = compare_logits(load, folder, step, **others)
+    print(found.text())
+    if found.same or found.rounded:
+        return 0
+    say.say(f"{folder} is another model than {load}")
+    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the verb says and return the exit code."""
     say.one_line_interrupts()
     with say.user_errors():
-        args = parse_args(argv)
+        args, others = parse_args(argv)
         if importlib.util.find_spec("safetensors") is None:
             raise ValueError("safetensors is not installed: pip install 'megatron-scmoe[hf]'")
         if args.verb == "export":
-            shard_bytes = round(args.max_shard_gb * 1e9)
-            export(
-                args.load,
-                args.output,
-                args.ckpt_step,
-                dtype=args.dtype,
-                tokenizer_folder=args.tokenizer,
-                shard_bytes=shard_bytes,
-            )
-        elif args.verb == "import":
+            return run_export(args)
+        if args.verb == "import":
             load(args.input, args.save, args.dtype)
         elif args.verb == "inspect":
             print(inspect(args.path, args.ckpt_step, args.tensors))
         elif difference := compare_tensors(args.load, args.input, args.ckpt_step):
             say.say(difference)
             return 1
+        else:
+            more = {"text": args.text, "ranks": args.ranks, "options": others}
+            return run_logits(args.load, args.input, args.ckpt_step, **more)
     return 0
 
 

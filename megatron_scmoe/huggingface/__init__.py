@@ -7,7 +7,8 @@ torch_dist.py         a Megatron checkpoint, tensor by tensor
 safetensors_files.py  a Hugging Face directory, tensor by tensor
 tokenizer.py          the tokenizer's files and special tokens
 export.py             from the one to the other
-load.py dialects.py   from the other to the one, and what may come in
+load.py dialects.py longcat.py  from the other to the one, and what may come in
 configuration_scmoe.py modeling_scmoe.py  the model for transformers, copied beside the weights
-verify.py inspect.py  whether both are the same; what one of them is
+verify.py logits.py   whether both are the same, by their tensors and their logits
+inspect.py            what one of them is
 """

@@ -238,7 +238,7 @@ def to_options(config: Config) -> dict[str, Any]:
         "normalization": NORMS[config["norm"]],
         "layernorm_zero_centered_gamma": kept.get("layernorm_zero_centered_gamma", False),
         "position_embedding_type": POSITIONS[config["position_embedding"]],
-        "add_position_embedding": config["position_embedding"] == "learned",
+        "add_position_embedding": True,  # the host's default, and compared
         "rotary_base": rope.get("rope_theta", 10000),
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_interleaved": config["rope_interleaved"] and not latent,

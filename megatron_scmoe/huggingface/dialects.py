@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_scmoe.huggingface import longcat
 from megatron_scmoe.huggingface.names import Config
 
 
@@ -204,8 +205,24 @@ def _rope(config: Config) -> dict[str, Any]:
     return rope
 
 
+def _longcat(config: Config) -> Config:
+    return {**NEUTRAL, **longcat.from_theirs(config)}
+
+
+def _longcat_name(name: str, config: Config, names: set[str]) -> Where:
+    """One tensor for each expert, or all of a layer in two (transformers 5)."""
+    theirs = longcat.name_of(name)
+    expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", theirs)
+    if expert is None or theirs in names:
+        return Where(theirs)
+    half = {"gate": 0, "up": 1, "down": None}[expert[3]]
+    fused = "down_proj" if half is None else "gate_up_proj"
+    return Where(f"{expert[1]}.{fused}", int(expert[2]), half)
+
+
 DIALECTS = {
     "ScMoEForCausalLM": Dialect(_ours, _same),
+    longcat.ARCHITECTURE: Dialect(_longcat, _longcat_name, longcat.is_ignored),
     "MixtralForCausalLM": Dialect(_mixtral, _mixtral_name),
     "Qwen2MoeForCausalLM": Dialect(_qwen2, _same),
     "Qwen3MoeForCausalLM": Dialect(_qwen3, _same),

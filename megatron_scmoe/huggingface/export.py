@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_scmoe.huggingface import names, safetensors_files, tokenizer
+from megatron_scmoe.huggingface import longcat, names, safetensors_files, tokenizer
 from megatron_scmoe.huggingface.config import from_record
 from megatron_scmoe.huggingface.layouts import LAYOUTS, is_zero_centered
 from megatron_scmoe.huggingface.names import Config, Tensor
@@ -178,6 +178,8 @@ def export(
     tokenizer_folder: Path | None = None,
     shard_bytes: int = safetensors_files.SHARD_BYTES,
     say: Any = print,
+    target: str = "scmoe",
+    zero_expert_rows: bool = False,
 ) -> Counts:
     """Write a checkpoint as a Hugging Face directory.
 
@@ -188,21 +190,31 @@ def export(
         dtype: a key of DTYPES; None for that of each tensor on disk. The router keeps its own.
         tokenizer_folder: in place of the record's.
         say: gets lines for the user.
+        target: scmoe, our modelling code beside the weights; or longcat_flash, which is in
+            transformers, vLLM and SGLang.
+        zero_expert_rows: write what transformers 5.23 wants for LongCat's experts without weights.
 
     Raises:
-        ValueError: the checkpoint is not whole, is none of ours, or has other tensors than its
-            record says; one line.
+        ValueError: the checkpoint is not whole, is none of ours, has other tensors than its record
+            says, or is no model of the target; one line.
         OSError: the disk is full.
     """
     source = open_checkpoint(load, step)
     located, left = locate(source)
     reader, config = source.reader, source.config
     config["dtype"] = _dtype_name(dtype, reader, located)
+    is_longcat = target == "longcat_flash"
+    theirs = longcat.to_theirs(config) if is_longcat else config
+    name_of = longcat.name_of if is_longcat else str
     entries = [
-        Entry(name, shape, _dtype(tensor, reader.dtype(place), dtype, config))
+        Entry(name_of(name), shape, _dtype(tensor, reader.dtype(place), dtype, config))
         for tensor, place in located
         for name, shape in tensor.parts
     ]
+    rows = longcat.rows_without_weights(config) if is_longcat and zero_expert_rows else []
+    entries += [Entry(name, shape, entries[0].dtype) for name, shape in rows]
+    for line in longcat.notes(config) if is_longcat else ():
+        say(line)
     counts = Counts(len(located), len(entries), sum(entry.bytes for entry in entries), left)
     peak = peak_bytes(reader, [place for _, place in located])
     if source.record["options"].get("moe_expert_capacity_factor") is not None:
@@ -217,12 +229,16 @@ def export(
         with progress(counts.bytes, "export") as bar:
             for tensor, place in located:
                 for name, values in parts_of(tensor, reader.read(place), config, padding):
-                    writer.write(name, values)
+                    writer.write(name_of(name), values)
                     bar.update(values.numel() * values.dtype.itemsize)
+        for name, shape in rows:
+            writer.write(name, torch.zeros(shape))
         writer.close()
         counts.checksums = writer.checksums
         _write_padding(folder, padding)
-        _write_texts(folder, source, counts)
+        _write_texts(folder, source, theirs, counts)
+        for name in () if is_longcat else MODELLING:
+            shutil.copy(Path(__file__).with_name(name), folder / name)
         for line in tokenizer.copy(folder, source.record, tokenizer_folder):
             say(line)
     experts = counts.experts()
@@ -303,8 +319,7 @@ def _write_padding(folder: Path, padding: dict[str, torch.Tensor]) -> None:
         save_file(padding, folder / PADDING)
 
 
-def _write_texts(folder: Path, source: Source, counts: Counts) -> None:
-    config = source.config
+def _write_texts(folder: Path, source: Source, config: Config, counts: Counts) -> None:
     ids = {name: config[name] for name in tokenizer.IDS if config.get(name) is not None}
     texts = {
         "config.json": config,
@@ -318,8 +333,6 @@ def _write_texts(folder: Path, source: Source, counts: Counts) -> None:
     }
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    for name in MODELLING:
-        shutil.copy(Path(__file__).with_name(name), folder / name)
 
 
 def progress(total: int, what: str, unit: str = "B") -> "tqdm[Any]":

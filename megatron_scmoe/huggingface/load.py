@@ -109,6 +109,8 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
 def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
     own, dtype = directory.reader.entries[where.name]
     if where.expert is not None:
+        if own[0] < directory.config["num_experts"]:
+            raise ValueError(f"{where.name} has {own[0]} experts in {directory.folder}")
         own = own[1:]
     expected = (2 * shape[0], *shape[1:]) if where.half is not None else shape
     if own != expected:
@@ -222,6 +224,7 @@ def options_of(directory: Directory, save: Path) -> dict[str, Any]:
         padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     has_tokenizer = (directory.folder / "tokenizer.json").exists()
     return options | {
+        "seq_length": config["max_position_embeddings"],  # for what only computes
         "vocab_size": vocabulary,
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": kept.get(
@@ -243,8 +246,8 @@ def options_of(directory: Directory, save: Path) -> dict[str, Any]:
 
 def _saved_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those that a run with --use-checkpoint-args takes; a baseline's leave ours to the run."""
-    baseline = options["scmoe_shortcut_position"] == "none"
-    return {name: value for name, value in options.items() if not (baseline and name in SCMOE)}
+    left = ("seq_length", *(SCMOE if options["scmoe_shortcut_position"] == "none" else ()))
+    return {name: value for name, value in options.items() if name not in left}
 
 
 def _record(options: dict[str, Any], iteration: int, partial: Path) -> dict[str, Any]:

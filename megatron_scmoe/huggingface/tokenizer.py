@@ -44,6 +44,13 @@ def complete(config: Config, record: dict[str, Any], folder: Path | None = None)
     return config
 
 
+def encode(folder: Path, text: str) -> list[int]:
+    """The tokens of a text."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+
+
 def copy(output: Path, record: dict[str, Any], folder: Path | None = None) -> list[str]:
     """Copy the files beside the weights.
 

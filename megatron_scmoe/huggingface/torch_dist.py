@@ -210,6 +210,14 @@ class _Saved:
     stride: tuple[int, ...]
 
 
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64,
+}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads what `torch.save` writes for one tensor, and nothing else."""
 
@@ -218,8 +226,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return _saved
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name} is in no tensor")
 
     def persistent_load(self, pid: Any) -> Any:

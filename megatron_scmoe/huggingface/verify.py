@@ -1,14 +1,46 @@
 """Is a Hugging Face directory the model of a checkpoint?
 
 Tensor by tensor first, bit for bit in the directory's types, which needs neither side's model.
+Then by what both models say about a text, in fp32: the host's in processes of its own.
+
+Shapes: b samples, s tokens, v vocabulary
 """
 
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_scmoe.huggingface import export, load
+from megatron_scmoe.huggingface import export, load, names, tokenizer
+from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.words import read_json, size
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of two logits in fp32."""
+SAMPLE_TOKENS = 64
+TEXT = (
+    "We hold these truths to be self-evident, that all men are created equal, that they are "
+    "endowed by their Creator with certain unalienable Rights, that among these are Life, Liberty "
+    "and the pursuit of Happiness. That to secure these rights, Governments are instituted among "
+    "Men, deriving their just powers from the consent of the governed."
+)
+OF_TRAINING = (
+    "megatron",
+    "dtype",
+    "router_aux_loss_coef",
+    "router_tau",
+    "routed_topk",
+    "balance_groups",
+)
+"""Fields of config.json that no logit depends on."""
+PROGRAM = ("-m", "megatron_scmoe.huggingface.logits")
 
 
 def compare_tensors(
@@ -27,7 +59,7 @@ def compare_tensors(
     changed = sorted(
         name
         for name in source.config
-        if name not in ("megatron", "dtype")
+        if name not in OF_TRAINING
         and source.config[name] != directory.config.get(name, source.config[name])
     )
     if changed:
@@ -52,3 +84,156 @@ def compare_tensors(
             bar.update(1)
     say(f"{count} tensors of {folder} are those of iteration {source.iteration}, bit for bit")
     return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models say about the same tokens."""
+
+    difference: float
+    """The largest, of all logits."""
+    other_tokens: int
+    """Places where another token is the likeliest."""
+    places: int
+    perplexity: float
+    other_perplexity: float
+    rounded: bool
+    """Whether the directory holds the weights in a type that cannot hold the checkpoint's."""
+
+    @property
+    def same(self) -> bool:
+        return self.difference <= LARGEST_DIFFERENCE and self.other_tokens == 0
+
+    def text(self) -> str:
+        rounded = " (the directory's weights are rounded)" if self.rounded else ""
+        return (
+            f"logits of both models at {self.places} places, in fp32{rounded}: largest difference "
+            f"{self.difference:.2g}, another token at {self.other_tokens}; perplexity "
+            f"{self.perplexity:.5g} in Megatron, {self.other_perplexity:.5g} exported"
+        )
+
+
+def compare_logits(
+    checkpoints: Path,
+    folder: Path,
+    step: int | None = None,
+    text: Path | None = None,
+    ranks: int = 1,
+    options: list[str] | None = None,
+) -> Comparison:
+    """Compute both models on a text.
+
+    Args:
+        text: a file, of which as much is read as the model has positions; None for a paragraph.
+        ranks: processes of Megatron's model.
+        options: of Megatron, such as the layout of these ranks.
+
+    Raises:
+        ValueError: a model cannot be computed here; one line.
+    """
+    if find_spec("transformers") is None:
+        raise ValueError("transformers is not installed: pip install 'megatron-scmoe[hf]'")
+    source = export.open_checkpoint(checkpoints, step)
+    tokens = sample(folder, source.config, text)
+    there = _logits_there(folder, tokens)
+    here = _logits_here(source, tokens, ranks, options or [])[..., : there.shape[-1]]
+    return _compare(here, there, tokens, _is_rounded(source, folder))
+
+
+def why_not(checkpoints: Path, step: int | None = None) -> str | None:
+    """Why an export is not followed by a comparison of logits; None if it is."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    source = export.open_checkpoint(checkpoints, step)
+    tensors = names.tensors(source.config)
+    needed = 4 * sum(prod(shape) for tensor in tensors for _, shape in tensor.parts)
+    free = free_memory()
+    if 3 * needed > free:
+        return f"both models in fp32 take {size(2 * needed)}, and {size(free)} are free"
+    return None
+
+
+def free_memory() -> int:
+    """Bytes that programs can still get."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def sample(folder: Path, config: Config, text: Path | None) -> Tensor:
+    """Tokens, [1, s]: of a text where there is a tokenizer, else all of them in turn.
+
+    Raises:
+        ValueError: there is no tokenizer to read the text with, or it is empty.
+    """
+    longest = min(config["max_position_embeddings"], SAMPLE_TOKENS if text is None else 2048)
+    if (folder / "tokenizer.json").exists():
+        content = TEXT if text is None else text.read_text(encoding="utf-8")
+        tokens = tokenizer.encode(folder, content)[:longest]
+        if len(tokens) < 2:
+            raise ValueError(f"{text} has no text")
+        return torch.tensor([tokens])
+    if text is not None:
+        raise ValueError(f"{folder} has no tokenizer.json to read {text} with")
+    return (torch.arange(longest)[None] * 7919 + 1) % config["vocab_size"]
+
+
+def _logits_there(folder: Path, tokens: Tensor) -> Tensor:
+    """Of the directory's model, [1, s, v]."""
+    import transformers
+
+    from megatron_scmoe.huggingface.modeling_scmoe import ScMoEForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    ours = read_json(folder / "config.json").get("model_type") == "scmoe"
+    kind = ScMoEForCausalLM if ours else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(tokens).logits
+
+
+def _logits_here(source: export.Source, tokens: Tensor, ranks: int, options: list[str]) -> Tensor:
+    """Of Megatron's model, [1, s, v]."""
+    from safetensors.torch import load_file, save_file
+
+    with TemporaryDirectory() as scratch:
+        files = [str(Path(scratch, name)) for name in ("tokens", "logits")]
+        save_file({"tokens": tokens}, files[0])
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        run = subprocess.run(
+            [
+                *(sys.executable, *(launcher if ranks > 1 else ()), *PROGRAM),
+                *("--load", str(source.folder), "--ckpt-step", str(source.iteration)),
+                *("--tokens", files[0], "--logits", files[1], *options),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            lines = [line for line in run.stderr.splitlines() if "error: " in line]
+            last = (lines or run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1]
+            what = last.partition("error: ")[2] or last
+            raise ValueError(f"Megatron's model cannot be computed: {what}")
+        return load_file(files[1])["logits"]
+
+
+def _is_rounded(source: export.Source, folder: Path) -> bool:
+    own = source.reader.dtype(source.reader.place("embedding.word_embeddings.weight"))
+    there = getattr(torch, read_json(folder / "config.json").get("dtype") or "float32")
+    return torch.promote_types(own, there) != there
+
+
+def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool) -> Comparison:
+    own, other = (
+        torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:]).exp().item()
+        for logits in (here, there)
+    )
+    return Comparison(
+        (here - there).abs().max().item(),
+        int((here.argmax(-1) != there.argmax(-1)).sum()),
+        tokens.numel(),
+        own,
+        other,
+        rounded,
+    )

@@ -20,11 +20,12 @@ from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.run.checkpoint.adopt import adopt_model
 
 
-def prepare_generation(args: Namespace) -> tuple[ScMoEModelConfig, Any]:
+def prepare_generation(args: Namespace, own: tuple[str, ...] = ()) -> tuple[ScMoEModelConfig, Any]:
     """Everything that needs no process group, so that what is wrong ends the run here.
 
     Args:
         args: parsed; becomes the host's global options.
+        own: dests that are not the checkpoint's, beside those on the command line.
 
     Returns:
         the model, and the tokenizer.
@@ -32,7 +33,7 @@ def prepare_generation(args: Namespace) -> tuple[ScMoEModelConfig, Any]:
     Raises:
         ValueError and other say.USER_ERRORS: what the host or we refuse.
     """
-    adopt_model(args, typed_options(sys.argv[1:]))
+    adopt_model(args, [*typed_options(sys.argv[1:]), *own])
     replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     args.micro_batch_size, args.global_batch_size = 1, max(1, args.world_size // replica)
     args.skip_train = args.no_load_optim = args.no_load_rng = True

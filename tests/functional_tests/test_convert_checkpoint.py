@@ -8,6 +8,7 @@ attention, both norms, every combine, experts at home, a padded vocabulary.
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.commands.convert_checkpoint import main
-from megatron_scmoe.huggingface import export, load
+from megatron_scmoe.huggingface import export, load, verify
 from megatron_scmoe.run.checkpoint.options import SCMOE
 from tests.functional_tests.forked import launch_forked
 from tests.functional_tests.launch import REPOSITORY
@@ -220,7 +221,7 @@ def test_verify_finds_one_changed_number(
     directory: Path, trained: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = ["--load", str(trained("grouped query")), "--input", str(directory)]
-    assert main(["verify", *both]) == 0
+    assert verify.compare_tensors(Path(both[1]), directory) is None
     path = next(
         file
         for file in directory.glob("model-*.safetensors")
@@ -471,3 +472,84 @@ def test_a_baseline_that_came_in_starts_a_shortcut_run(data_prefix: Path, tmp_pa
         "mlp.shared_experts.linear_fc2.weight",
         "shortcut_layernorm.weight",
     }
+
+
+@pytest.fixture(scope="module")
+def longcat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LongCat-Flash directory as transformers writes it, and the checkpoint it became."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LongcatFlashConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        rms_norm_eps=1e-6,
+        ffn_hidden_size=48,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        head_dim=8,
+        v_head_dim=12,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        expert_ffn_hidden_size=24,
+        routed_scaling_factor=2.0,
+    )
+    model = transformers.LongcatFlashForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that a wrong angle or score is seen
+        for name, bias in model.named_buffers():
+            if "correction" in name:
+                bias.normal_(std=0.05)
+    folder = tmp_path_factory.mktemp("longcat")
+    model.save_pretrained(folder / "theirs")
+    load.load(folder / "theirs", folder / "checkpoints")
+    return folder
+
+
+def test_longcat_flash_comes_in_and_computes_what_transformers_does(longcat: Path) -> None:
+    """Zero experts, bias, scales, latents, the angles: the host's model against theirs."""
+    found = verify.compare_logits(longcat / "checkpoints", longcat / "theirs")
+    assert found.same and found.places == 32, found.text()
+    assert f"{found.perplexity:.4g}" == f"{found.other_perplexity:.4g}"
+
+
+def test_longcat_flash_goes_out_as_it_came_in(longcat: Path, tmp_path: Path) -> None:
+    """Bit for bit, with the rows that transformers wants or without."""
+    out = {"target": "longcat_flash", "say": lambda line: None}
+    export.export(longcat / "checkpoints", tmp_path / "hf", zero_expert_rows=True, **out)
+    theirs = load_file(longcat / "theirs" / "model.safetensors")
+    ours = load_file(tmp_path / "hf" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        # Their rows of experts without weights hold what was allocated.
+        if not re.search(r"experts\.[45]\.", name):
+            torch.testing.assert_close(ours[name], values, rtol=0, atol=0, msg=name)
+    export.export(longcat / "checkpoints", tmp_path / "official", **out)
+    official = load_file(tmp_path / "official" / "model.safetensors")
+    assert ours.keys() - official.keys() == {n for n in ours if re.search(r"experts\.[45]\.", n)}
+
+
+def test_what_is_no_longcat_layer_is_refused_with_what_differs(
+    trained: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--load", str(trained("grouped query")), "--output", str(tmp_path / "hf")]
+    line = refused(capsys, "export", *both, "--target", "longcat_flash")
+    assert line.startswith("this model is no LongCat-Flash layer: shortcut_norm own, combine cg1")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["grouped query", pytest.param("latent", marks=pytest.mark.slow)])
+def test_both_models_give_the_same_logits(
+    model: str, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Megatron's over two ranks."""
+    pytest.importorskip("transformers")
+    export.export(trained(model), tmp_path / "hf")
+    layout = ["--expert-model-parallel-size", "2"]
+    found = verify.compare_logits(trained(model), tmp_path / "hf", ranks=2, options=layout)
+    assert found.same and not found.rounded, found.text()

@@ -67,7 +67,15 @@ ALLOWED = {
     "run.watch": {"host", "say"},
     "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
     "run.doctor": {"words", "host", "run", "run.checkpoint"},
-    "huggingface": {"words", "run.checkpoint"},
+    "huggingface.logits": {
+        "arguments",
+        "inference",
+        "run.checkpoint",
+        "run.watch",
+        "say",
+        "start",
+    },
+    "huggingface": {"words", "huggingface.logits", "run.checkpoint"},
     "arguments": {
         "words",
         "presets",

@@ -1,0 +1,97 @@
+"""The logits of a checkpoint's model in Megatron, for `verify`: a program of its own, any layout.
+
+    python -m megatron_scmoe.huggingface.logits --load CHECKPOINTS --tokens FILE --logits FILE
+
+The model is computed in fp32, whatever its weights are stored in, with those options of Megatron
+that the command line adds.
+
+Shapes: b samples, s tokens, v vocabulary with its padding
+"""
+
+import logging
+import sys
+import warnings
+from argparse import ArgumentParser
+from contextlib import redirect_stdout
+from datetime import timedelta
+from io import StringIO
+
+from megatron_scmoe import say, start
+
+start.replace_host_symbols()
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.utils import InferenceMode
+from megatron.training.arguments import parse_args
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.inference.model import load_model, prepare_generation
+from megatron_scmoe.run.checkpoint.errors import CheckpointError
+from megatron_scmoe.run.watch import watched_ranks
+
+
+def add_options(parser: ArgumentParser) -> ArgumentParser:
+    """The package's options and these; an `extra_args_provider` of the host."""
+    add_scmoe_args(parser)
+    group = parser.add_argument_group("logits")
+    group.add_argument("--tokens", required=True, metavar="FILE", help="`tokens`, [b, s].")
+    group.add_argument("--logits", required=True, metavar="FILE", help="`logits`, [b, s, v].")
+    return parser
+
+
+def main() -> int:
+    """Write the logits and return the exit code."""
+    start.one_rank_by_itself()
+    logging.disable(logging.WARNING)  # what the host logs is not asked for
+    warnings.simplefilter("ignore")
+    with say.user_errors():
+        args = parse_args(add_options)
+        with redirect_stdout(StringIO()):
+            config, _ = prepare_generation(args, own=("bf16", "fp16"))
+    with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:
+        with redirect_stdout(StringIO()):
+            model = load_model(args, config, store)
+        logits = forward(model, load_file(args.tokens)["tokens"])
+        writes = mpu.get_tensor_model_parallel_rank() == mpu.get_data_parallel_rank() == 0
+        if logits is not None and writes:
+            save_file({"logits": logits.float().cpu().contiguous()}, args.logits)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def forward(model: Module, tokens: Tensor) -> Tensor | None:
+    """Logits behind every token, [b, s, v], on the last pipeline stage.
+
+    Args:
+        model: this rank's stage.
+        tokens: [b, s].
+    """
+    batch, length = tokens.shape
+    context = StaticInferenceContext(batch, length)
+    context.config.materialize_only_last_token_logits = False
+    wrapper = GPTInferenceWrapper(model, context)
+    wrapper.prep_model_for_inference()
+    device = torch.cuda.current_device()
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    positions = torch.arange(length, device=device).expand(batch, length)
+    with InferenceMode.active(), torch.inference_mode():
+        return wrapper.run_one_forward_step(
+            {
+                "tokens": tokens.to(device),
+                "position_ids": positions,
+                "attention_mask": mask[None, None],
+            }
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
