@@ -2,6 +2,7 @@
 
     python tools/convert_checkpoint.py export --load CHECKPOINTS --output DIR
     python tools/convert_checkpoint.py import --input DIR --save CHECKPOINTS
+    python tools/convert_checkpoint.py upcycle --input DENSE_DIR --save CHECKPOINTS
     python tools/convert_checkpoint.py verify --load CHECKPOINTS --input DIR
     python tools/convert_checkpoint.py inspect CHECKPOINTS_OR_DIR
 
@@ -23,6 +24,7 @@ from megatron_scmoe.huggingface.export import DTYPES, export
 from megatron_scmoe.huggingface.inspect import inspect
 from megatron_scmoe.huggingface.load import load
 from megatron_scmoe.huggingface.safetensors_files import SHARD_BYTES
+from megatron_scmoe.huggingface.upcycle import Plan, upcycle
 from megatron_scmoe.huggingface.verify import compare_logits, compare_tensors, why_not
 
 
@@ -38,6 +40,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     to = verbs.add_parser("export", help="Write a checkpoint as a Hugging Face directory.")
     back = verbs.add_parser("import", help="Write such a directory as a checkpoint.")
+    more = verbs.add_parser("upcycle", help="Start a ScMoE model from a dense Llama directory.")
     same = verbs.add_parser("verify", help="Compare a checkpoint with a directory.")
     look = verbs.add_parser("inspect", help="Say what a checkpoint or a directory is.")
     for verb in (to, same):
@@ -52,7 +55,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         verb.add_argument(
             "--ckpt-step", type=int, metavar="N", help="Iteration; by default the newest."
         )
-    for verb in (back, same):
+    for verb in (back, more, same):
         verb.add_argument(
             "--input", type=Path, required=True, metavar="DIR", help="Hugging Face directory."
         )
@@ -87,20 +90,32 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     same.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="Processes of Megatron's model."
     )
-    back.add_argument(
-        "--save",
-        type=Path,
-        required=True,
-        metavar="CHECKPOINTS",
-        help="New folder of checkpoints.",
+    for verb in (back, more):
+        verb.add_argument(
+            "--save",
+            type=Path,
+            required=True,
+            metavar="CHECKPOINTS",
+            help="New folder of checkpoints.",
+        )
+    more.add_argument(
+        "--position", choices=("pos1", "pos2", "pos3"), default="pos2", help="Default: pos2."
     )
-    for verb in (to, back):
+    for option, default, text in (
+        ("--num-experts", 8, "Routed experts."),
+        ("--topk", 1, "Of them, for each token."),
+        ("--granularity", 1, "How many times smaller than the MLP an expert is."),
+    ):
+        more.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} Default: {default}."
+        )
+    for verb in (to, back, more):
         verb.add_argument(
             "--dtype", choices=sorted(DTYPES), help="Of all but the router; by default as it is."
         )
     look.add_argument("path", type=Path, help="Folder of checkpoints, or Hugging Face directory.")
     look.add_argument("--tensors", action="store_true", help="Also every tensor by both names.")
-    for each in (parser, to, back, same, look):
+    for each in (parser, to, back, more, same, look):
         say.one_line_usage_errors(each)
     args, others = parser.parse_known_args(argv)
     if others and args.verb != "verify":
@@ -150,6 +165,11 @@ def main(argv: list[str] | None = None) -> int:
             return run_export(args)
         if args.verb == "import":
             load(args.input, args.save, args.dtype)
+        elif args.verb == "upcycle":
+            plan = Plan(args.position, args.num_experts, args.topk, args.granularity)
+            upcycle(args.input, args.save, plan, args.dtype)
+            if why_not(args.save) is None:
+                return run_logits(args.save, args.input, None)
         elif args.verb == "inspect":
             print(inspect(args.path, args.ckpt_step, args.tensors))
         elif difference := compare_tensors(args.load, args.input, args.ckpt_step):

@@ -8,6 +8,7 @@ safetensors_files.py  a Hugging Face directory, tensor by tensor
 tokenizer.py          the tokenizer's files and special tokens
 export.py             from the one to the other
 load.py dialects.py longcat.py  from the other to the one, and what may come in
+upcycle.py            a dense model as the start of one
 configuration_scmoe.py modeling_scmoe.py  the model for transformers, copied beside the weights
 verify.py logits.py   whether both are the same, by their tensors and their logits
 inspect.py            what one of them is

@@ -18,12 +18,17 @@ from megatron_scmoe.huggingface.names import Config
 class Where:
     """A tensor of ours in the files of a dialect."""
 
-    name: str
+    name: str | None
+    """None for a tensor that is drawn at random."""
     expert: int | None = None
     """Along the first dimension of a tensor that holds all experts."""
-    half: int | None = None
-    """The first or the second half of its rows: gate and up in one tensor."""
+    part: tuple[int, int] = (0, 1)
+    """Which one of so many equal parts, as of gate and up in one tensor."""
+    dimension: int = 0
+    """Along which it is cut."""
     scale: float = 1.0
+    std: float = 0.0
+    """Of what is drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def _same(name: str, config: Config, names: set[str]) -> Where:
 
 
 def _mixtral(config: Config) -> Config:
-    return _baseline(config, "num_local_experts", config["intermediate_size"], True)
+    return baseline(config, "num_local_experts", config["intermediate_size"], True)
 
 
 def _mixtral_name(name: str, config: Config, names: set[str]) -> Where:
@@ -82,7 +87,7 @@ def _mixtral_name(name: str, config: Config, names: set[str]) -> Where:
 
 
 def _qwen2(config: Config) -> Config:
-    ours = _baseline(config, "num_experts", config["moe_intermediate_size"])
+    ours = baseline(config, "num_experts", config["moe_intermediate_size"])
     return ours | {
         "attention_bias": config.get("qkv_bias", True),
         "shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
@@ -91,13 +96,13 @@ def _qwen2(config: Config) -> Config:
 
 
 def _qwen3(config: Config) -> Config:
-    ours = _baseline(config, "num_experts", config["moe_intermediate_size"])
+    ours = baseline(config, "num_experts", config["moe_intermediate_size"])
     if config.get("attention_bias"):
         raise ValueError("attention_bias true puts a bias on the output projection alone")
     return ours | {"qk_layernorm": True}
 
 
-def _baseline(
+def baseline(
     config: Config, experts: str, expert_size: int, renormalises: bool | None = None
 ) -> Config:
     """A decoder with grouped-query attention, RMSNorm, SwiGLU and softmax routing."""
@@ -215,9 +220,9 @@ def _longcat_name(name: str, config: Config, names: set[str]) -> Where:
     expert = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", theirs)
     if expert is None or theirs in names:
         return Where(theirs)
-    half = {"gate": 0, "up": 1, "down": None}[expert[3]]
-    fused = "down_proj" if half is None else "gate_up_proj"
-    return Where(f"{expert[1]}.{fused}", int(expert[2]), half)
+    part = {"gate": (0, 2), "up": (1, 2), "down": (0, 1)}[expert[3]]
+    fused = "down_proj" if expert[3] == "down" else "gate_up_proj"
+    return Where(f"{expert[1]}.{fused}", int(expert[2]), part)
 
 
 DIALECTS = {

@@ -84,6 +84,8 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
         for name, shape in tensor.parts:
             where = directory.dialect.where(name, config, present)
             wheres.append(where)
+            if where.name is None:
+                continue
             if where.name not in present:
                 missing.append(where.name)
                 continue
@@ -107,12 +109,15 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
 
 
 def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
+    assert where.name is not None
     own, dtype = directory.reader.entries[where.name]
     if where.expert is not None:
         if own[0] < directory.config["num_experts"]:
             raise ValueError(f"{where.name} has {own[0]} experts in {directory.folder}")
         own = own[1:]
-    expected = (2 * shape[0], *shape[1:]) if where.half is not None else shape
+    whole = list(shape)
+    whole[where.dimension] *= where.part[1]
+    expected = tuple(whole)
     if own != expected:
         vocabulary = "embed_tokens" in where.name or "lm_head" in where.name
         field = ": vocab_size does not fit" if vocabulary and own[1:] == expected[1:] else ""
@@ -145,9 +150,15 @@ def load(
         ValueError: the directory is not whole, or no model here is it; one line.
         OSError: the disk is full.
     """
-    directory = open_directory(folder)
+    return write(open_directory(folder), save, dtype, say)
+
+
+def write(
+    directory: Directory, save: Path, dtype: str | None = None, say: Any = print
+) -> dict[str, int | str]:
+    """The same, of a directory that has been opened."""
     located = locate(directory)
-    config, reader = directory.config, directory.reader
+    folder, config, reader = directory.folder, directory.config, directory.reader
     options = options_of(directory, save)
     stacked = config["num_hidden_layers"] if options["moe_layer_freq"] == 1 else 0
     iteration = config.get("megatron", {}).get("iteration", FIRST_ITERATION)
@@ -194,7 +205,10 @@ def _join(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """One of Megatron's tensors, its vocabulary padded."""
-    parts = [read(directory.reader, where) for where in wheres]
+    parts = [
+        read(directory.reader, where, shape)
+        for where, (_, shape) in zip(wheres, tensor.parts, strict=True)
+    ]
     if tensor.row.layout == "vocabulary":
         rows = options["padded_vocab_size"] - len(parts[0])
         own = padding.get(tensor.parts[0][0])
@@ -205,11 +219,14 @@ def _join(
     return LAYOUTS[tensor.row.layout].join(parts, directory.config)
 
 
-def read(reader: Reader, where: Where) -> torch.Tensor:
+def read(reader: Reader, where: Where, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of ours out of a dialect's files."""
+    if where.name is None:
+        seed = torch.Generator().manual_seed(shape[0])
+        return torch.randn(shape, generator=seed) * where.std
     values = reader.read(where.name, where.expert)
-    if where.half is not None:
-        values = values.chunk(2)[where.half]
+    number, of = where.part
+    values = values.chunk(of, where.dimension)[number] if of > 1 else values
     return values if where.scale == 1.0 else (values.float() * where.scale).to(values.dtype)
 
 

@@ -76,7 +76,7 @@ def compare_tensors(
             whole = source.reader.read(place)
             for name, values in export.parts_of(tensor, whole, source.config, {}):
                 where = directory.dialect.where(name, directory.config, directory.reader.names())
-                there = load.read(directory.reader, where)
+                there = load.read(directory.reader, where, tuple(values.shape))
                 if not torch.equal(values.to(there.dtype), there):
                     most = (values.float() - there.float()).abs().max().item()
                     return f"{name} differs by up to {most:.3g} ({tensor.megatron} in {place.key})"

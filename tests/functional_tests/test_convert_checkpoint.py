@@ -553,3 +553,33 @@ def test_both_models_give_the_same_logits(
     layout = ["--expert-model-parallel-size", "2"]
     found = verify.compare_logits(trained(model), tmp_path / "hf", ranks=2, options=layout)
     assert found.same and not found.rounded, found.text()
+
+
+def test_an_upcycled_model_computes_what_the_dense_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 0, and the experts are slices of the MLP; what does not divide is one line."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    both = ["--input", str(tmp_path / "dense"), "--save", str(tmp_path / "checkpoints")]
+    shape = ["--num-experts", "4", "--topk", "2"]
+    assert "does not divide" in refused(capsys, "upcycle", *both, *shape, "--granularity", "3")
+    assert main(["upcycle", *both, *shape, "--granularity", "2"]) == 0
+    assert "another token at 0" in capsys.readouterr().out
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    source = export.open_checkpoint(tmp_path / "checkpoints")
+    name = "decoder.layers.1.mlp.experts.experts.3.linear_fc1.weight"
+    fc1 = source.reader.read(source.reader.place(name))
+    assert torch.equal(fc1[:24], dense["model.layers.1.mlp.gate_proj.weight"][24:])
+    assert torch.equal(fc1[24:], dense["model.layers.1.mlp.up_proj.weight"][24:])
+    assert source.config["shortcut_position"] == "pos2" and source.config["moe_layers"] == [1]
