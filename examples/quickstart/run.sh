@@ -115,3 +115,9 @@ python examples/quickstart/loss_report.py --run-dir "$RUN_DIR" \
 echo "== 6/6 text: what it writes after a prompt, on one process (docs/generation.md)"
 python tools/generate.py --load "$RUN_DIR/checkpoints" --prompt "def" \
     --max-new-tokens 60 --temperature 0.7
+
+cat <<END
+To Hugging Face and back (docs/huggingface.md; pip install 'megatron-scmoe[hf]'):
+    python tools/convert_checkpoint.py export --load $RUN_DIR/checkpoints --output $RUN_DIR/hf
+    python tools/convert_checkpoint.py import --input $RUN_DIR/hf --save $RUN_DIR/imported
+END
