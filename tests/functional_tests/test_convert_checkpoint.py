@@ -543,15 +543,11 @@ def test_what_is_no_longcat_layer_is_refused_with_what_differs(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model", ["grouped query", pytest.param("latent", marks=pytest.mark.slow)])
-def test_both_models_give_the_same_logits(
-    model: str, trained: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_both_models_give_the_same_logits(exported: Path, trained: Callable[[str], Path]) -> None:
     """Megatron's over two ranks."""
     pytest.importorskip("transformers")
-    export.export(trained(model), tmp_path / "hf")
     layout = ["--expert-model-parallel-size", "2"]
-    found = verify.compare_logits(trained(model), tmp_path / "hf", ranks=2, options=layout)
+    found = verify.compare_logits(trained("grouped query"), exported, ranks=2, options=layout)
     assert found.same and not found.rounded, found.text()
 
 
@@ -583,3 +579,39 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(
     assert torch.equal(fc1[:24], dense["model.layers.1.mlp.gate_proj.weight"][24:])
     assert torch.equal(fc1[24:], dense["model.layers.1.mlp.up_proj.weight"][24:])
     assert source.config["shortcut_position"] == "pos2" and source.config["moe_layers"] == [1]
+
+
+def test_a_fine_tuned_model_comes_back_and_pretraining_goes_on(
+    exported: Path, data_prefix: Path, tmp_path: Path
+) -> None:
+    """Out, text, full fine-tuning, `save_pretrained`, in: the same logits, and the loss goes on."""
+    pytest.importorskip("transformers")
+    from megatron_scmoe.huggingface.modeling_scmoe import ScMoEForCausalLM
+
+    model = ScMoEForCausalLM.from_pretrained(exported)
+    start = torch.tensor([[3, 4, 5]])
+    assert model.generate(start, max_new_tokens=5, do_sample=False).shape == (1, 8)
+    # The documents of the corpus count upwards.
+    tokens = (torch.arange(32)[None] + torch.arange(0, 60, 4)[:, None]) % 60
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        losses.append(model(tokens, labels=tokens).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.6 * losses[0]
+    model.save_pretrained(tmp_path / "tuned")
+    load.load(tmp_path / "tuned", tmp_path / "checkpoints")
+    found = verify.compare_logits(tmp_path / "checkpoints", tmp_path / "tuned")
+    assert found.same, found.text()
+    run = succeeded(
+        train(
+            data_prefix,
+            tmp_path / "run",
+            "grouped query",
+            LAYOUTS["grouped query"],
+            *("--load", str(tmp_path / "checkpoints"), "--finetune"),
+        )
+    )
+    assert run.log[1]["lm loss"] == pytest.approx(losses[-1].item(), rel=0.25)
