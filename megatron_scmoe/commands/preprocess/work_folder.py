@@ -61,8 +61,8 @@ def work_folder(prefix: Path, resume: bool, run: dict[str, Any]) -> Iterator[Wor
     path = prefix.parent / f".{prefix.name}.resume"
     path.mkdir(exist_ok=True)
     with (path / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:  # not flock, which the workers of a killed run would hold a moment longer
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(f"--resume: another run is writing in {path}; wait for it") from error
         folder = WorkFolder(path, run, _progress(path, run))

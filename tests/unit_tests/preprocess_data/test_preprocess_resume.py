@@ -4,11 +4,14 @@ import fcntl
 import gzip
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import documents, write_lines
+
+from megatron_scmoe.commands.preprocess.work_folder import work_folder
 
 OPTIONS = ["--append-eod", "--workers", 2, "--log-interval", 10**9]
 
@@ -96,10 +99,24 @@ def test_what_cannot_go_on(tool, tmp_path, null_arguments):
     assert not folder.exists()  # nothing was done yet
     assert tool(*run, prepare=stop_after(2, signal.SIGINT)).code == 130
     assert "with another --append-eod; begin it again" in tool(*run, "--append-eod").error
-    with (folder / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / "lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         assert "another run is writing" in tool(*run).error
     corpus.write_bytes(corpus.read_bytes() + b'{"text": "3"}\n')
     assert "with another --input; begin it again" in tool(*run).error
     (folder / "progress.json").write_text("{")
     assert "progress.json is damaged; delete" in tool(*run).error
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
+    run = os.fork()
+    if run == 0:
+        with work_folder(tmp_path / "o", True, {}) as folder:
+            folder.record({"place": 1})
+            if os.fork() == 0:
+                time.sleep(5)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(run, 0)
+    with work_folder(tmp_path / "o", True, {}) as folder:
+        assert folder.progress == {"place": 1}
