@@ -575,3 +575,31 @@ def refuses(folder: Path, capsys: pytest.CaptureFixture[str], message: str, *opt
     assert printed.err.startswith(f"{Path(sys.argv[0]).name}: error: ")
     assert re.search(message, printed.err), printed.err
     assert not output.exists()
+
+
+def test_two_routes_are_told_apart(tmp_path: Path) -> None:
+    """A second route with half the times of the first, behind the projection."""
+    everyone = [0, 1]
+    for rank in everyone:
+        facts = FACTS | {"expert_parallel_ranks": everyone, "further_taps": [7]}
+        writer = TraceWriter(tmp_path, rank, facts)
+        record = record_of()
+        for spans in (record.steps, record.exchanges):
+            for span in list(spans):
+                if span.activity.name in ("experts", "dispatch", "combine"):
+                    end = (span.begin + span.end) / 2
+                    activity = span.activity._replace(route=1)
+                    spans.append(span._replace(activity=activity, end=end))
+        writer.add(8, {2: record}, Slots(1, 1))
+    run = read_run(tmp_path)
+    figures = analyse(run)
+    own = figures.directions["forward"]
+    assert own.times.dense == pytest.approx(FORWARD.dense, abs=2e-6)
+    for route, factor in zip(own.times.routes, (1, 0.5), strict=True):
+        wanted = (factor * 4 * MS, factor * 4 * MS, factor * 9 * MS)
+        assert tuple(route) == pytest.approx(wanted, abs=2e-6)
+    # At the last slot: 6 of attention, dispatch 1 (2), experts 1 (2), the shared expert (3) beside
+    # combine 1, experts 0 (4), combine 0 (9).
+    assert own.costs[4].seconds == close((6 + 2 + 2 + 3 + 4 + 9) * MS)
+    text = render(run, figures)
+    assert "experts of route 1" in text and "the other where it costs least" in text

@@ -8,17 +8,19 @@ hidden      the rest
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import batched
 from statistics import fmean, median
 from typing import NamedTuple
 
 from megatron_scmoe.commands.trace_report.traces import Place, TracedPass, TracedRun, TraceError
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import (
+    RoutedTimes,
     SlotCost,
     UnitTimes,
-    best_slot,
+    best_slots,
     data_parallel_bytes,
-    slot_seconds,
+    slot_seconds_of_routes,
 )
 from megatron_scmoe.overlap.measure.trace import EXCHANGES
 from megatron_scmoe.overlap.recorder import Direction, Exchange, Span
@@ -92,7 +94,7 @@ class DirectionFigures:
         slot: where the experts ran.
         best: the slot with the least predicted time.
         times: of the parts, what the formula is applied to.
-        costs: predicted, of every slot.
+        costs: predicted, of every slot; with further routes, theirs at the best ones.
         measured: a pass from the first exchange's start until all is done.
         exposed: of it, what a pass stood still for.
         launching: of a pass, the step that starts the dispatch; forward it waits for all ranks'
@@ -295,7 +297,7 @@ def _direction_figures(run: TracedRun, direction: Direction) -> DirectionFigures
     samples: dict[tuple[int, int], list[list[float]]] = defaultdict(list)
     for place, record in run.records.items():
         try:
-            times = unit_times(record, direction, run.position)
+            times = unit_times(record, direction, run.position, 1 + len(run.further))
             own = passes[place]
             if not (own and all(_dense_or_experts(one, run.position) for one in own)):
                 raise ValueError(f"not every {direction} pass is whole")
@@ -308,7 +310,7 @@ def _direction_figures(run: TracedRun, direction: Direction) -> DirectionFigures
             communication(x for one in own for x in one.exchanges).exposed / len(own),
             fmean(_seconds(one, Step.START_DISPATCH) for one in own),
         ]
-        parts = [*times.dense, times.experts, times.dispatch, times.combine]
+        parts = [*times.dense, *(seconds for route in times.routes for seconds in route)]
         samples[place.rank, place.iteration].append([*parts, *measured])
     over_units = {
         key: [fmean(column) for column in zip(*rows, strict=True)] for key, rows in samples.items()
@@ -323,13 +325,19 @@ def _direction_figures(run: TracedRun, direction: Direction) -> DirectionFigures
         for rank in run.ranks
     ]
     mean = [fmean(column) for column in zip(*over_iterations, strict=True)]
-    *dense, experts, dispatch, combine, measured_seconds, exposed, launching = mean
-    unit = UnitTimes(tuple(dense), experts, dispatch, combine)
+    *parts, measured_seconds, exposed, launching = mean
+    operators = len(window(run.position))
+    routes = batched(parts[operators:], len(RoutedTimes._fields))
+    first, *further = (RoutedTimes(*route) for route in routes)
+    unit = UnitTimes(tuple(parts[:operators]), *first, tuple(further))
     return DirectionFigures(
         slot=getattr(run.slots, direction),
-        best=best_slot(unit),
+        best=best_slots(unit, run.position, run.further, direction)[0],
         times=unit,
-        costs=tuple(slot_seconds(unit, slot) for slot in range(len(unit.dense) + 1)),
+        costs=tuple(
+            slot_seconds_of_routes(unit, slot, run.position, run.further, direction)
+            for slot in range(operators + 1)
+        ),
         measured=measured_seconds,
         exposed=exposed,
         launching=launching,

@@ -178,9 +178,11 @@ def _slots(run: TracedRun, direction: Direction, own: DirectionFigures) -> str:
     rows.append(row("without overlap", times.sequential, times.communication, *notes))
     rows.append(row("measured", own.measured, own.exposed))
     chunks = "; it knows no chunks" if run.num_chunks > 1 else ""
-    return (
-        f"Expert slots {direction}, max(before, dispatch) + experts + max(after, combine)"
-        f"{chunks}\n" + table(("", "time", "exposed", "against chosen"), rows)
+    formula = "max(before, dispatch) + experts + max(after, combine)"
+    if run.further:
+        formula = "of the first route, the other where it costs least"
+    return f"Expert slots {direction}, {formula}{chunks}\n" + table(
+        ("", "time", "exposed", "against chosen"), rows
     )
 
 
@@ -188,8 +190,10 @@ def _parts(run: TracedRun, figures: Figures) -> str:
     passes = [figures.directions[direction].times for direction in DIRECTIONS]
     steps = enumerate(window(run.position))
     rows = [(step_name(step.value), [unit.dense[at] for unit in passes]) for at, step in steps]
-    for name in (Step.EXPERTS.value, *EXCHANGES):
-        rows.append((name, [getattr(unit, name) for unit in passes]))
+    for number in range(1 + len(run.further)):
+        for name in (Step.EXPERTS.value, *EXCHANGES):
+            of_route = f"{name} of route {number}" if run.further else name
+            rows.append((of_route, [getattr(unit.routes[number], name) for unit in passes]))
     cells = [(name, *map(duration, seconds)) for name, seconds in rows]
     return "Mean times of a pass\n" + table(("", *DIRECTIONS), cells)
 

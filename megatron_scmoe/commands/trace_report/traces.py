@@ -20,7 +20,7 @@ from megatron_scmoe.overlap.measure.trace import (
     TRACED_PARAMETERS,
 )
 from megatron_scmoe.overlap.recorder import Activity, Direction, Exchange, Span, UnitRecord
-from megatron_scmoe.overlap.schedule import TAPS, Slots, Step, window
+from megatron_scmoe.overlap.schedule import PAIR, TAPS, Route, Slots, Step, window
 from megatron_scmoe.words import read_json
 
 # What ranks of one run may differ in.
@@ -91,6 +91,11 @@ class TracedRun:
     @property
     def num_chunks(self) -> int:
         return self.facts["scmoe_num_chunks"]
+
+    @property
+    def further(self) -> tuple[Route, ...]:
+        """Routed branches beside that of the position; their slots are not in the traces."""
+        return tuple(Route(tap, Slots(0, 0)) for tap in self.facts.get("further_taps", ()))
 
     @property
     def overlaps(self) -> bool:
@@ -204,6 +209,10 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError("no step of a unit")
         for rank in facts["expert_parallel_ranks"]:
             _need({"rank": rank}, "rank", int)
+        _need({"further_taps": [], **facts}, "further_taps", list)
+        first = TAPS[facts["scmoe_shortcut_position"]].tap
+        if not all(tap in range(first, len(PAIR)) for tap in facts.get("further_taps", ())):
+            raise ValueError("a route taps outside of the unit")
         for event in trace["traceEvents"]:
             _check_event(event)
         ranks = {event["pid"] for event in _steps(trace)}

@@ -277,6 +277,8 @@ class UnitTracker(MoEMetricsTracker):
             facts |= traced_parameters(self.chunks)
             facts["compute_slow_down"] = self._slow_down and self._slow_down.backward
             facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
+            if self._further:
+                facts["further_taps"] = [route.tap for route in self._further]
             rank = torch.distributed.get_rank()
             self._trace = TraceWriter(Path(str(self._trace_dir)), rank, facts)
         by_layer = {
