@@ -144,7 +144,9 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     say.one_line_usage_errors(parser)
     options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
     group = options.build_group(parser, title="scmoe")
-    parser.set_defaults(scmoe_measured_slots=None, scmoe_experts_at_home={}, scmoe_implied={})
+    parser.set_defaults(
+        scmoe_measured_slots=None, scmoe_offload=None, scmoe_experts_at_home={}, scmoe_implied={}
+    )
     offer_variants(parser, group)
     recipe.add_config(group)
     # The host's default loads at other data parallel sizes only, and says so when it is too late.

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.model.combine import COMBINES
 from megatron_scmoe.model.dispatch import DISPATCHERS
 from megatron_scmoe.model.experts.at_home import AT_HOME
+from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.variant import Variant
@@ -22,7 +23,7 @@ from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots
 from megatron_scmoe.presets import PRESETS
 
 # Fields of ScMoEConfig that stand on no command line.
-NO_OPTIONS = ("scmoe_measured_slots", "scmoe_experts_at_home")
+NO_OPTIONS = ("scmoe_measured_slots", "scmoe_offload", "scmoe_experts_at_home")
 
 
 def _of_table(table: Mapping[str, type[Variant]], default: str) -> Any:
@@ -175,6 +176,10 @@ class ScMoEConfig:
     scmoe_measured_slots: list[int] | None = None
     """Slots that a run before this one has measured, two of each route: from its checkpoint, not an
     option."""
+
+    scmoe_offload: Offload | None = None
+    """Where routed experts are kept that are not on the device; of generation, not an option of
+    training."""
 
     scmoe_experts_at_home: dict[str, int] = field(default_factory=dict)
     """Experts of every kind that are computed where their tokens are, by --scmoe-num-KIND-experts

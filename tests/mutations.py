@@ -96,7 +96,7 @@ MUTATIONS = (
     ),
     # Text from a checkpoint.
     Mutation(
-        "megatron_scmoe/inference/generation.py",
+        "megatron_scmoe/inference/kept.py",
         ".triu(begin + 1)",
         ".triu(begin)",
         f"{DISTRIBUTED}inference.py -k 'single and pos2'",
@@ -106,6 +106,12 @@ MUTATIONS = (
         "[sampling.seed + number for number in numbers]",
         "[sampling.seed for number in numbers]",
         f"{UNIT}generate.py -k alone",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/offload/cache.py",
+        "(other for other in self._slots if not self._needed[other])",
+        "(other for other in self._slots)",
+        f"{UNIT}expert_cache.py",
     ),
     # When it runs.
     Mutation(

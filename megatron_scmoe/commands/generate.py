@@ -27,6 +27,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stdout
 from datetime import timedelta
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.checks import generation
 from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.inference.generation import Continuation, Limits, Speed, generate
-from megatron_scmoe.inference.model import load_model, prepare_generation
+from megatron_scmoe.inference.kept import DynamicKept, Keeps, StaticKept
+from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.offload import cache_size, fetch_line, offload_of, plan_offload
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
@@ -75,6 +78,21 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
         metavar="P",
         help="Of the likeliest that have the share P of the probability only.",
     )
+    group.add_argument(
+        "--scmoe-offload-experts",
+        choices=("none", "cpu", "disk"),
+        default="none",
+        help="Where routed experts live that are not on the device: in pinned host memory, or in a "
+        "file in TMPDIR that is gone when the program ends.",
+    )
+    group.add_argument(
+        "--scmoe-expert-cache-size",
+        type=cache_size,
+        default="auto",
+        metavar="N|BYTES|auto",
+        help="What stays on the device of them: N experts a layer, bytes with a unit (2GiB), or "
+        "what fits. Default: auto.",
+    )
     group.add_argument("--json", action="store_true", help="A line of JSON for each prompt.")
     return parser
 
@@ -89,16 +107,24 @@ def main() -> int:
         refuse(generation.TYPED, args)
         texts = read_prompts(args) if args.rank == 0 else []
         with redirect_stdout(StringIO()):
-            config, tokenizer = prepare_generation(args)
+            config, tokenizer = prepare_generation(
+                args, offloads=args.scmoe_offload_experts != "none"
+            )
         prompts = [tokens_of(tokenizer, text) for text in texts]
-        refuse(generation.ADOPTED, args, max(map(len, prompts), default=0))
+        longest = max(map(len, prompts), default=0)
+        refuse(generation.ADOPTED, args, longest)
+        plan = plan_offload(args, config, longest + args.max_new_tokens)
+        config.scmoe.scmoe_offload = offload_of(plan)
+        if plan is not None and args.rank == 0:
+            print(plan.line(), file=sys.stderr)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     with watched_ranks(timeout, (CheckpointError,)) as store:
         with redirect_stdout(StringIO()):
-            model = load_model(args, config, store)
+            join_job(store)
+            model = load_model(config)
         everywhere = [prompts]
         torch.distributed.broadcast_object_list(everywhere)
-        writer = Writer(args, tokenizer, texts)
+        writer = TextWriter(args, tokenizer, texts)
         found, speed = generate(
             model,
             everywhere[0],
@@ -106,12 +132,26 @@ def main() -> int:
             Limits(args.max_new_tokens, tokenizer.vocab_size, end_of_document(tokenizer)),
             args.inference_max_requests,
             writer.take,
+            keeps_of(args),
         )
         if args.rank == 0:
             writer.finish(found)
             print(speed_line(speed), file=sys.stderr)
+            if plan is not None:
+                print(fetch_line(model, plan), file=sys.stderr)
     torch.distributed.destroy_process_group()
     return 0
+
+
+def keeps_of(args: Namespace) -> Keeps:
+    """Which of the host's contexts holds keys and values."""
+    if not args.inference_dynamic_batching:
+        return StaticKept
+    return partial(
+        DynamicKept,
+        buffer_gb=args.inference_dynamic_batching_buffer_size_gb,
+        block_size=args.inference_dynamic_batching_block_size,
+    )
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -182,7 +222,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-class Writer:
+class TextWriter:
     """Writes what is generated to standard output, on the first rank.
 
     One prompt is written token by token, several when all are there.

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.inference.model import load_model, prepare_generation
+from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 
@@ -58,7 +58,8 @@ def main() -> int:
             config, _ = prepare_generation(args, own=("bf16", "fp16"))
     with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:
         with redirect_stdout(StringIO()):
-            model = load_model(args, config, store)
+            join_job(store)
+            model = load_model(config)
         logits = forward(model, load_file(args.tokens)["tokens"])
         writes = mpu.get_tensor_model_parallel_rank() == mpu.get_data_parallel_rank() == 0
         if logits is not None and writes:

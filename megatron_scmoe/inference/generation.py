@@ -1,16 +1,12 @@
-"""Tokens one by one: a batch of prompts at once, keys and values kept by the host's contexts.
+"""Tokens one by one: a batch of prompts at once, keys and values kept between them (kept.py).
 
-    [b, shortest prompt] --prefill--> logits --> [b, 1] --step--> logits --> [b, 1] ...
+    prompts --forward--> logits --choose--> tokens --advance, forward--> logits ...
 
-The host's static context has one length for all prompts of a batch. Up to the shortest prompt they
-go through the model at once; then a token of each at a time, the prompt's own while it lasts, the
-chosen one behind it. So no padding is ever computed, and a prompt gets the same tokens alone and in
-a batch. The units run their schedule: the exchanges of a long prompt are hidden as in training.
+A prompt gets the same tokens alone and in a batch. The units run their schedule: the exchanges of a
+long prompt are hidden as in training.
 
 Every data parallel rank has prompts of its own. Where ranks share experts, all of them take a step
 when one of them does: those without a prompt left send a token that nobody reads.
-
-Shapes: b prompts of this rank, v vocabulary
 """
 
 import time
@@ -20,14 +16,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
-    GPTInferenceWrapper,
-)
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_scmoe.inference.kept import Keeps, StaticKept, idle
 from megatron_scmoe.inference.sampling import Sampler, Sampling
 
 OnToken = Callable[[int, int], None]
@@ -72,6 +65,7 @@ def generate(
     limits: Limits,
     batch_size: int,
     on_token: OnToken,
+    keeps: Keeps = StaticKept,
 ) -> tuple[list[Continuation], Speed]:
     """Continue prompts.
 
@@ -82,6 +76,7 @@ def generate(
         prompts: tokens, at least one each.
         batch_size: prompts of a rank that are computed together.
         on_token: called on every rank of the data parallel replica that has the prompt.
+        keeps: which of the host's contexts holds keys and values.
 
     Returns:
         what follows every prompt, on every rank; how long it took.
@@ -95,7 +90,7 @@ def generate(
         numbers = order[first : first + batch_size * replicas][rank::replicas]
         batch = {number: prompts[number] for number in numbers}
         with InferenceMode.active(), torch.inference_mode():
-            found |= _complete(model, batch, sampling, limits, on_token, speed)
+            found |= _complete(model, batch, sampling, limits, on_token, speed, keeps)
     everywhere: list[Any] = [None] * replicas
     group = mpu.get_data_parallel_group()
     torch.distributed.all_gather_object(everywhere, (found, speed), group=group)
@@ -120,88 +115,42 @@ def _complete(
     limits: Limits,
     on_token: OnToken,
     speed: Speed,
+    keeps: Keeps,
 ) -> dict[int, Continuation]:
     """Continue the prompts of one batch, by their numbers; there may be none."""
-    numbers, rows = list(prompts), list(prompts.values())
-    lengths = [len(row) for row in rows]
-    found = [Continuation() for _ in rows]
-    is_open = [True for _ in rows]
-    stage = _Stage(model, len(rows), max(lengths, default=0) + limits.new_tokens)
+    numbers = list(prompts)
+    found = [Continuation() for _ in prompts]
+    is_open = [True for _ in prompts]
+    kept = keeps(model, list(prompts.values()), limits.new_tokens) if prompts else None
     sampler = Sampler(sampling, numbers)
-    following = [row[: min(lengths)] for row in rows]
     while _on_any_rank(any(is_open)):
-        if not any(is_open):
-            stage.idle()
+        if kept is None or not any(is_open):
+            idle(model)
             continue
-        began, is_prefill = time.perf_counter(), stage.length == 0
-        logits = stage.forward(torch.tensor(following, device=torch.cuda.current_device()))
-        draws = [open and stage.length >= own for open, own in zip(is_open, lengths, strict=True)]
-        chosen = None if logits is None else sampler.choose(logits[:, : limits.vocabulary], draws)
-        tokens, log_probs = _from_last_stage(chosen, len(rows))
-        for row, token in enumerate(tokens):
-            if draws[row] and token == limits.end:
+        began = time.perf_counter()
+        step = kept.forward()
+        draws = [draw and is_open[row] for row, draw in zip(step.rows, step.draws, strict=True)]
+        chosen = None
+        if step.logits is not None:
+            chosen = sampler.choose(step.logits[:, : limits.vocabulary], step.rows, draws)
+        tokens, log_probs = _from_last_stage(chosen, len(step.rows))
+        for row, draw, token, log_prob in zip(step.rows, draws, tokens, log_probs, strict=True):
+            if draw and token == limits.end:
                 is_open[row] = False
-            elif draws[row]:
+            elif draw:
                 found[row].tokens.append(token)
-                found[row].log_probs.append(log_probs[row])
+                found[row].log_probs.append(log_prob)
                 is_open[row] = len(found[row].tokens) < limits.new_tokens
                 on_token(numbers[row], token)
-        if is_prefill:
-            speed.prefill_tokens += sum(map(len, following))
+        if any(is_open):
+            kept.advance(tokens, is_open)
+        if step.is_first:
+            speed.prefill_tokens += step.tokens
             speed.prefill_seconds += time.perf_counter() - began
         else:
             speed.decode_tokens += sum(draws)
             speed.decode_seconds += time.perf_counter() - began
-        following = [
-            [row[stage.length] if stage.length < len(row) else token]
-            for row, token in zip(rows, tokens, strict=True)
-        ]
     return dict(zip(numbers, found, strict=True))
-
-
-class _Stage:
-    """This rank's layers, and the keys and values of a batch.
-
-    Args:
-        batch: prompts.
-        longest: tokens of a prompt and its continuation, at the most.
-    """
-
-    def __init__(self, model: Module, batch: int, longest: int) -> None:
-        self.length = 0
-        self._model = model
-        self._wrapper = self._new_wrapper(batch, longest)
-
-    def _new_wrapper(self, batch: int, longest: int) -> GPTInferenceWrapper:
-        wrapper = GPTInferenceWrapper(self._model, StaticInferenceContext(batch, longest))
-        wrapper.prep_model_for_inference()
-        return wrapper
-
-    def forward(self, tokens: Tensor) -> Tensor | None:
-        """Logits behind the next tokens, [b, v], on the last pipeline stage.
-
-        Args:
-            tokens: [b, new]; behind the first call one of each prompt.
-        """
-        logits = _run(self._wrapper, tokens, self.length)
-        self.length += tokens.shape[1]
-        self._wrapper.inference_context.enable_decode_mode()
-        return None if logits is None else logits[:, -1]
-
-    def idle(self) -> None:
-        """Take part in an exchange of the ranks that have something to compute."""
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=torch.cuda.current_device())
-        _run(self._new_wrapper(1, 1), tokens, 0)
-
-
-def _run(wrapper: GPTInferenceWrapper, tokens: Tensor, begin: int) -> Tensor | None:
-    new, end = tokens.shape[1], begin + tokens.shape[1]
-    # True where masked. Kernels that know a causal mask do not look at it.
-    mask = torch.ones(new, end, dtype=torch.bool, device=tokens.device).triu(begin + 1)
-    positions = torch.arange(begin, end, device=tokens.device).expand_as(tokens)
-    return wrapper.run_one_forward_step(
-        {"tokens": tokens, "position_ids": positions, "attention_mask": mask[None, None]}
-    )
 
 
 def _on_any_rank(busy: bool) -> bool:

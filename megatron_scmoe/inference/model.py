@@ -20,12 +20,15 @@ from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.run.checkpoint.adopt import adopt_model
 
 
-def prepare_generation(args: Namespace, own: tuple[str, ...] = ()) -> tuple[ScMoEModelConfig, Any]:
+def prepare_generation(
+    args: Namespace, own: tuple[str, ...] = (), offloads: bool = False
+) -> tuple[ScMoEModelConfig, Any]:
     """Everything that needs no process group, so that what is wrong ends the run here.
 
     Args:
         args: parsed; becomes the host's global options.
         own: dests that are not the checkpoint's, beside those on the command line.
+        offloads: routed experts will not all be on the device.
 
     Returns:
         the model, and the tokenizer.
@@ -41,6 +44,11 @@ def prepare_generation(args: Namespace, own: tuple[str, ...] = ()) -> tuple[ScMo
     args.moe_token_dispatcher_type = "alltoall"
     # Asked for where tensor parallel ranks train experts.
     args.sequence_parallel = args.tensor_model_parallel_size > 1
+    if offloads:
+        # Transformer Engine's grouped experts are one module; ours hold theirs one by one.
+        args.moe_grouped_gemm &= args.transformer_impl == "local"
+        # Ranks that load for each other would not load in place.
+        args.ckpt_fully_parallel_load = False
     validate(args)
     # One token at a time cannot be split over ranks.
     args.sequence_parallel = False
@@ -48,13 +56,17 @@ def prepare_generation(args: Namespace, own: tuple[str, ...] = ()) -> tuple[ScMo
     return model_config_from_args(args), get_tokenizer()
 
 
-def load_model(args: Namespace, config: ScMoEModelConfig, store: Store | None) -> Module:
-    """Join the job, build this rank's stage and load its weights.
+def join_job(store: Store | None) -> None:
+    """Meet the other ranks."""
+    initialize_megatron(allow_no_cuda=True, store=store)
+
+
+def load_model(config: ScMoEModelConfig) -> Module:
+    """Build this rank's stage and load its weights.
 
     Raises:
         CheckpointError: the files cannot be read.
     """
-    initialize_megatron(allow_no_cuda=True, store=store)
     (model,) = ScMoEModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )

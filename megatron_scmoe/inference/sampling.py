@@ -47,12 +47,13 @@ class Sampler:
         seeds = [sampling.seed + number for number in numbers]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def choose(self, logits: Tensor, rows: list[bool]) -> tuple[Tensor, Tensor]:
-        """The next token of every prompt, from logits, [b, v].
+    def choose(self, logits: Tensor, rows: list[int], draws: list[bool]) -> tuple[Tensor, Tensor]:
+        """The next token of each row, from logits, [b, v].
 
         Args:
-            rows: the prompts that draw; the generators of others stay as they are, and what they
-                get means nothing.
+            rows: the prompt of each row, by its place among those of this sampler.
+            draws: whether it draws; the generators of others stay as they are, and what they get
+                means nothing.
 
         Returns:
             tokens, and the logarithms of their probabilities at temperature 1 among all; both [b],
@@ -62,8 +63,9 @@ class Sampler:
         tokens = logits.argmax(dim=-1)
         if not self._sampling.greedy:
             probs = self._sampling.distribution(logits)
-            for row, (draws, generator) in enumerate(zip(rows, self._generators, strict=True)):
-                if draws:
+            for row, (prompt, draw) in enumerate(zip(rows, draws, strict=True)):
+                if draw:
+                    generator = self._generators[prompt]
                     tokens[row] = torch.multinomial(probs[row], 1, generator=generator)
         log_probs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         return tokens, log_probs

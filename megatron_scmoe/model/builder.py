@@ -61,7 +61,8 @@ class ScMoEModelBuilder(GPTModelBuilder):
             spec = scmoe_block_spec(config, scmoe, vp_stage, get_pg_rank(pg_collection.pp))
             model_config.transformer = block_config(config, scmoe)
         else:
-            spec = with_local_replacements(default_layer_spec(model_config, vp_stage), config)
+            stock = default_layer_spec(model_config, vp_stage)
+            spec = with_local_replacements(stock, config, scmoe.scmoe_offload)
         model_config.transformer_layer_spec = lambda _: spec
         model = GPTModelBuilder(model_config).build_model(
             pg_collection, pre_process, post_process, vp_stage

@@ -26,6 +26,7 @@ from megatron_scmoe.model.combine import COMBINES, SharedOutput
 from megatron_scmoe.model.dispatch import DISPATCHERS
 from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput, Trip
 from megatron_scmoe.model.experts.at_home import AT_HOME
+from megatron_scmoe.model.experts.offload.experts import OffloadedExperts
 from megatron_scmoe.model.routing import ROUTERS, wide_builder
 from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch
@@ -157,6 +158,12 @@ class ScMoELayer(MoELayer):
         first, *others = [kind(tokens, p) for kind, p in zip(kinds, probs, strict=True)]
         return sum(others, first).to(tokens.dtype)
 
+    def announce(self, tokens_per_expert: Tensor | None) -> None:
+        """Rows are on their way to this rank's experts, [e]: those that are not on the device come
+        beside them."""
+        if isinstance(self.experts, OffloadedExperts) and tokens_per_expert is not None:
+            self.experts.announce(tokens_per_expert)
+
     def weighted_experts(self, rows: ExpertInput) -> Tensor:
         """G(z)_i E_i(z) of every row, [R, h]."""
 
@@ -187,6 +194,7 @@ class RoutedChunk:
     def start_dispatch(self) -> None:
         """Launch the exchange; blocks the host until the numbers of rows are known."""
         self._leg.send(self._trip.collective())
+        self._layer.announce(self._trip.tokens_per_expert)
 
     def wait_dispatch(self) -> None:
         """Rows for this rank's experts, [R, h]."""

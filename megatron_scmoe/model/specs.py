@@ -36,6 +36,7 @@ from megatron_scmoe.model import names
 from megatron_scmoe.model.attention import LatentDotProductAttention
 from megatron_scmoe.model.dual_gating import DualGatingLayer, DualGatingMoE
 from megatron_scmoe.model.experts.grouped import GroupedExperts, uses_grouped_experts
+from megatron_scmoe.model.experts.offload.experts import Offload, offloaded
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.norm import SequenceParallelTorchNorm
 from megatron_scmoe.model.unit import (
@@ -123,6 +124,7 @@ def scmoe_block_spec(
             vp_stage=vp_stage,
         ),
         config,
+        scmoe.scmoe_offload,
     )
     norm = _norm(config)
     pattern = moe_layer_pattern(config)
@@ -152,11 +154,13 @@ def unit_class(scmoe: ScMoEConfig) -> type[ShortcutLayer]:
     return DualGatingLayer if scmoe.dual_gating else ShortcutLayer
 
 
-def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
-    """Replace what the local spec cannot do in a (nested) spec.
+def with_local_replacements(
+    spec: Any, config: TransformerConfig, offload: Offload | None = None
+) -> Any:
+    """Replace what the local spec cannot do in a (nested) spec, and experts that are offloaded.
 
-    See norm.py, attention.py and experts/grouped.py. Without sequence parallelism, latent attention
-    and grouped experts the spec is returned as it is.
+    See norm.py, attention.py, experts/grouped.py and experts/offload/. Without sequence
+    parallelism, latent attention and grouped or offloaded experts the spec is returned as it is.
     """
     replacements: dict[Any, Any] = {}
     if config.sequence_parallel:
@@ -165,6 +169,9 @@ def with_local_replacements(spec: Any, config: TransformerConfig) -> Any:
         replacements[DotProductAttention] = LatentDotProductAttention
     if uses_grouped_experts(config):
         replacements[SequentialMLP] = GroupedExperts
+    if offload is not None:
+        resident = replacements.get(SequentialMLP, SequentialMLP)
+        replacements[SequentialMLP] = partial(offloaded(resident), offload=offload)
     return _replaced(spec, replacements) if replacements else spec
 
 

@@ -23,10 +23,11 @@ so that `1 - blocked / in flight` is the share of the communication that was hid
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from time import perf_counter
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ Exchange = Callable[[list[Tensor], bool], tuple[list[Tensor], Sequence[Work | No
 Event = torch.cuda.Event
 Moment = float | torch.cuda.Event
 # Exchanges of one lane run one after the other. Numbers of rows do not queue behind rows, unless
-# both have one communicator, as in an all-gather.
-Lane = Literal["rows", "counts"]
+# both have one communicator, as in an all-gather. Weights come from the host.
+Lane = Literal["rows", "counts", "weights"]
 
 
 class Flight(Protocol):
@@ -81,6 +82,27 @@ def launch(
     if _cuda(dense[0]) is None:
         return _ThreadFlight(exchange, dense)
     return _StreamFlight(exchange, dense, ready, lane)
+
+
+def fetch(slots: Sequence[Tensor], home: Sequence[Tensor]) -> Flight:
+    """Start to copy weights to where they are computed with.
+
+    Args:
+        slots: what is written, contiguous; nobody may read it before `wait`.
+        home: what is read, on the host; on CUDA pinned, or the copy keeps the host waiting.
+    """
+
+    def copy() -> None:
+        for slot, values in zip(slots, home, strict=True):
+            slot.copy_(values, non_blocking=True)
+
+    def exchange(_: list[Tensor], async_op: bool) -> tuple[list[Tensor], list[Any]]:
+        if async_op:
+            return [], [_Copying(_reader().submit(copy))]
+        copy()
+        return [], []
+
+    return launch(exchange, slots, lane="weights")
 
 
 def now(tensor: Tensor) -> Event | None:
@@ -168,6 +190,25 @@ class _ThreadFlight:
         last = max(self._completed, default=self._started)
         end = min(last, self._waited) if complete else self._waited
         return self._started, end, min(self._blocked, end - self._started)
+
+
+class _Copying:
+    """CPU: a copy by another thread, as a work of torch.distributed."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def get_future(self) -> Future[None]:
+        return self._future
+
+
+@lru_cache
+def _reader() -> ThreadPoolExecutor:
+    """One thread: copies arrive in the order in which they were started."""
+    return ThreadPoolExecutor(1, thread_name_prefix="expert-fetch")
 
 
 class _Here:

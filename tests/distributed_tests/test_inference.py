@@ -6,19 +6,22 @@ every attention layer of a stage, at every position and split. Through checkpoin
 functional_tests/test_generate.py.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts import StaticInferenceContext, dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import attention as host_attention
 from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
 from megatron_scmoe.inference.generation import Continuation, Limits, generate
+from megatron_scmoe.inference.kept import DynamicKept
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from tests.distributed_utils import run_distributed
@@ -47,7 +50,8 @@ def build_model(host: dict[str, Any], scmoe: dict[str, Any]) -> GPTModel:
         position_embedding_type="rope",
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return ScMoEModelBuilder(config).build_model(groups).double().eval()
+    model = ScMoEModelBuilder(config).build_model(groups).to(case.host_config().params_dtype)
+    return model.eval()
 
 
 def places(position: str, stages: int, host: dict[str, Any]) -> tuple[int, list[int]]:
@@ -129,6 +133,36 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"moe_router_topk": 2},
         {"scmoe_shortcut_position": "pos3", "scmoe_experts_at_home": {"zero": 1, "constant": 1}},
     ),
+    "gating residual": (
+        {
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.01,
+        },
+        {
+            "scmoe_shortcut_position": "pos2",
+            "scmoe_experts_at_home": {"copy": 1},
+            "scmoe_router": "heterogeneous",
+            "scmoe_gating_residual": True,
+        },
+    ),
+    "LongCat": (
+        {"moe_router_topk": 2},
+        {
+            "scmoe_shortcut_position": "pos2",
+            "scmoe_experts_at_home": {"copy": 2},
+            "scmoe_router": "longcat",
+            "scmoe_routed_topk": 1.5,
+        },
+    ),
+    "two gates": (
+        {"moe_shared_expert_intermediate_size": None},
+        {
+            "scmoe_shortcut_position": "pos2",
+            "scmoe_dual_gating": "separate",
+            "scmoe_combine": "add",
+        },
+    ),
     "chunks": ({}, {"scmoe_shortcut_position": "pos2", "scmoe_num_chunks": 2}),
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
@@ -187,3 +221,79 @@ def test_a_text_ends_with_its_document() -> None:
         assert found.tokens == uncut.tokens[:stop] and len(found.log_probs) == stop
         assert [token for told_of, token in told if told_of == number] == found.tokens
     assert len(cut[2].tokens) <= 2 < max(len(found.tokens) for found in cut)
+
+
+def paged_attention(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _longest_q: int,
+    _longest_k: int,
+    begins: Tensor,
+    _begins_k: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    is_decode_only: bool,
+    softmax_offset: Tensor | None = None,
+) -> Tensor:
+    """What flash-attn's kernel does, row by row: q [tokens, 1, n, d], k and v [block, slot, g, d].
+
+    In decoding row r is token r.
+    """
+    assert softmax_offset is None
+    output = torch.zeros_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue  # padding
+        first, last = (row, row + 1) if is_decode_only else begins[row : row + 2].tolist()
+        own = [block for block in blocks[row].tolist() if block >= 0]
+        repeats = q.shape[2] // k.shape[2]
+        keys, values = (
+            torch.cat([cache[block] for block in own])[:length].repeat_interleave(repeats, dim=1)
+            for cache in (k, v)
+        )
+        scores = torch.einsum("qnd,knd->nqk", q[first:last, 0], keys)
+        new = last - first
+        future = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
+        scores = scores * q.shape[-1] ** -0.5
+        probs = scores.masked_fill(future, float("-inf")).softmax(-1)
+        output[first:last, 0] = torch.einsum("nqk,knd->qnd", probs, values)
+    return output
+
+
+class Unpinned:
+    """torch, which without a CUDA device pins no memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("empty", "empty_like", "full", "ones", "zeros"):
+            return found
+        return lambda *args, pin_memory=False, **kwargs: found(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("name", [*POSITIONS, "experts at home", "two gates"])
+def test_dynamic_context_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a slow kernel in place of flash-attn's; all else is the host's own, in blocks of 4."""
+    monkeypatch.setattr(dynamic_context, "torch", Unpinned())
+    monkeypatch.setattr(dynamic_context, "triton_append_key_value_cache", None)
+    monkeypatch.setattr(host_attention, "HAVE_FA3", True)
+    # einops is not installed with the host.
+    monkeypatch.setattr(host_attention, "rearrange", lambda tensor, _: tensor.flatten(2))
+    monkeypatch.setattr(Attention, "flash_decode_and_prefill", paged_attention)
+    model = build_model(*MODELS[name])
+    limits = Limits(NEW, VOCABULARY, end=None)
+    keeps = partial(DynamicKept, buffer_gb=0.05, block_size=4)
+    for sampling in (Sampling(greedy=True), Sampling(seed=3)):
+        expected, _ = generate(model, PROMPTS, sampling, limits, 8, quiet)
+        found, speed = generate(model, PROMPTS, sampling, limits, 8, quiet, keeps)
+        for each, same in zip(found, expected, strict=True):
+            assert each.tokens == same.tokens
+            assert each.log_probs == pytest.approx(same.log_probs, abs=1e-5)
+        assert speed.prefill_tokens == sum(map(len, PROMPTS))
+    # One of them ends before the others.
+    limits = Limits(NEW, VOCABULARY, end=found[2].tokens[1])
+    expected, _ = generate(model, PROMPTS, sampling, limits, 8, quiet)
+    found, _ = generate(model, PROMPTS, sampling, limits, 8, quiet, keeps)
+    assert [each.tokens for each in found] == [each.tokens for each in expected]

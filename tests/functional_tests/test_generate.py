@@ -26,8 +26,16 @@ LAYOUTS = {
     "tensor and expert parallel": "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
     "--expert-tensor-parallel-size 1",
     "expert tensor parallel": "--tensor-model-parallel-size 2",
+    "data parallel, experts in a file": "--scmoe-offload-experts disk --scmoe-expert-cache-size 2",
+    "grouped experts in a file": "--scmoe-offload-experts disk --moe-grouped-gemm",
+    "expert parallel, experts in memory": "--expert-model-parallel-size 2 "
+    "--scmoe-offload-experts cpu",
     "pipeline parallel": "--pipeline-model-parallel-size 2",
 }
+
+
+# Seen by the tensor and expert parallel ranks, and by those with single experts in a file.
+SLOW = ("expert tensor parallel", "grouped experts in a file")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,8 @@ def checkpoints(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     data = ["--data-path", str(data_prefix), "--split", "100,0,0", "--eval-iters", "0"]
     cache = ["--data-cache-path", str(folder / "cache"), "--save", str(folder / "checkpoints")]
-    run = launch_forked([*TINY_MODEL, *TINY_MOE, *options, *data, *cache], 2, folder)
+    moe = [option for option in TINY_MOE if option != "--moe-grouped-gemm"]
+    run = launch_forked([*TINY_MODEL, *moe, *options, *data, *cache], 2, folder)
     assert run.returncode == 0, run.stdout[-3000:]
     return folder / "checkpoints"
 
@@ -63,7 +72,10 @@ def one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return written(checkpoints, tmp_path_factory.mktemp("one_process"), "", 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS],
+)
 def test_every_layout_writes_the_same(
     layout: str, checkpoints: Path, one_process: Any, tmp_path: Path
 ) -> None:

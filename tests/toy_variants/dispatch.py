@@ -52,6 +52,8 @@ class DenseDispatcher(Dispatcher):
 class DenseTrip:
     """Tokens gathered from all ranks; outputs summed over them."""
 
+    tokens_per_expert = None
+
     def __init__(self, dispatcher: DenseDispatcher, chunk: Chunk) -> None:
         self._dispatcher = dispatcher
         self._cargo: tuple[Tensor, ...] = (chunk.probs, chunk.hidden_states)

@@ -227,6 +227,7 @@ ASKED: dict[str, Any] = {
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
+    "scmoe_offload_experts": "none",
 }
 
 
@@ -398,6 +399,18 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--top-p 0.0 is not": asked(top_p=0.0),
     "--inference-max-requests 0 is not": asked("--inference-max-requests 0"),
     "--context-parallel-size 2 does not split": asked("--context-parallel-size 2"),
+    "--inference-dynamic-batching needs": asked("--inference-dynamic-batching"),
+    "--inference-dynamic-batching does not work": Typed(
+        generation.ADOPTED,
+        "--inference-dynamic-batching --multi-latent-attention --position-embedding-type rope",
+        ASKED,
+    ),
+    "--scmoe-offload-experts disk is for machines": asked(scmoe_offload_experts="disk"),
+    "--scmoe-offload-experts cpu has nothing to move": Typed(
+        generation.ADOPTED,
+        "--position-embedding-type rope",
+        ASKED | {"scmoe_offload_experts": "cpu", "num_experts": None},
+    ),
     "Virtual pipeline stages do not generate": Typed(
         generation.ADOPTED, "", ASKED | {"virtual_pipeline_model_parallel_size": 2}
     ),
@@ -461,6 +474,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
     rows, options, changes = OF_COMMAND_LINE[line]
     args = parsed(options.replace("CORPUS", str(corpus)), changes)
     with pytest.MonkeyPatch.context() as patch:
+        if line.endswith("is for machines"):
+            patch.setattr(generation, "no_cuda_device", lambda: False)
         if line.endswith("needs the package"):
             patch.setattr(command_line, "find_spec", lambda name: None)
         return next(complaints(rows, args, *BESIDE.get(rows, [])))

@@ -47,7 +47,7 @@ def test_filters() -> None:
 
 
 def test_greedy_takes_the_likeliest_and_tells_its_probability() -> None:
-    tokens, log_probs = Sampler(Sampling(greedy=True), [0, 1]).choose(LOGITS, [True, True])
+    tokens, log_probs = Sampler(Sampling(greedy=True), [0, 1]).choose(LOGITS, [0, 1], [True, True])
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(log_probs, LOGITS.log_softmax(-1).amax(-1))
 
@@ -56,7 +56,7 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch() -> None:
     def draws(numbers: list[int], rows: list[list[bool]]) -> list[list[int]]:
         sampler = Sampler(Sampling(seed=7), numbers)
         logits = torch.zeros(len(numbers), 50)
-        drawn = [sampler.choose(logits, row)[0].tolist() for row in rows]
+        drawn = [sampler.choose(logits, list(range(len(row))), row)[0].tolist() for row in rows]
         return [
             [tokens[i] for tokens, row in zip(drawn, rows, strict=True) if row[i]]
             for i in range(len(numbers))
@@ -71,7 +71,7 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch() -> None:
 
 
 def test_text_is_written_character_by_character(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = generate.Writer(Namespace(json=False), Letters(), ["a"])
+    writer = generate.TextWriter(Namespace(json=False), Letters(), ["a"])
     said = []
     for token in "é b".encode():
         writer.take(0, token)
@@ -85,11 +85,11 @@ def test_text_is_written_character_by_character(capsys: pytest.CaptureFixture[st
 
 def test_several_texts_are_written_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Continuation([*b"cd"], [-1.0, -2.0]), Continuation()]
-    writer = generate.Writer(Namespace(json=False), Letters(), ["ab", "e\nf"])
+    writer = generate.TextWriter(Namespace(json=False), Letters(), ["ab", "e\nf"])
     writer.take(1, 5)
     writer.finish(found)
     assert capsys.readouterr().out == "--- 1\nabcd\n--- 2\ne\nf\n"
-    generate.Writer(Namespace(json=True), Letters(), ["ab", "e"]).finish(found)
+    generate.TextWriter(Namespace(json=True), Letters(), ["ab", "e"]).finish(found)
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == "cd" and first["log_probs"] == [-1.0, -2.0]
     assert second == {"prompt": "e", "text": "", "tokens": [], "log_probs": []}

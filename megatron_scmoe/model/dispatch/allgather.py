@@ -62,6 +62,8 @@ class AllGatherDispatcher(Dispatcher):
 class AllGatherTrip:
     """Tokens gathered from the expert (tensor) parallel ranks; outputs summed over them."""
 
+    tokens_per_expert: Tensor | None = None
+
     def __init__(
         self, dispatcher: AllGatherDispatcher, chunk: Chunk, counts: RowCounts, index: int
     ) -> None:

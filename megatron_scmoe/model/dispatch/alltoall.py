@@ -108,6 +108,8 @@ class AllToAllTrip:
     be, real ones first, and sends those.
     """
 
+    tokens_per_expert: Tensor
+
     def __init__(
         self, dispatcher: AllToAllDispatcher, chunk: Chunk, counts: RowCounts, index: int
     ) -> None:
@@ -151,7 +153,7 @@ class AllToAllTrip:
                 f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
             )
         received = counts[:, :, own.local_experts]
-        self._tokens_per_expert = received.sum(dim=(0, 1))
+        self.tokens_per_expert = received.sum(dim=(0, 1))
         # Rows from each (expert tensor parallel, expert parallel) rank for each local expert,
         # [ETP * EP, e]: the gather over expert tensor parallel ranks puts their blocks one after
         # another. A fused permutation reads them on the device.
@@ -179,7 +181,7 @@ class AllToAllTrip:
             )
         if self._several_experts():
             rows, probs = self._sort(rows, self._chunk_sizes, own.by_expert, probs)
-        return ExpertInput(rows, probs, self._tokens_per_expert)
+        return ExpertInput(rows, probs, self.tokens_per_expert)
 
     def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
         """Each row to the rank it came from; expert tensor parallel parts are summed before, in
@@ -210,7 +212,7 @@ class AllToAllTrip:
         )
 
     def _several_experts(self) -> bool:
-        return self._tokens_per_expert.numel() > 1
+        return self.tokens_per_expert.numel() > 1
 
     def _sort(
         self, rows: Tensor, chunk_sizes: Tensor, order: Tensor, probs: Tensor | None = None

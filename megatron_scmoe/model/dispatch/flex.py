@@ -73,6 +73,8 @@ class FlexDispatcher(Dispatcher):
 class FlexTrip:
     """Permutation and exchange in one kernel; one manager for there and back."""
 
+    tokens_per_expert: Tensor | None = None
+
     def __init__(self, dispatcher: FlexDispatcher, chunk: Chunk) -> None:
         self._dispatcher = dispatcher
         host = dispatcher.host

@@ -53,6 +53,10 @@ class ExpertInput:
 class Trip(Protocol):
     """One chunk of tokens on the way to its experts and back."""
 
+    @property
+    def tokens_per_expert(self) -> Tensor | None:
+        """[e], on the CPU, once `collective` is known; None if only the rows themselves tell."""
+
     def cargo(self) -> tuple[Tensor, ...]:
         """What is sent; call it once. Nothing else holds these tensors."""
 
