@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@! test -L .venv || { echo "error: .venv is a link to another checkout's: remove it." >&2; exit 1; }
 	@python=$$(tools/find_python.sh) && echo "Using $$("$$python" --version)." && \
 	    "$$python" -m venv --clear .venv
-	$(PYTHON_BIN) -m pip install --quiet -c constraints.txt -e '.[data,dev,plot]'
+	$(PYTHON_BIN) -m pip install --quiet -c constraints.txt -e '.[data,dev,hf,plot]'
 	@touch $@
 
 pretrain: $(INSTALLED)

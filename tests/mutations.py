@@ -52,6 +52,30 @@ MUTATIONS = (
         f"{UNIT}layer.py -k 'oracle and cg2'",
     ),
     Mutation(
+        "megatron_scmoe/huggingface/modeling_scmoe.py",
+        "tapped = x if self.shares_norm else hidden_states",
+        "tapped = x",
+        f"{UNIT}huggingface_model.py -k 'equations and pos2'",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/modeling_scmoe.py",
+        "output = sum(further, first)",
+        "output = first",
+        f"{UNIT}huggingface_model.py -k 'equations and dual'",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/modeling_scmoe.py",
+        "latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)",
+        "latent, key_rope = past_key_values.update(latent, key_rope, 0)",
+        f"{UNIT}huggingface_model.py -k 'cached and latent'",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/modeling_scmoe.py",
+        "names = target_patterns[::-1] if",
+        "names = target_patterns if",
+        f"{UNIT}huggingface_model.py -k names_of_their_own",
+    ),
+    Mutation(
         "megatron_scmoe/model/moe.py",
         "first, *others = [chunk.restore(rows) for chunk, rows in returned]",
         "*others, first = [chunk.restore(rows) for chunk, rows in returned]",

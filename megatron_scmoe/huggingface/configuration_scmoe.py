@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shortcut_norm": ("own", "shared"),
     "router": ("topk", "heterogeneous", "longcat"),
     "scaled_experts": ("all", "routed"),
+    "dual_gating": ("none", "shared", "separate"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "norm": ("rmsnorm", "layernorm"),
     "position_embedding": ("rope", "learned", "none"),
@@ -64,6 +65,14 @@ class ScMoEConfig(PreTrainedConfig):
         routed_topk: routed experts that a token is to have on average by the longcat loss; None for
             their share of all.
         balance_groups: groups of routed experts in the longcat loss.
+        gating_residual: add a matrix times the router logits of the MoE layer in front
+            (arXiv:2410.07348).
+        gate_layers: 2 for a router with an inner layer, 8 (E + Z) wide, and tanh.
+        renormalise: give the weight of zero experts to the others.
+        input_scale: what all experts read is multiplied by it.
+        dual_gating: two gates over one pool of experts in place of one and a shared expert
+            (DGMoE), with one weight or separate ones.
+        distinct_experts: the second gate never chooses what the first has chosen.
         scoring_func: from router logits to scores.
         pre_softmax: softmax over all experts, in front of the selection, not behind it over those
             that were selected.
@@ -119,6 +128,12 @@ class ScMoEConfig(PreTrainedConfig):
     router_tau: float = 0.75
     routed_topk: float | None = None
     balance_groups: int = 1
+    gating_residual: bool = False
+    gate_layers: int = 1
+    renormalise: bool = False
+    input_scale: float = 1.0
+    dual_gating: str = "none"
+    distinct_experts: bool = True
     scoring_func: str = "softmax"
     pre_softmax: bool = True
     norm_topk_prob: bool = False
@@ -175,6 +190,11 @@ class ScMoEConfig(PreTrainedConfig):
         self._check()
 
     @property
+    def first_copy_expert(self) -> int:
+        """Number of the first expert behind the zero experts."""
+        return self.num_experts + self.zero_experts
+
+    @property
     def zero_computation_experts(self) -> int:
         """Experts that the router numbers behind the routed ones."""
         return self.zero_experts + self.copy_experts + self.constant_experts
@@ -211,6 +231,16 @@ class ScMoEConfig(PreTrainedConfig):
             )
         if self.expert_bias and self.scoring_func == "softmax" and not self.pre_softmax:
             raise ValueError("expert_bias needs scores in front of the selection: set pre_softmax")
+        if self.dual_gating != "none" and (
+            self.num_experts_per_tok != 1
+            or self.shortcut_position == "none"
+            or self.shared_expert_intermediate_size
+            or self.zero_computation_experts
+        ):
+            raise ValueError(
+                f"dual_gating {self.dual_gating} wants num_experts_per_tok 1 and a shortcut, and "
+                "neither a shared expert nor zero-computation experts"
+            )
         latent = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
         if self.kv_lora_rank is not None and None in latent:
             raise ValueError(

@@ -10,14 +10,15 @@ of a unit read is handed from the dense layer to the MoE layer behind it:
     H_{l+1}     = H_{l+1}^MH + P( c_s SE(x) + c_r sum_i G(z)_i E_i(z) )            (7)
 
 x is N(H_{l+1}^MH); z the normed tap, which is H_l^MLP (pos1), H_l^MH (pos2) or H_{l-1} (pos3), and
-x itself without a shortcut. P is a norm or the identity.
+x itself without a shortcut. P is a norm or the identity. With two gates (DGMoE, (23)) G(x)_j E_j(x)
+takes the place of the shared expert's part.
 
 Shapes: b batch, s sequence, h hidden, T = b*s tokens, E routed experts, Z zero-computation experts,
         K top-k, n query heads, g key-value heads, d head size, F intermediate size
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,13 @@ from transformers.modeling_utils import (
     slice_logits_to_keep,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_scmoe import ScMoEConfig
 
-# What is handed to the next layer, with the hidden states: [b, s, h] each.
-LayerOutput = tuple[Tensor, Tensor | None]
+# Hidden states, and what else is handed to the next layer.
+LayerOutput = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _norm(config: ScMoEConfig, size: int | None = None) -> nn.Module:
@@ -114,7 +115,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """
     r = cos.shape[-1]
     cos, sin = cos[..., : r // 2].unsqueeze(1), sin[..., : r // 2].unsqueeze(1)
-    turned, rest = x[..., :r], x[..., r:]
+    turned, rest = x.split((r, x.shape[-1] - r), dim=-1)
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
@@ -153,9 +154,11 @@ class ScMoEAttention(nn.Module):
         self, config: ScMoEConfig, layer_idx: int, head_size: int, value_size: int
     ) -> None:
         super().__init__()
+        # Reading a field of transformers' configs is slow: what every token asks for is kept.
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = True
+        self.rope_interleaved = config.rope_interleaved
         self.scaling = config.softmax_scale or head_size**-0.5
         self.num_key_value_groups = 1
         self.o_proj = nn.Linear(
@@ -203,8 +206,8 @@ class ScMoEGroupedQueryAttention(ScMoEAttention):
         self.q_proj = nn.Linear(hidden, query_size, bias=bias)
         self.k_proj = nn.Linear(hidden, key_size, bias=bias)
         self.v_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.q_norm = _norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.k_norm = _norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
+        self.q_norm = _norm(config, config.head_dim) if config.qk_layernorm else None
+        self.k_norm = _norm(config, config.head_dim) if config.qk_layernorm else None
 
     def forward(
         self,
@@ -214,15 +217,15 @@ class ScMoEGroupedQueryAttention(ScMoEAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        def heads(projection: nn.Module, norm: nn.Module) -> Tensor:
-            split = projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            return norm(split).transpose(1, 2)
-
-        query, key = heads(self.q_proj, self.q_norm), heads(self.k_proj, self.k_norm)
-        value = heads(self.v_proj, nn.Identity())
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if position_embeddings is not None:
-            query = rotate(query, *position_embeddings, self.config.rope_interleaved)
-            key = rotate(key, *position_embeddings, self.config.rope_interleaved)
+            query = rotate(query, *position_embeddings, self.rope_interleaved)
+            key = rotate(key, *position_embeddings, self.rope_interleaved)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         return self.attend(query, key, value, attention_mask, **kwargs)
@@ -240,6 +243,13 @@ class ScMoELatentAttention(ScMoEAttention):
         self.value_size = value
         self.latent_size = config.kv_lora_rank
         heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        # What the output of an expansion is multiplied with, by the size of its latent.
+        self.scales = {
+            size: (hidden / size) ** 0.5
+            for size in (config.q_lora_rank, config.kv_lora_rank)
+            if size is not None and config.mla_scale
+        }
+        self.q_proj = None
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, heads * (nope + rope), bias=False)
         else:
@@ -257,8 +267,8 @@ class ScMoELatentAttention(ScMoEAttention):
     def _expand(self, projection: nn.Linear, latent: Tensor, head_size: int) -> Tensor:
         """Heads [b, n, s, d] from a latent [b, s, rank], with LongCat-Flash's scale."""
         expanded = projection(latent)
-        if self.config.mla_scale:
-            expanded = expanded * (self.config.hidden_size / latent.shape[-1]) ** 0.5
+        if self.scales:
+            expanded = expanded * self.scales[latent.shape[-1]]
         return expanded.unflatten(-1, (-1, head_size)).transpose(1, 2)
 
     def forward(
@@ -270,7 +280,7 @@ class ScMoELatentAttention(ScMoEAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         nope, rope = self.head_sizes
-        if self.config.q_lora_rank is None:
+        if self.q_proj is not None:
             query = self.q_proj(hidden_states).unflatten(-1, (-1, nope + rope)).transpose(1, 2)
         else:
             query_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
@@ -281,10 +291,10 @@ class ScMoELatentAttention(ScMoEAttention):
         # One head each, so that caches of every kind can hold them.
         latent, key_rope = self.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
         if position_embeddings is not None:
-            interleaved = self.config.rope_interleaved
-            query_rope = rotate(query[..., nope:], *position_embeddings, interleaved)
-            query = torch.cat((query[..., :nope], query_rope), dim=-1)
-            key_rope = rotate(key_rope, *position_embeddings, interleaved)
+            query_nope, query_rope = query.split((nope, rope), dim=-1)
+            query_rope = rotate(query_rope, *position_embeddings, self.rope_interleaved)
+            query = torch.cat((query_nope, query_rope), dim=-1)
+            key_rope = rotate(key_rope, *position_embeddings, self.rope_interleaved)
         if past_key_values is not None:
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
         key_value = self._expand(self.kv_b_proj, latent.squeeze(1), nope + self.value_size)
@@ -315,6 +325,19 @@ class ScMoEMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Route(NamedTuple):
+    """What one gate has chosen."""
+
+    z: Tensor
+    """What the gate and its experts read, [T, h]."""
+    logits: Tensor
+    """[T, E + Z]"""
+    weights: Tensor
+    """[T, K]"""
+    experts: Tensor
+    """[T, K]"""
+
+
 class ScMoETopKRouter(nn.Module):
     """G(z) and the experts of every token, (2)-(4); at least in float32.
 
@@ -323,48 +346,89 @@ class ScMoETopKRouter(nn.Module):
 
     e_score_correction_bias: Tensor  # with expert_bias
 
-    def __init__(self, config: ScMoEConfig) -> None:
+    def __init__(self, config: ScMoEConfig, is_first: bool = True) -> None:
+        """is_first: whether no MoE layer stands in front."""
         super().__init__()
         self.config = config
         columns = config.num_experts + config.zero_computation_experts
-        self.weight = nn.Parameter(torch.empty(columns, config.hidden_size))
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.has_bias, self.renormalises = config.expert_bias, config.renormalise
+        self.groups, self.top_k_groups = config.n_group, config.topk_group
+        self.score = _SCORES[config.scoring_func]
+        self.compares_logits = config.scoring_func == "softmax" and not config.pre_softmax
+        self.normalises = config.norm_topk_prob
+        self.scaling_factor = config.routed_scaling_factor
+        self.scales_all = config.scaled_experts == "all"
+        self.first_copy = config.first_copy_expert
+        inner = config.hidden_size if config.gate_layers == 1 else 8 * columns
+        self.weight = nn.Parameter(torch.empty(columns, inner))
+        self.inner_weight = self.residual_weight = None
+        if config.gate_layers == 2:
+            self.inner_weight = nn.Parameter(torch.empty(inner, config.hidden_size))
+        if config.gating_residual and not is_first:
+            self.residual_weight = nn.Parameter(torch.empty(columns, columns))
         if config.expert_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(columns))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From z, [T, h]: logits [T, E + Z], weights [T, K] and experts [T, K]."""
-        config, dtype = self.config, _float32_at_least(z)
-        with torch.autocast(z.device.type, enabled=False):
-            logits = functional.linear(z.to(dtype), self.weight.to(dtype))
-        scores = logits
-        if config.scoring_func != "softmax" or config.pre_softmax:
-            scores = _SCORES[config.scoring_func](logits)
-        experts = self.select(scores)
-        weights = scores.gather(1, experts)
-        if config.scoring_func == "softmax" and not config.pre_softmax:
-            weights = weights.softmax(dim=-1)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        scaled = weights * config.routed_scaling_factor
-        if config.scaled_experts == "routed":
-            scaled = torch.where(experts < config.num_experts, scaled, weights)
-        return logits, scaled, experts
+    def forward(
+        self, z: Tensor, before: Tensor | None = None, taken: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [T, E + Z], weights [T, K] and experts [T, K].
 
-    def select(self, scores: Tensor) -> Tensor:
+        Args:
+            z: [T, h].
+            before: logits of the MoE layer in front, [T, E + Z].
+            taken: experts of every token that it does not get, [T, K].
+        """
+        with maybe_autocast(z.device.type, enabled=False):
+            logits = self._logits(z.to(_float32_at_least(z)), before)
+        scores = self.scores(logits)
+        experts = self.select(scores, taken)
+        weights = scores.gather(1, experts)
+        if self.compares_logits:
+            weights = weights.softmax(dim=-1)
+        if self.normalises:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.scaling_factor != 1:
+            scaled = weights * self.scaling_factor
+            is_routed = experts < self.num_experts
+            weights = scaled if self.scales_all else torch.where(is_routed, scaled, weights)
+        if self.renormalises:
+            is_zero = (experts >= self.num_experts) & (experts < self.first_copy)
+            weights = weights.masked_fill(is_zero, 0.0)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return logits, weights, experts
+
+    def _logits(self, z: Tensor, before: Tensor | None) -> Tensor:
+        if self.inner_weight is not None:
+            z = functional.linear(z, self.inner_weight.to(z.dtype)).tanh()
+        logits = functional.linear(z, self.weight.to(z.dtype))
+        if self.residual_weight is not None:
+            assert before is not None
+            logits = logits + functional.linear(before, self.residual_weight.to(z.dtype))
+        return logits
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What the selection compares, but for the bias, [T, E + Z]."""
+        return logits if self.compares_logits else self.score(logits)
+
+    def select(self, scores: Tensor, taken: Tensor | None = None) -> Tensor:
         """The experts of every token, [T, K], from scores, [T, E + Z]."""
         ranked = scores.detach()
-        if self.config.expert_bias:
+        if self.has_bias:
             ranked = ranked + self.e_score_correction_bias
-        return self._within_groups(ranked).topk(self.config.num_experts_per_tok, dim=-1).indices
+        if taken is not None:
+            ranked = ranked.scatter(1, taken, float("-inf"))
+        if self.groups and self.top_k_groups:
+            ranked = self._within(ranked, self.groups, self.top_k_groups)
+        return ranked.topk(self.top_k, dim=-1).indices
 
-    def _within_groups(self, ranked: Tensor) -> Tensor:
-        """Scores, [T, E], without the experts of groups that a token may not use: of the best
-        `topk_group` groups each counts with the sum of its K / topk_group largest scores."""
-        groups, best = self.config.n_group, self.config.topk_group
-        if not groups or not best:
-            return ranked
+    def _within(self, ranked: Tensor, groups: int, best: int) -> Tensor:
+        """Scores, [T, E], without the experts of groups that a token may not use: of the `best`
+        groups; each counts with the sum of its K / best largest scores."""
         of_groups = ranked.unflatten(-1, (groups, -1))
-        largest = of_groups.topk(self.config.num_experts_per_tok // best, dim=-1).values
+        largest = of_groups.topk(self.top_k // best, dim=-1).values
         allowed = largest.sum(dim=-1).topk(best, dim=-1).indices
         forbidden = torch.ones_like(of_groups[..., 0], dtype=torch.bool).scatter(1, allowed, False)
         return of_groups.masked_fill(forbidden.unsqueeze(-1), float("-inf")).flatten(1)
@@ -471,7 +535,7 @@ class ScMoEZeroComputationExperts(nn.Module):
 
     def __init__(self, config: ScMoEConfig) -> None:
         super().__init__()
-        self.first_copy = config.num_experts + config.zero_experts
+        self.first_copy = config.first_copy_expert
         self.first_constant = self.first_copy + config.copy_experts
         self.last = self.first_constant + config.constant_experts
         self.constant = ScMoEConstantExperts(config) if config.constant_experts else None
@@ -488,12 +552,15 @@ class ScMoEZeroComputationExperts(nn.Module):
 
 
 class ScMoESparseMoeBlock(nn.Module):
-    """P( c_s SE(x) + c_r sum_i G(z)_i E_i(z) ), (7) and (14)-(17)."""
+    """P( c_s SE(x) + c_r sum_i G(z)_i E_i(z) ), (7) and (14)-(17), or with two gates (23)."""
 
-    def __init__(self, config: ScMoEConfig) -> None:
+    def __init__(self, config: ScMoEConfig, is_first: bool = True) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
-        self.gate = ScMoETopKRouter(config)
+        self.num_experts, self.input_scale = config.num_experts, config.input_scale
+        self.has_two_gates = config.dual_gating != "none"
+        self.has_distinct_experts = config.distinct_experts
+        self.gate = ScMoETopKRouter(config, is_first)
+        self.current_gate = ScMoETopKRouter(config) if config.dual_gating == "separate" else None
         self.experts = ScMoEExperts(config)
         self.zero_computation = (
             ScMoEZeroComputationExperts(config) if config.zero_computation_experts else None
@@ -507,34 +574,61 @@ class ScMoESparseMoeBlock(nn.Module):
             name, width = gates[config.combine]
             setattr(self, name, nn.Linear(config.hidden_size, width, bias=False))
         has_own_norm = config.shortcut_position != "none" and config.shortcut_norm == "own"
-        self.shortcut_layernorm = _norm(config) if has_own_norm else nn.Identity()
-        self.post_layernorm = _norm(config) if config.post_norm else nn.Identity()
+        self.shortcut_layernorm = _norm(config) if has_own_norm else None
+        self.post_layernorm = _norm(config) if config.post_norm else None
 
-    def forward(self, x: Tensor, tap: Tensor) -> Tensor:
-        """From what the shared and what the routed experts read, to [b, s, h]; [b, s, h] each."""
-        z = self.shortcut_layernorm(tap).flatten(0, 1)
-        _, weights, experts = self.gate(z)
-        routed = self.routed(z, experts, weights).view(x.shape)
-        if self.shared_expert is None:
-            return self.post_layernorm(routed)
-        shared = self.shared_expert(x)
+    @property
+    def routers(self) -> list[ScMoETopKRouter]:
+        """Of every gate, in the order in which they choose."""
+        if not self.has_two_gates:
+            return [self.gate]
+        return [self.gate, self.gate if self.current_gate is None else self.current_gate]
+
+    def choose(self, x: Tensor, tap: Tensor, before: Tensor | None = None) -> list[Route]:
+        """What each gate chooses.
+
+        Args:
+            x: what a shared expert or the second gate reads, [b, s, h].
+            tap: what the first gate reads, [b, s, h].
+            before: logits of the MoE layer in front, [T, E + Z].
+        """
+        first, *further = self.routers
+        z = tap if self.shortcut_layernorm is None else self.shortcut_layernorm(tap)
+        z, current = z.flatten(0, 1), x.flatten(0, 1)
+        route = Route(z, *first(z, before))
+        taken = route.experts if self.has_distinct_experts else None
+        return [route, *(Route(current, *router(current, None, taken)) for router in further)]
+
+    def forward(self, x: Tensor, routes: list[Route]) -> Tensor:
+        """From what the shared expert reads, [b, s, h], and what was chosen, to [b, s, h]."""
+        first, *further = [self.routed(route).view(x.shape) for route in routes]
+        output = sum(further, first)
+        if self.shared_expert is not None:
+            output = self._combined(x, self.shared_expert(x), output)
+        return output if self.post_layernorm is None else self.post_layernorm(output)
+
+    def _combined(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+        """Sum of both outputs, [b, s, h], weighted by the gates on x, (14)-(17)."""
         if self.shared_expert_gate is not None:
             shared = self.shared_expert_gate(x).sigmoid() * shared
         if self.combine_gate is not None:
             of_shared, of_routed = self.combine_gate(x).softmax(dim=-1).split(1, dim=-1)
             shared, routed = of_shared * shared, of_routed * routed
-        return self.post_layernorm(shared + routed)
+        return shared + routed
 
-    def routed(self, z: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def routed(self, route: Route) -> Tensor:
         """sum_i G(z)_i E_i(z), [T, h], over experts of every kind.
 
         To the module `experts`, which a server replaces by a kernel of its own, a zero-computation
         expert is the last routed one with weight 0.
         """
+        z, _, weights, experts = route
+        if self.input_scale != 1:
+            z = z * self.input_scale
         if self.zero_computation is None:
             return self.experts(z, experts, weights)
-        is_routed = experts < self.num_experts
-        output = self.experts(z, experts.clamp(max=self.num_experts - 1), weights * is_routed)
+        last = self.num_experts - 1
+        output = self.experts(z, experts.clamp(max=last), weights * (experts <= last))
         return output + self.zero_computation(z, experts, weights)
 
 
@@ -556,8 +650,9 @@ class ScMoEDecoderLayer(GradientCheckpointingLayer):
         is_latent = config.kv_lora_rank is not None
         attention = ScMoELatentAttention if is_latent else ScMoEGroupedQueryAttention
         self.self_attn = attention(config, layer_idx)
-        self.mlp: nn.Module = (
-            ScMoESparseMoeBlock(config)
+        self.hands_on_logits = config.gating_residual
+        self.mlp = (
+            ScMoESparseMoeBlock(config, is_first=layer_idx == min(config.moe_layers))
             if self.is_moe
             else ScMoEMLP(config, config.intermediate_size)
         )
@@ -565,17 +660,22 @@ class ScMoEDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = _norm(config)
 
     def forward(
-        self, hidden_states: Tensor, tap: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        tap: Tensor | None = None,
+        router_logits: Tensor | None = None,
+        **kwargs: Any,
     ) -> LayerOutput:
         """One layer.
 
         Args:
             hidden_states: [b, s, h].
             tap: what the routed experts read, if the layer in front has it, [b, s, h].
+            router_logits: of the MoE layer in front, for a gating residual, [T, E + Z].
             kwargs: what the attention takes.
 
         Returns:
-            hidden states, and what the routed experts of the next layer read, [b, s, h] each.
+            the same three for the next layer.
         """
         entered, entered_normed = hidden_states, self.input_layernorm(hidden_states)
         attention, _ = self.self_attn(entered_normed, **kwargs)
@@ -587,9 +687,14 @@ class ScMoEDecoderLayer(GradientCheckpointingLayer):
             tapped = x if self.shares_norm else hidden_states
         else:
             tapped = entered_normed if self.shares_norm else entered
-        if not self.is_moe:
-            return hidden_states + self.mlp(x), tapped if self.is_tapped else None
-        return hidden_states + self.mlp(x, tap if self.reads_before else tapped), None
+        if not isinstance(self.mlp, ScMoESparseMoeBlock):
+            tap = tapped if self.is_tapped else None
+            return hidden_states + self.mlp(x), tap, router_logits
+        read = tap if self.reads_before else tapped
+        assert read is not None
+        routes = self.mlp.choose(x, read, router_logits)
+        router_logits = routes[0].logits if self.hands_on_logits else None
+        return hidden_states + self.mlp(x, routes), None, router_logits
 
 
 class ScMoEPreTrainedModel(PreTrainedModel):
@@ -611,14 +716,15 @@ class ScMoEPreTrainedModel(PreTrainedModel):
         "attentions": ScMoEAttention,
     }
     # A regular expression: "mlp.gate" would be every gate_proj too.
-    _keep_in_fp32_modules_strict = [r"mlp\.gate\."]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [r"mlp\.(current_)?gate\."]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ScMoETopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            for weight in module.parameters():
+                init.normal_(weight, mean=0.0, std=std)
             if self.config.expert_bias:
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, ScMoEStackedExperts):
@@ -695,14 +801,15 @@ class ScMoEModel(ScMoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states, tap = inputs_embeds, None
+        hidden_states, tap, router_logits = inputs_embeds, None, None
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
-            hidden_states, tap = layer(
+            hidden_states, tap, router_logits = layer(
                 hidden_states,
                 tap,
+                router_logits,
                 position_embeddings=rotary,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -731,20 +838,26 @@ def load_balancing_loss(
     longcat: sum_j f_j P_j over groups of routed experts and one of the others; f_j is what a group
     was selected in proportion to what it should be (arXiv:2509.01322, (3)-(5)).
 
+    Two gates have a loss each; the second one's counts what it selects among the experts that the
+    first has left.
+
     Args:
-        router_logits: of every MoE layer, [T, E + Z].
-        routers: of every MoE layer.
+        router_logits: of every gate, [T, E + Z].
+        routers: of every gate.
         attention_mask: [b, s so far], 0 for padding, which does not count.
     """
     losses = []
+    taken: Tensor | None = None
     for logits, router in zip(router_logits, routers, strict=True):
         config = router.config
         scores = _SCORES[config.scoring_func](logits)
         scores = scores / scores.sum(dim=-1, keepdim=True)
-        if config.router == "longcat":
-            experts = router.select(scores)
-        else:
-            experts = scores.topk(config.num_experts_per_tok, dim=-1).indices
+        experts = router.select(router.scores(logits))
+        has_second = config.dual_gating != "none" and config.distinct_experts and taken is None
+        taken, before = (experts if has_second else None), taken
+        if config.router != "longcat":
+            left = scores if before is None else scores.scatter(1, before, float("-inf"))
+            experts = left.topk(config.num_experts_per_tok, dim=-1).indices
         counts = torch.ones_like(scores[:, :1])
         if attention_mask is not None:
             length = len(logits) // len(attention_mask)
@@ -824,7 +937,8 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
             mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
-            routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+            moes = [layer.mlp for layer in self.model.layers if layer.is_moe]
+            routers = [router for moe in moes for router in moe.routers]
             aux_loss = load_balancing_loss(outputs.router_logits, routers, mask)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)

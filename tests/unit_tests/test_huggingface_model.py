@@ -7,6 +7,7 @@ converter.
 import ast
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from megatron_scmoe.huggingface import configuration_scmoe, modeling_scmoe
 from megatron_scmoe.huggingface.configuration_scmoe import ScMoEConfig
@@ -74,6 +84,12 @@ MODELS = {
     "latent": {**LATENT, **MOEPP, **BIASED, "shortcut_position": "pos3", "shortcut_norm": "shared"},
     "gpt2": GPT2,
     "stock": {"shortcut_position": "none", "shared_expert_intermediate_size": 0},
+    "residual": {**MOEPP, "gating_residual": True, "gate_layers": 2, "renormalise": True},
+    "dual": {
+        "num_experts_per_tok": 1,
+        "dual_gating": "separate",
+        "shared_expert_intermediate_size": 0,
+    },
 }
 
 
@@ -109,8 +125,9 @@ NAMES = {
     "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
     "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
     "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
-    "mlp.router.weight": "mlp.gate.weight",
     "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
+    "mlp.router.": "mlp.gate.",
+    "mlp.current_router.weight": "mlp.current_gate.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
     "mlp.at_home.constant": "mlp.zero_computation.constant",
 }
@@ -180,11 +197,17 @@ EQUATIONS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu", "normalization": "LayerNorm", "post_norm": True},
     "sigmoid": {**SIGMOID, "moe_router_topk_scaling_factor": 2.5, "rotary_percent": 0.5},
     "no positions": {"rotary_base": None, "num_query_groups": 4},
+    "dual": {"dual_gating": "shared"},
+    "dual, separate": {"dual_gating": "separate", "position": "pos3", "shortcut_norm": "shared"},
+    "dual, not distinct": {"dual_gating": "shared", "position": "pos1", "distinct_experts": False},
 }
 
 
 def configs(case: str) -> tuple[reference.ReferenceConfig, ScMoEConfig, bool]:
     equations = {"moe_router_topk": 2, "rotary_base": 10000.0, **EQUATIONS[case]}
+    dual = equations.get("dual_gating", "none")
+    if dual != "none":
+        equations["moe_router_topk"] = 1
     wanted = reference.ReferenceConfig(
         hidden_size=16,
         num_attention_heads=4,
@@ -192,7 +215,7 @@ def configs(case: str) -> tuple[reference.ReferenceConfig, ScMoEConfig, bool]:
         ffn_hidden_size=24,
         num_moe_experts=4,
         moe_ffn_hidden_size=16,
-        moe_shared_expert_intermediate_size=20,
+        moe_shared_expert_intermediate_size=20 if dual == "none" else None,
         rotary_dtype=torch.float32,
         **{"num_query_groups": 2, **equations},
     )
@@ -202,6 +225,9 @@ def configs(case: str) -> tuple[reference.ReferenceConfig, ScMoEConfig, bool]:
             **TINY,
             "num_key_value_heads": wanted.num_query_groups,
             "num_experts_per_tok": wanted.moe_router_topk,
+            "shared_expert_intermediate_size": wanted.moe_shared_expert_intermediate_size or 0,
+            "dual_gating": dual,
+            "distinct_experts": wanted.distinct_experts,
             "moe_layers": None if pairs else [0, 1],
             "num_hidden_layers": 4 if pairs else 2,
             "shortcut_position": wanted.position,
@@ -286,7 +312,7 @@ def test_zero_computation_experts_equal_the_equations() -> None:
     x, z = torch.randn(2, BATCH, 5, 16, dtype=torch.float64)
     z.requires_grad_()
     config._experts_implementation = "eager"
-    found = block(x, z)
+    found = block(x, block.choose(x, z))
 
     chosen, rows = set(), []
     for token in z.flatten(0, 1):
@@ -399,6 +425,25 @@ def test_the_balancing_loss_of_longcat() -> None:
     torch.testing.assert_close(load_balancing_loss([logits], [router]), wanted)
 
 
+def test_the_balancing_losses_of_two_gates() -> None:
+    """The second one counts what it selects among the experts that the first has left."""
+    dual = {"num_experts_per_tok": 1, "shared_expert_intermediate_size": 0, "num_experts": 8}
+    equations = replace(configs("dual")[0], num_moe_experts=8, moe_router_topk=1)
+    gate = {"scoring_func": "sigmoid", "expert_bias": True, "dual_gating": "shared"}
+    moe = ScMoESparseMoeBlock(ScMoEConfig(**{**TINY, **dual, **gate}))
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 10, 8, generator=random)
+    bias = moe.gate.e_score_correction_bias.normal_(std=0.5, generator=random)
+    equations = replace(equations, moe_router_score_function="sigmoid")
+    wanted = torch.zeros(())
+    for first, second in logits.split(2):
+        taken = [[int(row.argmax())] for row in first.sigmoid() + bias]
+        wanted = wanted + reference.load_balancing_loss(first, equations, 1.0)
+        wanted = wanted + reference.load_balancing_loss(second, equations, 1.0, taken)
+    found = load_balancing_loss(tuple(logits), [*moe.routers, *moe.routers])
+    torch.testing.assert_close(found, wanted)
+
+
 # The host's layers. -----------------------------------------------------------------------------
 
 MEGATRON_LATENT = {
@@ -458,6 +503,25 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "norm": "layernorm",
         },
     ),
+    "MoE++": (
+        {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
+        {
+            "scmoe_router": "heterogeneous",
+            "scmoe_experts_at_home": {"zero": 1, "copy": 1, "constant": 2},
+            "scmoe_gating_residual": True,
+            "scmoe_gate_layers": 2,
+            "scmoe_renormalise": True,
+            "scmoe_input_scale": 2.0,
+        },
+        {
+            **MOEPP,
+            "router": "heterogeneous",
+            "gating_residual": True,
+            "gate_layers": 2,
+            "renormalise": True,
+            "input_scale": 2.0,
+        },
+    ),
     "longcat": (
         {
             **MEGATRON_LATENT,
@@ -491,7 +555,8 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("case", LAYERS)
 def test_equals_the_hosts_layers(case: str) -> None:
-    """What the equations leave out: latent attention, YaRN, QKV biases, norms of Q and K."""
+    """What the equations leave out: latent attention, YaRN, QKV biases, norms of Q and K, MoE++'s
+    and LongCat-Flash's routers."""
     host, scmoe, fields = LAYERS[case]
     block = build_block(
         Case(
@@ -528,6 +593,85 @@ def test_equals_the_hosts_layers(case: str) -> None:
     output = found(inputs_embeds=states.transpose(0, 1)).last_hidden_state
     # The host computes scores of the router and angles in float32.
     torch.testing.assert_close(output.transpose(0, 1), wanted, rtol=1e-5, atol=1e-5)
+
+
+# transformers' own models. ----------------------------------------------------------------------
+
+
+def test_a_stock_model_is_mixtral() -> None:
+    """With Mixtral's weights under Mixtral's names."""
+    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    torch.manual_seed(0)
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            **sizes,
+            num_hidden_layers=2,
+            num_key_value_heads=2,
+            intermediate_size=16,
+            num_local_experts=4,
+            initializer_range=0.3,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ).eval()
+    stock = {"shortcut_position": "none", "shared_expert_intermediate_size": 0}
+    layers = {"num_hidden_layers": 2, "moe_layers": [0, 1], "pre_softmax": False}
+    made = model(**stock, **layers)
+    made.load_state_dict(mixtral.state_dict())
+    torch.testing.assert_close(made(tokens()).logits, mixtral(tokens()).logits)
+
+
+def test_a_longcat_model_is_longcat_flash() -> None:
+    """Its second MLP is the shared expert here, its router the MoE's in the layer behind."""
+    sizes = {name: LATENT[name] for name in LATENT if name.endswith(("rank", "dim"))}
+    sizes |= {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    torch.manual_seed(0)
+    longcat = LongcatFlashForCausalLM(
+        LongcatFlashConfig(
+            **sizes,
+            num_layers=2,
+            ffn_hidden_size=24,
+            expert_ffn_hidden_size=16,
+            n_routed_experts=4,
+            zero_expert_num=2,
+            moe_topk=2,
+            head_dim=4,
+            routed_scaling_factor=1.5,
+            rms_norm_eps=1e-6,
+            initializer_range=0.3,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ).eval()
+    for router in (layer.mlp.router for layer in longcat.model.layers):
+        router.e_score_correction_bias.normal_(std=0.1)
+    found: dict[str, Tensor] = {}
+    for name, value in longcat.state_dict().items():
+        names = re.fullmatch(r"model\.layers\.(\d+)\.(\w+)\.(?:([01])\.)?(.*)", name)
+        if names is None:
+            found[name] = value
+            continue
+        unit, module, half, rest = names.groups()
+        if module == "mlps":
+            module = ("mlp", "mlp.shared_expert")[int(half)]
+        rest = rest.replace("router.classifier.", "gate.").replace("router.", "gate.")
+        if rest == "experts.gate_up_proj":
+            value = value[:4]  # behind them rows of zero experts, which nothing reads
+        found[f"model.layers.{2 * int(unit) + int(half or 1)}.{module}.{rest}"] = value
+    made = model(
+        **LATENT,
+        num_key_value_heads=4,
+        shared_expert_intermediate_size=24,
+        shortcut_norm="shared",
+        router="longcat",
+        expert_bias=True,
+        copy_experts=2,
+        routed_scaling_factor=1.5,
+        mla_scale=True,
+        rms_norm_eps=1e-6,
+    )
+    made.load_state_dict(found)
+    torch.testing.assert_close(
+        made(tokens()).logits, longcat(tokens()).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 # What transformers does with a model. -----------------------------------------------------------
@@ -585,7 +729,7 @@ def test_a_directory_holds_the_whole_model(kind: str, tmp_path: Path) -> None:
         half = load(tmp_path / "2", trust_remote_code=True, dtype=dtype)
         state = half.state_dict()
         in_float32 = [name for name, value in state.items() if value.dtype == torch.float32]
-        assert in_float32 == [name for name in state if ".mlp.gate." in name]
+        assert in_float32 == [name for name in state if re.search(r"\.(current_)?gate\.", name)]
         assert half(ids).logits.dtype == dtype
 
 
