@@ -99,15 +99,16 @@ def seconds(task: Callable[[], None], device: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--expert-size", type=int, default=896)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add = parser.add_argument
+    add("--hidden", type=int, default=512, metavar="H", help="hidden size (default: 512)")
+    add("--layers", type=int, default=4, metavar="L", help="layers (default: 4)")
+    add("--experts", type=int, default=8, metavar="E", help="of a layer (default: 8)")
+    add("--expert-size", type=int, default=896, metavar="F", help="of one expert (default: 896)")
+    add("--batch", type=int, default=4, metavar="B", help="sequences (default: 4)")
+    add("--length", type=int, default=256, metavar="S", help="of a sequence (default: 256)")
+    add("--repetitions", type=int, default=9, metavar="N", help="turns of each (default: 9)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where they run (default: cpu)")
     arguments = parser.parse_args()
     both = models(arguments)
     ids = torch.arange(64, device=arguments.device)[None]
