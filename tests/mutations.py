@@ -99,6 +99,24 @@ MUTATIONS = (
         "rows = num_tokens",
         f"{UNIT}layer.py -k host_option",
     ),
+    Mutation(
+        "megatron_scmoe/model/routing/dual.py",
+        "others = scores.detach().scatter(1, self.taken, -torch.inf)",
+        "others = scores.detach()",
+        f"{UNIT}dual_gating.py -k 'oracle and distinct and own'",
+    ),
+    Mutation(
+        "megatron_scmoe/model/routing/dual.py",
+        "return chosen & routing_map.any(dim=1, keepdim=True)",
+        "return routing_map",
+        f"{UNIT}dual_gating.py -k losses",
+    ),
+    Mutation(
+        "megatron_scmoe/host/optimizer.py",
+        "padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)",
+        "padding.append(0)",
+        f"{UNIT}host.py -k padded",
+    ),
     # Names on disk and layers of the block.
     Mutation(
         "megatron_scmoe/model/names.py",
