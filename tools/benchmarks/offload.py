@@ -156,6 +156,7 @@ def take_turn(
         if not seen:
             seen.append(totals(accounts))
 
+    torch.manual_seed(0)  # of uniform routing, so that all arms need the same experts
     sampling = Sampling(greedy=True)
     found, speed = generate(model, prompts, sampling, limits, len(prompts), watch)
     prompt, whole = seen[0], totals(accounts)
