@@ -35,6 +35,7 @@ with say.user_errors():
     start.replace_host_symbols()
 
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args
 
 from megatron_scmoe.commands.generate import add_options
@@ -156,7 +157,8 @@ def take_turn(
         if not seen:
             seen.append(totals(accounts))
 
-    torch.manual_seed(0)  # of uniform routing, so that all arms need the same experts
+    # Of uniform routing: all arms need the same experts.
+    model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
     sampling = Sampling(greedy=True)
     found, speed = generate(model, prompts, sampling, limits, len(prompts), watch)
     prompt, whole = seen[0], totals(accounts)
