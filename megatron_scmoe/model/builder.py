@@ -119,6 +119,9 @@ class ShortcutBlock(TransformerBlock):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
+        if any(getattr(layer.mlp, "hands_on_logits", False) for layer in self.layers):
+            # The first MoE layer lacks what the others have, so that they are no one tensor.
+            metadata = {**(metadata or {}), "non_homogeneous_layers": True}
         state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         numbers = [(layer.layer_number, layer.attention_number) for layer in self.layers]
         apply_prefix_mapping(state_dict, names.layers(prefix, numbers))

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.specs import moe_layer_pattern, unit_class
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
@@ -64,9 +65,12 @@ def padding_factor(config: TransformerConfig) -> float:
 def exchange_bytes(args: Namespace, config: TransformerConfig, topk: int) -> tuple[float, float]:
     """Bytes that a rank sends in dispatch and in combine, to itself included.
 
-    Rows of hidden states in the parameters' precision, in dispatch each with its router weight.
+    Rows of hidden states in the parameters' precision, in dispatch each with its router weight;
+    none for experts at home.
     """
-    rows = tokens_per_rank(args, config) * topk * padding_factor(config)
+    at_home = sum(args.scmoe_experts_at_home.values())
+    share = float(ROUTERS[args.scmoe_router].routed_share(config, at_home, args))
+    rows = tokens_per_rank(args, config) * topk * share * padding_factor(config)
     row = config.hidden_size * config.params_dtype.itemsize
     return rows * (row + _ROUTER_WEIGHT_BYTES), rows * row
 

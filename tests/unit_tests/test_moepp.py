@@ -6,14 +6,17 @@ and every gradient; with balanced, skewed, one-sided and empty routing.
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.planner.size import model_size
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
@@ -338,3 +341,29 @@ def test_the_gate_is_counted(gate_layers: int) -> None:
         parameters = [*layer.mlp.router.parameters(), *layer.shortcut_layernorm.parameters()]
         operator = counted[layer.attention_number - 1].operators["router"]
         assert operator.weights.total == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("position", ["none", "pos1"])
+def test_a_residual_in_every_layer_is_saved_and_loaded(position: str, tmp_path: Path) -> None:
+    """The first layer has none, so that layers are no one tensor on disk."""
+    block_case = with_residual(position)
+    block_case.moe_frequency = 1
+    model = ScMoEModelConfig(
+        transformer=block_case.host_config(),
+        vocab_size=64,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope",
+        scmoe=block_case.scmoe_config(),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    saved, loaded = (
+        ScMoEModelBuilder(model).build_model(groups, pre_process=True, post_process=True)
+        for _ in range(2)
+    )
+    for layer, value in enumerate(saved.decoder.layers[1:]):
+        value.mlp.router.residual_weight.data.fill_(layer)
+    dist_checkpointing.save(saved.sharded_state_dict(), tmp_path)
+    loaded.load_state_dict(dist_checkpointing.load(loaded.sharded_state_dict(), tmp_path))
+    for ours, theirs in zip(saved.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -204,6 +204,12 @@ def test_bytes_of_an_exchange(command_line) -> None:
         MODEL, CLUSTER, POS2, "--tensor-model-parallel-size 2 --sequence-parallel"
     )
     assert exchange_bytes(args, config.transformer, topk=1)[1] == tokens // 2 * 128
+    # Experts at home, as many as routed ones, get half of the slots and send nothing.
+    experts = config.transformer.num_moe_experts
+    args, config = command_line(
+        MODEL, CLUSTER, POS2, f"--moe-router-topk 2 --scmoe-num-copy-experts {experts}"
+    )
+    assert exchange_bytes(args, config.transformer, topk=2) == tuple(x / 2 for x in sent)
 
 
 # Predictions. -------------------------------------------------------------------------------------

@@ -1,19 +1,35 @@
 #!/usr/bin/env bash
-# Train a small DGMoE on real text, on two CPU cores or on GPUs: two gates, no shared expert.
-# Further options go behind, for example --no-scmoe-distinct-experts. RUN_DIR chooses where it writes.
+# Train a small model of a published system on real text, on two CPU cores or on GPUs.
+#
+#     examples/presets.sh scmoe|scmoe-2|dgmoe|moepp|longcat-flash|nvidia-shortcut [options]
+#
+# Further options win over the preset's, for example --no-scmoe-distinct-experts. RUN_DIR chooses where
+# it writes. Real sizes: examples/recipes/, and examples/dgmoe/ for DGMoE's.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 
-RUN_DIR=${RUN_DIR:-runs/dgmoe}
-TEXT_DIR=${TEXT_DIR:-runs/text}
 RANKS=2
+PAIRS=(--moe-layer-freq '([0,1]*2)') # dense, MoE, dense, MoE
+BALANCED=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01)
+case ${1-} in
+    scmoe | scmoe-2 | dgmoe) OWN=("${PAIRS[@]}" "${BALANCED[@]}") ;;
+    moepp) OWN=(--moe-layer-freq 1) ;;
+    longcat-flash)
+        OWN=("${PAIRS[@]}" --moe-router-topk 3 --moe-router-bias-update-rate 0.05
+            --moe-aux-loss-coeff 0.001 --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 32
+            --qk-pos-emb-head-dim 16 --v-head-dim 32 --qk-layernorm --rope-type rope)
+        ;;
+    nvidia-shortcut) OWN=("${BALANCED[@]}") ;;
+    *)
+        sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+        exit 2
+        ;;
+esac
+PRESET=$1
+shift
+RUN_DIR=${RUN_DIR:-runs/$PRESET}
+TEXT_DIR=${TEXT_DIR:-runs/text}
 
-# The log shows how often both gates want the same expert, by layer.
-DGMOE_ARGS=(
-    --scmoe-shortcut-position pos2
-    --scmoe-dual-gating separate
-    --moe-router-topk 1
-)
 MODEL_ARGS=(
     --num-layers 4
     --hidden-size 128
@@ -29,10 +45,7 @@ MODEL_ARGS=(
     --hidden-dropout 0
     --attention-dropout 0
     --num-experts 8
-    --moe-layer-freq '([0,1]*2)'
     --moe-ffn-hidden-size 256
-    --moe-router-load-balancing-type aux_loss
-    --moe-aux-loss-coeff 0.01
     --moe-token-dispatcher-type alltoall
     --expert-model-parallel-size "$RANKS"
 )
@@ -69,5 +82,5 @@ LOGGING_ARGS=(
 
 examples/text.sh "$TEXT_DIR"
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
-    "${DGMOE_ARGS[@]}" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" \
-    "${LOGGING_ARGS[@]}" "$@"
+    --scmoe-preset "$PRESET" "${OWN[@]}" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" \
+    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
