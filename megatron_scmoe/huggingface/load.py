@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_scmoe.huggingface import dialects, names, tokenizer
-from megatron_scmoe.huggingface.config import ONLY, to_options
+from megatron_scmoe.huggingface.config import KEPT, ONLY, to_options
 from megatron_scmoe.huggingface.dialects import Dialect, Where
 from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
 from megatron_scmoe.huggingface.layouts import LAYOUTS
@@ -234,7 +234,9 @@ def options_of(directory: Directory, save: Path) -> dict[str, Any]:
     """All options that the checkpoint says it was trained with."""
     config = directory.config
     kept = config.get("megatron", {})
-    options = {name: values[0] for name, values in ONLY.items()} | to_options(config)
+    options = {name: values[0] for name, values in ONLY.items()}
+    options |= {name: kept[name] for name in KEPT if name in kept}
+    options |= to_options(config)
     vocabulary = config["vocab_size"]
     padded = kept.get("padded_vocab_size") or 0
     if padded < vocabulary:

@@ -274,7 +274,7 @@ def _other_architecture(folder: Path) -> str:
 
 def _unknown_architecture(folder: Path) -> str:
     _change_config(architectures=["LlamaForCausalLM"])(folder)
-    return "LlamaForCausalLM cannot be imported: it is none of MixtralForCausalLM"
+    return "LlamaForCausalLM cannot be imported: it is none of LongcatFlash"
 
 
 def _other_vocabulary(folder: Path) -> str:
