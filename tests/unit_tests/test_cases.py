@@ -2,10 +2,12 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_scmoe.commands import plan_overlap
@@ -101,6 +103,14 @@ def test_what_is_recorded_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(cases.all_cases()) == {SCMOE.name}
 
 
+@pytest.fixture
+def own_algorithms() -> Iterator[None]:
+    """The host switches torch to deterministic ones while it validates --deterministic-mode."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("own_algorithms")
 @pytest.mark.parametrize("name", cases.all_cases())
 def test_the_planner_takes_every_case_on_a_node_of_eight(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,7 +74,7 @@ def test_other_option(resume, dest: str) -> None:
 
 def other_device(patch: pytest.MonkeyPatch) -> str:
     """A checkpoint of the CPU goes on on a GPU."""
-    patch.setattr(record, "no_cuda_device", lambda: False)
+    patch.setattr("megatron_scmoe.host.cpu.no_cuda_device", lambda: False)
     patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     patch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     return "cores there, NVIDIA H100 80GB HBM3 here; NCCL none there, 2.28.9 here"
