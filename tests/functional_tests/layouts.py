@@ -51,7 +51,8 @@ GATED = (
 LONGCAT = (
     "--scmoe-router longcat --scmoe-num-copy-experts 4 --scmoe-routed-topk 1.5 "
     "--moe-router-bias-update-rate 0.1 --scmoe-bias-decay linear --scmoe-scaled-experts routed "
-    "--moe-router-topk-scaling-factor 2 --scmoe-combine add --scmoe-shortcut-norm shared"
+    "--moe-router-topk-scaling-factor 2 --scmoe-combine add --scmoe-shortcut-norm shared "
+    "--moe-shared-expert-intermediate-size 96"
 )
 DGMOE = "--scmoe-dual-gating separate --moe-router-topk 1 --moe-router-pre-softmax"
 DISTRIBUTED = "--use-distributed-optimizer"
