@@ -33,9 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.arguments import parse_args
 
-from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.checks import generation
 from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.inference.generation import Continuation, Limits, Speed, generate
@@ -103,7 +102,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # what the host logs is not asked for
     warnings.simplefilter("ignore")
     with say.user_errors():
-        args = parse_args(add_options)
+        args = parse(add_options)
         refuse(generation.TYPED, args)
         texts = read_prompts(args) if args.rank == 0 else []
         with redirect_stdout(StringIO()):

@@ -27,12 +27,11 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
     GPTInferenceWrapper,
 )
 from megatron.core.inference.utils import InferenceMode
-from megatron.training.arguments import parse_args
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
@@ -53,7 +52,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # what the host logs is not asked for
     warnings.simplefilter("ignore")
     with say.user_errors():
-        args = parse_args(add_options)
+        args = parse(add_options)
         with redirect_stdout(StringIO()):
             config, _ = prepare_generation(args, own=("bf16", "fp16"))
     with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:

@@ -1,6 +1,8 @@
 """--scmoe-preset: each makes a model, what is typed wins, and the page lists them."""
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +75,12 @@ def test_a_preset_that_needs_a_size_says_so() -> None:
 def test_the_page_lists_them() -> None:
     rows = {row[0].strip("`"): row[1].strip("`") for row in cells("docs/options.md", "preset")}
     assert rows == PRESETS
+
+
+def test_every_program_spells_presets_and_files_out() -> None:
+    """Only `arguments.parse` calls the host's parser, which would ignore both without a word."""
+    files = Path(arguments.__file__).parent.rglob("*.py")
+    callers = [
+        path.name for path in files if re.search(r"import .*\bparse_args\b", path.read_text())
+    ]
+    assert callers == ["arguments.py"]
