@@ -23,10 +23,10 @@ from tools.benchmarks.real_text import REPOSITORY
 LIMIT_BYTES = 60 * 2**20
 COMMIT_FILE = "commit"
 
-PACKAGES = ("megatron-core", "numpy", "packaging", "psutil")
+PACKAGES = ("megatron-core", "numpy", "packaging", "psutil", "pyyaml")
 """Imported by the entry script, its runs and the parts, beside torch and what torch needs."""
 TRANSFORMER_ENGINE = (
-    *("transformer-engine==2.20.2", "nvdlfw-inspect==0.2.2", "pyyaml", "einops==0.8.2"),
+    *("transformer-engine==2.20.2", "nvdlfw-inspect==0.2.2", "einops==0.8.2"),
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("onnxscript==0.7.2", "onnx==1.23.2", "onnx-ir==1.1.0", "ml-dtypes==0.6.0", "protobuf"),
 )
