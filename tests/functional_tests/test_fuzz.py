@@ -7,6 +7,7 @@ memory or leave something behind. FUZZ is how often as many inputs are tried. Da
 traces, records and files of times: tests/unit_tests/test_damaged_files.py.
 """
 
+import faulthandler
 import gc
 import gzip
 import os
@@ -89,7 +90,10 @@ def in_fork(call: Callable[[], Any], output: Path) -> tuple[int, float, str]:
                     "SC_PAGE_SIZE"
                 )
                 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+                # Not pytest's handler: what hangs in native code never returns to Python for it.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(SECONDS)
+                faulthandler.dump_traceback_later(SECONDS - 1, file=file)
                 code = call() or 0
             except SystemExit as left:
                 code = left.code if isinstance(left.code, int) else 0
@@ -169,6 +173,10 @@ def try_all(number: int, draw: Draw, output: Path) -> None:
     for _ in range(number * int(os.environ.get("FUZZ", "1"))):
         shown, call = draw(chance)
         code, seconds, text = in_fork(call, output)
+        if code == -signal.SIGALRM:
+            # A fork of a process with threads may find a lock that nobody will free: not the input.
+            print(f"once more: {shown}", text, sep="\n")
+            code, seconds, text = in_fork(call, output)
         outcomes[code] += 1
         if wrong := judge(code, seconds, text):
             bad.append(f"{shown}: {wrong}")

@@ -1,6 +1,7 @@
 """What examples/recipes/README.md says is what the planner says of every recipe; run.sh's words."""
 
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,9 @@ spec.loader.exec_module(plan)
 
 def run(arguments: str) -> subprocess.CompletedProcess[str]:
     command = [RECIPES / "run.sh", *shlex.split(arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", plan.names())
