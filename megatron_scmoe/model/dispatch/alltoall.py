@@ -10,10 +10,6 @@ from typing import Any, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.moe.moe_utils import (
     get_align_size_for_quantization,
     get_capacity,
@@ -26,9 +22,10 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
-from megatron_scmoe.overlap.collectives import AllToAll, Collective
+from megatron_scmoe.overlap.collectives import Collective
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -160,43 +157,29 @@ class AllToAllTrip:
         if self._config.moe_permute_fusion:
             counts = self._counts.on_device()[:, self._index].unflatten(0, ranks)
         self._chunk_sizes = counts[:, :, own.local_experts].transpose(0, 1).flatten(0, 1)
-        self._rows_per_tp_rank = received.sum(dim=(0, 2)).tolist()
-        self._collective = AllToAll(
-            group=own.ep_group,
-            input_splits=sent.view(own.ep_group.size(), -1).sum(dim=1).tolist(),
-            output_splits=received[:, own.tp_group.rank()].sum(dim=1).tolist(),
+        self._passage = Passage(
+            own.ep_group,
+            own.tp_group,
+            sent=sent.view(own.ep_group.size(), -1).sum(dim=1),
+            received=received.sum(dim=2),
         )
-        return self._collective
+        return self._passage.collective()
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """The rows of all expert tensor parallel ranks, sorted by expert."""
-        probs, rows = received
-        own = self._dispatcher
-        if own.tp_group.size() > 1:
-            rows, probs = (
-                gather_from_sequence_parallel_region(
-                    tensor, group=own.tp_group, output_split_sizes=self._rows_per_tp_rank
-                )
-                for tensor in (rows, probs)
-            )
+        probs, rows = self._passage.gathered(received)
         if self._several_experts():
-            rows, probs = self._sort(rows, self._chunk_sizes, own.by_expert, probs)
+            rows, probs = self._sort(rows, self._chunk_sizes, self._dispatcher.by_expert, probs)
         return ExpertInput(rows, probs, self.tokens_per_expert)
 
     def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
         """Each row to the rank it came from; expert tensor parallel parts are summed before, in
         the router's precision."""
         rows = expert_output
-        own = self._dispatcher
         if self._several_experts():
-            rows, _ = self._sort(rows, self._chunk_sizes.T, own.by_rank)
-        if own.tp_group.size() > 1:
-            rows = reduce_scatter_to_sequence_parallel_region(
-                rows.to(self._probs_dtype),
-                group=own.tp_group,
-                input_split_sizes=self._rows_per_tp_rank,
-            ).to(rows.dtype)
-        return self._collective.mirrored(), rows
+            rows, _ = self._sort(rows, self._chunk_sizes.T, self._dispatcher.by_rank)
+        rows = self._passage.summed(rows, self._probs_dtype)
+        return self._passage.collective().mirrored(), rows
 
     def restore(self, rows: Tensor) -> Tensor:
         """Back in the order of the tokens."""
