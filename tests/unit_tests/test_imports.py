@@ -21,6 +21,7 @@ ALLOWED = {
     "say": {"words"},
     "recipe": set(),
     "presets": set(),
+    "c2r": {"words"},
     "host": {"words"},
     "overlap": set(),
     "overlap.measure": {"words", "overlap"},
@@ -124,6 +125,7 @@ ALLOWED = {
     "commands.trace_report": {"words", "overlap", "overlap.measure"},
     "commands": {
         "words",
+        "c2r",
         "commands.preprocess",
         "commands.trace_report",
         "start",

@@ -1,0 +1,179 @@
+"""Which experts are chosen together, and what to make of it: C2R (arXiv:2504.01337).
+
+    python tools/c2r.py report --matrix counts.json [--ranks 4] [--picture map.svg]
+    python tools/c2r.py lists --matrix counts.json --output lists.json
+
+`report` prints how the experts of every layer keep together and how many ranks a token needs.
+`lists` writes what --scmoe-c2r-lists of a run reads. docs/c2r.md leads through the whole.
+
+Exit codes: 0 done; 2 options or files are wrong, in one line.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_scmoe import say
+from megatron_scmoe.c2r import collaboration, lists
+from megatron_scmoe.c2r.collaboration import Collaboration
+from megatron_scmoe.c2r.heat_map import heat_map
+from megatron_scmoe.c2r.statistics import closeness, contiguous
+from megatron_scmoe.words import numbers, percent, table, write_whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb and return the exit code."""
+    say.one_line_interrupts()
+    try:
+        args = parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        say.say(say.one_line(error))
+        return 2
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, run, text, options in VERBS:
+        verb = verbs.add_parser(name, help=text)
+        verb.set_defaults(run=run)
+        options(verb)
+        say.one_line_usage_errors(verb)
+    say.one_line_usage_errors(parser)
+    return parser.parse_args(argv)
+
+
+def offer_matrix(parser: argparse.ArgumentParser) -> None:
+    """--matrix, which most verbs read."""
+    parser.add_argument(
+        "--matrix",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="Counts of `profile` or of a run with --scmoe-collaboration-dir.",
+    )
+
+
+def offer_ranks(parser: argparse.ArgumentParser, required: bool) -> None:
+    """--ranks and --ranks-per-node."""
+    parser.add_argument(
+        "--ranks", type=int, required=required, metavar="EP", help="Expert-parallel ranks."
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="Of them on one node; default: all."
+    )
+
+
+def check_ranks(args: argparse.Namespace, experts: int) -> None:
+    """Refuse ranks that the experts cannot be divided among.
+
+    Raises:
+        ValueError: one line.
+    """
+    if args.ranks < 1 or experts % args.ranks:
+        raise ValueError(f"--ranks {args.ranks} does not divide the {experts} experts of --matrix.")
+    per_node = args.ranks_per_node
+    if per_node is not None and (per_node < 1 or args.ranks % per_node):
+        raise ValueError(f"--ranks-per-node {per_node} does not divide --ranks {args.ranks}.")
+
+
+def offer_lists(parser: argparse.ArgumentParser) -> None:
+    """Of `lists`."""
+    offer_matrix(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="Lists of partners, as JSON."
+    )
+
+
+def write_lists(args: argparse.Namespace) -> None:
+    """The verb `lists`."""
+    found = lists.lists_of(collaboration.read(args.matrix))
+    lists.write(args.output, found)
+    print(f"partners of {found.experts} experts in layer {numbers([*found.layers])}: {args.output}")
+
+
+def offer_report(parser: argparse.ArgumentParser) -> None:
+    """Of `report`."""
+    offer_matrix(parser)
+    offer_ranks(parser, required=False)
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="Write a heat map of every layer, as SVG."
+    )
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """The verb `report`."""
+    counts = collaboration.read(args.matrix)
+    if args.ranks is not None:
+        check_ranks(args, counts.experts)
+    if args.picture is not None:
+        if args.picture.suffix != ".svg":
+            raise ValueError(f"--picture {args.picture} is written as SVG: end its name with .svg.")
+        write_whole(args.picture, heat_map(counts))
+    print(report(counts, args.ranks, args.ranks_per_node))
+
+
+def report(counts: Collaboration, ranks: int | None, ranks_per_node: int | None) -> str:
+    """A table with a line for every layer, and their means.
+
+    Args:
+        ranks: expert-parallel ranks, among which the experts lie in order; None for 2, 4 and 8
+            where they divide the experts.
+        ranks_per_node: of them; None without nodes.
+    """
+    numbers_of_ranks = [ranks] if ranks else [n for n in (2, 4, 8) if counts.experts % n == 0]
+    groups = {f"ranks of {n}": n for n in numbers_of_ranks if n <= counts.experts}
+    if ranks and ranks_per_node and ranks_per_node < ranks:
+        groups[f"nodes of {ranks // ranks_per_node}"] = ranks // ranks_per_node
+    header = ["layer", "tokens", "top 1", "top 2", "top 3", "entropy", "partners", "load", *groups]
+    rows = []
+    for layer in counts.layers.values():
+        own = closeness(layer)
+        distinct = [layer.distinct(contiguous(counts.experts, n)) for n in groups.values()]
+        rows.append([*own.shares, own.entropy, own.partners, own.load, *distinct])
+    lines = [
+        [str(number), str(layer.tokens), *_cells(row)]
+        for (number, layer), row in zip(counts.layers.items(), rows, strict=True)
+    ]
+    if len(rows) > 1:
+        lines.append(["mean", "", *_cells(np.mean(rows, axis=0))])
+    notes = (
+        "top N: share of an expert's pairs with its N best partners. entropy: 1 where all partners "
+        "are\nequally frequent. load: busiest expert / mean. ranks of N: different ranks that a "
+        f"token's {counts.topk} experts\nlie on, N ranks, experts in order."
+    )
+    return f"{table(header, lines)}\n\n{notes}"
+
+
+def _cells(row: "list[float] | np.ndarray") -> list[str]:
+    shares, others = row[:3], row[3:]
+    return [*(percent(share) for share in shares), *(f"{value:.3f}" for value in others)]
+
+
+Verb = tuple[
+    str,
+    Callable[[argparse.Namespace], None],
+    str,
+    Callable[[argparse.ArgumentParser], None],
+]
+VERBS: tuple[Verb, ...] = (
+    ("report", write_report, "Print how the experts keep together.", offer_report),
+    ("lists", write_lists, "Write the partners of every expert.", offer_lists),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
