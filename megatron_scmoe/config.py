@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.combine import COMBINES
-from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.dispatch import COPIES, DISPATCHERS, dispatcher_of
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.model.routing import ROUTERS
@@ -169,6 +169,9 @@ class ScMoEConfig:
     """Parts of the tokens that are exchanged one by one, so that the experts of one part run beside
     the exchange of another: for a link that the dense work alone cannot hide."""
 
+    scmoe_dispatch_copies: str = _of_table(COPIES, "expert")
+    """How often --moe-token-dispatcher-type alltoall sends a token."""
+
     scmoe_trace_dir: str | None = _shown_as("DIR", None)
     """Write a trace of the units for Perfetto and tools/overlap_report.py into this folder, a file
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
@@ -217,21 +220,26 @@ class ScMoEConfig:
         Raises:
             ValueError: a value is in no table; the command line knows no such values.
         """
+        host_type, copies = config.moe_token_dispatcher_type, self.scmoe_dispatch_copies
+        dispatch: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
+            ("--moe-token-dispatcher-type", host_type, DISPATCHERS),
+            ("--scmoe-dispatch-copies", copies, COPIES),
+        ]
         chosen: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
-            ("--moe-token-dispatcher-type", config.moe_token_dispatcher_type, DISPATCHERS),
             ("--scmoe-combine", self.scmoe_combine, COMBINES),
             ("--scmoe-router", self.scmoe_router, ROUTERS),
             ("--scmoe-dual-gating", self.scmoe_dual_gating, GATINGS),
             *(("A kind of experts at home:", kind, AT_HOME) for kind in self.scmoe_experts_at_home),
         ]
-        for option, value, table in chosen:
+        for option, value, table in (*dispatch, *chosen):
             if value not in table:
                 raise ValueError(f"{option} {value} is none of {', '.join(table) or 'them'}.")
         for kind, number in self.scmoe_experts_at_home.items():
             if number < 0:
                 raise ValueError(f"--scmoe-num-{kind}-experts {number} is not at least 0.")
         at_home = [AT_HOME[kind] for kind in self.at_home]
-        return [*(table[value] for _, value, table in chosen if table is not AT_HOME), *at_home]
+        others = [table[value] for _, value, table in chosen if table is not AT_HOME]
+        return [dispatcher_of(host_type, copies), *others, *at_home]
 
     @property
     def initial_slots(self) -> Slots:
@@ -266,4 +274,5 @@ def has_units(options: ScMoEConfig | Namespace) -> bool:
         or options.scmoe_dual_gating != "none"
         or any(options.scmoe_experts_at_home.values())
         or options.scmoe_input_scale != 1
+        or options.scmoe_dispatch_copies != "expert"
     )

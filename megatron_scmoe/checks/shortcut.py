@@ -333,6 +333,16 @@ WITHOUT_EFFECT = (
         "drop it, or add that",
     ),
     Refusal(
+        lambda config, scmoe: (
+            scmoe.scmoe_dispatch_copies != "expert"
+            and config.moe_token_dispatcher_type != "alltoall"
+        ),
+        "--scmoe-dispatch-copies {scmoe_dispatch_copies} is about --moe-token-dispatcher-type "
+        "alltoall, and this one is {moe_token_dispatcher_type}",
+        "drop it, or use that",
+        "allgather and flex send a token once to a rank already",
+    ),
+    Refusal(
         lambda config, scmoe: not scmoe.scmoe_distinct_experts and not scmoe.dual_gating,
         "--no-scmoe-distinct-experts is an option of --scmoe-dual-gating, which is not given",
         "drop it, or add that",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.combine import COMBINES, SharedOutput
-from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.dispatch import dispatcher_of
 from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput, Trip
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.experts.offload.experts import OffloadedExperts
@@ -59,7 +59,7 @@ class ScMoELayer(MoELayer):
         columns = sum(at_home.values())
         chosen = ROUTERS[scmoe.scmoe_router]
         router = chosen.builder(submodules.router, columns, scmoe, first)
-        dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
+        dispatcher = dispatcher_of(config.moe_token_dispatcher_type, scmoe.scmoe_dispatch_copies)
         if config.moe_token_dispatcher_type != dispatcher.host_type:
             # The host chooses its own with an if/elif on the type (moe_layer.py:298).
             config = copy.copy(config)

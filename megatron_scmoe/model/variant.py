@@ -5,6 +5,7 @@
     GATINGS        --scmoe-dual-gating           model/routing/dual.py
     AT_HOME        --scmoe-num-KIND-experts      model/experts/at_home.py
     DISPATCHERS    --moe-token-dispatcher-type   model/dispatch/
+    COPIES         --scmoe-dispatch-copies       model/dispatch/
 
 docs/variants.md adds one to each. The tables know nothing of ScMoEConfig, which reads its values
 from them.

@@ -68,6 +68,10 @@ CASES = {
     "pos2, grouped experts": Case(
         host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 2, "moe_grouped_gemm": True}
     ),
+    "pos2, sent once to a rank, two chunks": Case(
+        scmoe={"scmoe_dispatch_copies": "rank", "scmoe_num_chunks": 2},
+        host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 4},
+    ),
     "pos3": Case(
         scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
         host={

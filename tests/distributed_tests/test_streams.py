@@ -30,6 +30,9 @@ CASES = {
         for position in POSITIONS
         for chunks in (1, 2)
     },
+    "once to a rank": Case(
+        scmoe={"scmoe_dispatch_copies": "rank", "scmoe_num_chunks": 2}, host={"moe_router_topk": 3}
+    ),
     **{
         f"{backend}, {chunks}": flex(backend, scmoe={"scmoe_num_chunks": chunks})
         for backend in ("deepep", "hybridep")

@@ -60,6 +60,7 @@ OVERLAPPED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
+ONCE = "--scmoe-dispatch-copies rank"
 ALL_GATHER = "--moe-token-dispatcher-type allgather"
 
 
@@ -97,6 +98,12 @@ LAYOUTS = (
         f"{TP2} --expert-tensor-parallel-size 2 {EP2} {ALL_GATHER}",
     ),
     Layout("EP 2, 3 chunks", 2, f"{EP2} --scmoe-num-chunks 3"),
+    Layout("EP 4, a row for each rank", 4, f"--expert-model-parallel-size 4 {ONCE}"),
+    Layout(
+        "TP 2, expert TP 2, EP 2, 3 chunks, a row for each rank",
+        4,
+        f"{TP2} --expert-tensor-parallel-size 2 {EP2} --scmoe-num-chunks 3 {ONCE}",
+    ),
     Layout("PP 2", 2, PP2),
     Layout("PP 4", 4, "--pipeline-model-parallel-size 4"),
     Layout("PP 2, interleaved", 2, f"{PP2} --num-layers-per-virtual-pipeline-stage 2"),

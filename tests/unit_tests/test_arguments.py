@@ -79,6 +79,7 @@ TYPED = {
     "scmoe_expert_slot": ("--scmoe-expert-slot 4", "4"),
     "scmoe_remeasure_slot": ("--scmoe-remeasure-slot", True),
     "scmoe_num_chunks": ("--scmoe-num-chunks 2", 2),
+    "scmoe_dispatch_copies": ("--scmoe-dispatch-copies rank", "rank"),
     "scmoe_trace_dir": ("--scmoe-trace-dir traces", "traces"),
 }
 

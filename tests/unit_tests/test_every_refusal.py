@@ -158,6 +158,10 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
         {"scmoe_bias_decay": "linear"},
     ),
+    "--scmoe-dispatch-copies rank is about --moe-token-dispatcher-type alltoall, and this one is": (
+        {"moe_token_dispatcher_type": "allgather"},
+        {"scmoe_dispatch_copies": "rank"},
+    ),
     "--scmoe-mla-scale scales": ({"multi_latent_attention": False}, {"scmoe_mla_scale": True}),
     "--scmoe-combine cg1 weighs a shared expert, and there is none": (
         {"moe_shared_expert_intermediate_size": None},

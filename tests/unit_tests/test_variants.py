@@ -25,7 +25,7 @@ from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import names
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.model.combine import COMBINES
-from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.dispatch import COPIES, DISPATCHERS
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.routing import ROUTERS
@@ -389,6 +389,7 @@ def test_pages_list_the_values_of_the_tables(page: str) -> None:
     if page == "docs/options.md":
         assert values_in(page, "--scmoe-router") == list(ROUTERS)
         assert values_in(page, "--scmoe-dual-gating") == list(GATINGS)
+        assert values_in(page, "--scmoe-dispatch-copies") == list(COPIES)
         text = " ".join((ROOT / page).read_text("utf-8").split())
         (line,) = re.findall(r"`--moe-token-dispatcher-type` is ([^.]*)\.", text)
         assert sorted(re.findall(r"`(\w+)`", line)) == sorted(DISPATCHERS)

@@ -4,7 +4,7 @@ Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E
 experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's experts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
-from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
+from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput, Trip
 from megatron_scmoe.overlap.collectives import Collective
 
 
@@ -58,17 +58,10 @@ class AllToAllDispatcher(Dispatcher):
         self.by_expert = chunks.view(self.tp_ep_group.size(), -1).T.ravel()
         self.by_rank = chunks.view(-1, self.tp_ep_group.size()).T.ravel()
 
-    def prepare(
-        self, chunks: list[Chunk], host_waited: Callable[[float], None]
-    ) -> "list[AllToAllTrip]":
+    def prepare(self, chunks: list[Chunk], host_waited: Callable[[float], None]) -> Sequence[Trip]:
         """Permute the tokens by expert and ask the other ranks for their numbers of rows."""
         config = self.config
-        if config.moe_router_padding_for_quantization:
-            multiple = get_align_size_for_quantization(config)
-            chunks = [
-                replace(chunk, routing_map=pad_routing_map(chunk.routing_map, multiple))
-                for chunk in chunks
-            ]
+        chunks = self.padded(chunks)
         maps = [chunk.routing_map for chunk in chunks]
         if config.moe_pad_expert_input_to_capacity:
             num_tokens, num_experts = maps[0].shape
@@ -77,6 +70,16 @@ class AllToAllDispatcher(Dispatcher):
         else:
             counts = RowCounts(maps, self.tp_ep_group, host_waited)
         return [AllToAllTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
+
+    def padded(self, chunks: list[Chunk]) -> list[Chunk]:
+        """With rows of no weight where the experts' precision wants multiples of a number."""
+        if not self.config.moe_router_padding_for_quantization:
+            return chunks
+        multiple = get_align_size_for_quantization(self.config)
+        return [
+            replace(chunk, routing_map=pad_routing_map(chunk.routing_map, multiple))
+            for chunk in chunks
+        ]
 
     def most_rows(self, chunk: Chunk) -> int:
         """Rows that a chunk may have; all that it has if they are padded to capacity."""
@@ -163,7 +166,8 @@ class AllToAllTrip:
             sent=sent.view(own.ep_group.size(), -1).sum(dim=1),
             received=received.sum(dim=2),
         )
-        return self._passage.collective()
+        self._collective = self._passage.collective()
+        return self._collective
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """The rows of all expert tensor parallel ranks, sorted by expert."""
@@ -179,7 +183,7 @@ class AllToAllTrip:
         if self._several_experts():
             rows, _ = self._sort(rows, self._chunk_sizes.T, self._dispatcher.by_rank)
         rows = self._passage.summed(rows, self._probs_dtype)
-        return self._passage.collective().mirrored(), rows
+        return self._collective.mirrored(), rows
 
     def restore(self, rows: Tensor) -> Tensor:
         """Back in the order of the tokens."""

@@ -4,7 +4,7 @@ Without them no rank knows how many rows it will receive. They are gathered and 
 beside the first dense work of the window; whoever needs them first waits for them, once for all
 chunks of a unit.
 
-Shapes: n ranks of the group, C chunks of the tokens, E experts
+Shapes: n ranks of the group, C chunks of the tokens, E experts or whatever else has rows
 """
 
 from collections.abc import Callable, Sequence

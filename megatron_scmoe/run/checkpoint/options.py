@@ -146,6 +146,7 @@ TIMES = (
     "moe_grouped_gemm",
     "moe_permute_fusion",
     "moe_token_dispatcher_type",
+    "scmoe_dispatch_copies",
     "moe_flex_dispatcher_backend",
     "moe_flex_dispatcher_num_sms",
     "moe_deepep_num_sms",

@@ -1,0 +1,157 @@
+"""Each token goes once to every rank that has experts of it, and one sum comes back.
+
+    (token, rank)  one row, and the token's weights for the experts there, [e]
+    there          repeated for each of those experts, computed, summed
+    (rank, token)  one row, added to those of the other ranks
+
+Weights have a column for every expert of the rank; -inf says that the token is not for this one,
+because the weight of a token that is may be 0. Weighted outputs are summed in the router's
+precision and rounded once to travel, so that what differs from a row for every expert is the order
+of sums of three and more.
+
+Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E experts, D ranks
+that a token may be sent to, e experts of each, N rows sent, S rows received by all expert tensor
+parallel ranks, R rows for this rank's experts
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.moe.moe_utils import permute, unpermute
+from torch import Tensor
+
+from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher
+from megatron_scmoe.model.dispatch.passage import Passage
+from megatron_scmoe.model.dispatch.row_counts import RowCounts
+from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput
+from megatron_scmoe.overlap.collectives import Collective
+
+NOT_HERE = -torch.inf
+
+
+class OncePerRankDispatcher(AllToAllDispatcher):
+    """A row for every rank with at least one of a token's experts."""
+
+    def prepare(
+        self, chunks: list[Chunk], host_waited: Callable[[float], None]
+    ) -> "list[OnceTrip]":
+        """Permute the tokens by rank and ask the other ranks for their numbers of rows.
+
+        One exchange tells the rows for every expert and those for every rank.
+        """
+        chunks = self.padded(chunks)
+        ranks = self.ep_group.size()
+        maps = [
+            torch.cat([chunk.routing_map, visits(chunk.routing_map, ranks)], dim=1)
+            for chunk in chunks
+        ]
+        counts = RowCounts(maps, self.tp_ep_group, host_waited)
+        return [OnceTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
+
+    def most_rows(self, chunk: Chunk) -> int:
+        """Rows that a chunk may have."""
+        return min(super().most_rows(chunk), len(chunk.routing_map) * self.ep_group.size())
+
+
+class OnceTrip:
+    """Rows sorted by rank, sent there, repeated for its experts, and back as their sums."""
+
+    tokens_per_expert: Tensor
+
+    def __init__(
+        self, dispatcher: OncePerRankDispatcher, chunk: Chunk, counts: RowCounts, index: int
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._fused = dispatcher.config.moe_permute_fusion
+        self._shape = chunk.hidden_states.shape
+        self._precision = torch.promote_types(chunk.probs.dtype, chunk.hidden_states.dtype)
+        self._counts, self._index = counts, index
+        self._num_experts = chunk.routing_map.shape[1]
+        self._most_rows = dispatcher.most_rows(chunk)
+        ranks = dispatcher.ep_group.size()
+        self._visits = visits(chunk.routing_map, ranks)
+        rows, _, self._permutation, _, _ = permute(
+            chunk.hidden_states,
+            self._visits,
+            num_out_tokens=self._most_rows,
+            fused=self._fused,
+        )
+        weights = chunk.probs.masked_fill(~chunk.routing_map, NOT_HERE).unflatten(1, (ranks, -1))
+        # The same rows, as those of D * T tokens with one place to go.
+        row_weights, *_ = permute(
+            weights.transpose(0, 1).flatten(0, 1),
+            self._visits.T.reshape(-1, 1),
+            num_out_tokens=self._most_rows,
+        )
+        self._cargo: tuple[Tensor, ...] = (row_weights, rows)
+
+    def cargo(self) -> tuple[Tensor, ...]:
+        """Router weights, [N, e], and rows, [N, h]."""
+        cargo, self._cargo = self._cargo, ()
+        return cargo
+
+    def collective(self) -> Collective:
+        """Splits from everybody's numbers of rows.
+
+        Raises:
+            RuntimeError: the router chose more than K experts for some token.
+        """
+        own = self._dispatcher
+        ranks = own.ep_group.size(), own.tp_group.size()
+        counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
+        for_experts, for_ranks = counts.split([self._num_experts, own.ep_group.size()], dim=2)
+        sent = for_ranks[own.ep_group.rank(), own.tp_group.rank()]
+        self._num_rows = int(sent.sum())
+        if self._num_rows > self._most_rows:
+            raise RuntimeError(
+                f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
+            )
+        self.tokens_per_expert = for_experts[:, :, own.local_experts].sum(dim=(0, 1))
+        received = for_ranks[:, :, own.ep_group.rank()]
+        self._passage = Passage(own.ep_group, own.tp_group, sent, received)
+        self._collective = self._passage.collective()
+        return self._collective
+
+    def expert_input(self, received: list[Tensor]) -> ExpertInput:
+        """Each row once for every expert of this rank that it is for."""
+        weights, rows = self._passage.gathered(received)
+        self._here = weights != NOT_HERE
+        self._received_shape = rows.shape
+        rows, probs, self._order, _, _ = permute(
+            rows,
+            self._here,
+            probs=weights,
+            num_out_tokens=int(self.tokens_per_expert.sum()),
+            fused=self._fused,
+        )
+        assert probs is not None
+        return ExpertInput(rows, probs, self.tokens_per_expert)
+
+    def reply(self, expert_output: Tensor) -> tuple[Collective, Tensor]:
+        """The sum over this rank's experts for every row that came, in the router's precision; so
+        are those of expert tensor parallel parts."""
+        rows = unpermute(
+            expert_output.to(self._precision),
+            self._order,
+            restore_shape=self._received_shape,
+            routing_map=self._here,
+            fused=self._fused,
+        )
+        rows = self._passage.summed(rows, self._precision).to(expert_output.dtype)
+        return self._collective.mirrored(), rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The sum over the ranks, in the order of the tokens."""
+        return unpermute(
+            rows,
+            # A fused permutation lists places of tokens, another one tokens of rows.
+            self._permutation if self._fused else self._permutation[: self._num_rows],
+            restore_shape=self._shape,
+            routing_map=self._visits,
+            fused=self._fused,
+        )
+
+
+def visits(routing_map: Tensor, places: int) -> Tensor:
+    """Whether a place has experts of a token, [T, D], from [T, E]; each has the next E / D."""
+    return routing_map.unflatten(1, (places, -1)).any(dim=2)
