@@ -298,9 +298,16 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _needs_values(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host has to know values to go on: a number, or a shape that depends on them."""
+    """Whether the host has to know values to go on, a number or a shape that depends on them; or
+    has to wait until its own are on the device, out of memory that is not pinned.
+
+    Those are the numbers of `torch.tensor` and of a list that is an index. A number that is
+    assigned to a part of a tensor looks the same on the CPU; `fill_` does not.
+    """
     if operator is torch.ops.aten.index.Tensor:
         return any(x is not None and x.dtype == torch.bool for x in args[1])
+    if operator is torch.ops.aten.lift_fresh.default:
+        return True
     tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
     return any(tag in operator.tags for tag in tags)
 

@@ -113,7 +113,8 @@ class UnitRecorder:
 
     def gates_chose(self, same: Tensor) -> None:
         """Whether the first choices of both gates are the same expert, of every token, bool."""
-        counted = torch.stack([same.sum(), torch.tensor(same.numel(), device=same.device)])
+        number = same.sum()
+        counted = torch.stack([number, torch.full_like(number, same.numel())])
         if self._same_choices is not None:
             counted += self._same_choices
         self._same_choices = counted

@@ -14,12 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import _DeepepManager
 from torch import Tensor, nn
 from torch.distributed import group
 
 from megatron_scmoe.model.dispatch import alltoall, flex
 from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher, AllToAllTrip
+from megatron_scmoe.model.experts.offload.experts import Offload, OffloadedExperts
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap import branch, streams
 from megatron_scmoe.overlap.branch import RoutedBranch
@@ -44,6 +46,26 @@ FULL = {
 }
 MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 TOP2 = {"moe_router_topk": 2}
+TWO_GATES = {"scmoe_dual_gating": "shared", "scmoe_combine": "add"}
+MOEPP = {
+    "scmoe_router": "heterogeneous",
+    "scmoe_experts_at_home": {"zero": 1, "copy": 1, "constant": 2},
+    "scmoe_gating_residual": True,
+    "scmoe_renormalise": True,
+    "scmoe_gate_layers": 2,
+}
+MOEPP_HOST = {
+    "moe_expert_capacity_factor": 1.1,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+}
+LONGCAT = {
+    "scmoe_router": "longcat",
+    "scmoe_combine": "add",
+    "scmoe_shortcut_norm": "shared",
+    "scmoe_experts_at_home": {"copy": 2},
+}
+LONGCAT_HOST = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunks": {"scmoe": {"scmoe_num_chunks": 3}},
@@ -57,6 +79,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded to capacity": {
         "host": {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True}
     },
+    "two gates": {"scmoe": TWO_GATES, "host": {"moe_router_topk": 1}},
+    "gates of two weights, chunks": {
+        "scmoe": {**TWO_GATES, "scmoe_dual_gating": "separate", "scmoe_num_chunks": 2},
+        "host": {"moe_router_topk": 1},
+    },
+    "experts at home": {"scmoe": MOEPP, "host": MOEPP_HOST},
+    "LongCat": {"scmoe": LONGCAT, "host": LONGCAT_HOST},
     "recomputed": {"host": FULL},
     "experts recomputed": {"host": MOE},
 }
@@ -261,17 +290,49 @@ def test_the_numbers_of_rows_do_not_queue_behind_rows() -> None:
             flight.wait()
 
 
+ONE_UNIT_WAITS = 7
+"""Of either stream for the other: counts, dispatch, four experts, combine."""
+
+
+@pytest.mark.parametrize(
+    ("dropped", "is_seen"),
+    [
+        (None, False),
+        # A slot is filled again, and computed with, that compute still reads.
+        *((("wait of side", number), True) for number in (4, 5)),
+        *((("wait of compute", number), True) for number in (2, 3, 4, 5)),
+    ],
+)
+def test_experts_that_come_from_the_host(dropped: tuple[str, int] | None, is_seen: bool) -> None:
+    """Into two slots, four of them, while the dense work of the window runs."""
+    resident = make("pos2", num_units=1).eval()
+    expected = step(resident, nullcontext())
+    block = make("pos2", {"scmoe_offload": Offload("cpu", 2)}, num_units=1).eval()
+    block.load_state_dict(resident.state_dict())
+    model = StreamModel(dropped)
+    experts = [layer for layer in block.modules() if isinstance(layer, OffloadedExperts)]
+    model.is_on_host(*(weight for layer in experts for weight in layer.parameters()))
+    found = step(block, model)
+    assert (model.hazards != []) == is_seen
+    assert model.orders["wait of side"] == model.orders["wait of compute"] == ONE_UNIT_WAITS
+    assert torch.equal(found[0], expected[0])
+
+
 # The host. --------------------------------------------------------------------------------------
 
 
 def host_waits(block: nn.Module, model: StreamModel) -> list[str]:
-    """Waits of the host and first dense operators, in the order of one forward pass."""
+    """Waits of the host and first dense operators, in the order of one forward pass, and in
+    training of a backward pass."""
     found: list[str] = []
+
+    def note_waits() -> None:
+        found.extend(event for event in model.events if event.startswith("host waits"))
+        model.events.clear()
 
     def note(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            found.extend(event for event in model.events if event.startswith("host waits"))
-            model.events.clear()
+            note_waits()
             found.append(name)
 
         return hook
@@ -288,22 +349,30 @@ def host_waits(block: nn.Module, model: StreamModel) -> list[str]:
         }[position]
         first.register_forward_hook(note("dense"))
         unit.register_forward_hook(note("end"))
-    with torch.no_grad():
-        step(block, model)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))  # as training does in every step
+    step(block, model)
+    note_waits()
     return found
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "waiting"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_the_host_waits_once_a_unit_and_not_before_dense_work(position: str, variant: str) -> None:
-    block = make(position, **VARIANTS[variant]).eval()
+def test_the_host_waits_once_a_unit_and_not_before_dense_work(
+    position: str, variant: str, training: bool
+) -> None:
+    block = make(position, **VARIANTS[variant]).train(training)
     found = host_waits(block, StreamModel())
     expected = ["dense", "host waits", "end"]
     if variant == "padded to capacity":
         # It is known beforehand: tensors of the host's, which the model takes for the device's.
         found = [event for event in found if not event.startswith("host waits in ")]
         expected = ["dense", "end"]
-    assert found == expected * len(units_of(block))
+    if "gates" in variant:
+        # Once for each gate: what the second one chooses depends on all that stands in front of it.
+        expected = ["dense", "host waits", "host waits", "end"]
+    passes = 2 if training and variant == "recomputed" else 1
+    assert found == expected * len(units_of(block)) * passes
 
 
 def test_padding_for_quantisation_adds_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +380,10 @@ def test_padding_for_quantisation_adds_no_wait(monkeypatch: pytest.MonkeyPatch) 
     block = make("pos2").eval()
     for unit in units_of(block):
         unit.mlp.token_dispatcher.config.moe_router_padding_for_quantization = True
-    assert host_waits(block, StreamModel()) == ["dense", "host waits", "end"] * 2
+    found = host_waits(block, StreamModel())
+    # The host assigns a number to a mask, which is no copy on a device.
+    found = [event for event in found if "lift_fresh" not in event]
+    assert found == ["dense", "host waits", "end"] * 2
 
 
 def test_deep_eps_indices_are_spread_without_a_wait() -> None:
@@ -334,16 +406,27 @@ def test_deep_eps_indices_are_spread_without_a_wait() -> None:
     assert all(map(torch.equal, found["ours"][0], found["the host's"][0]))
 
 
-def test_a_wait_that_was_put_in_is_seen() -> None:
+@pytest.mark.parametrize(
+    ("put_in", "seen"),
+    [
+        (lambda rows: rows[0].cpu(), "cpu"),
+        (lambda rows: torch.tensor(len(rows)), "aten.lift_fresh.default"),
+        (lambda rows: rows[1][[1, 0]], "aten.lift_fresh.default"),
+    ],
+    ids=["cpu", "a number for the device", "a list as an index"],
+)
+def test_a_wait_that_was_put_in_is_seen(
+    put_in: Callable[[list[Tensor]], object], seen: str
+) -> None:
     expert_input = AllToAllTrip.expert_input
 
     def waiting(self: AllToAllTrip, received: list[Tensor]) -> Any:
-        received[0].cpu()
+        put_in(received)
         return expert_input(self, received)
 
     with mock.patch.object(AllToAllTrip, "expert_input", waiting):
         found = host_waits(make("pos2").eval(), StreamModel())
-    assert found == ["dense", "host waits", "host waits in cpu", "end"] * 2
+    assert found == ["dense", "host waits", f"host waits in {seen}", "end"] * 2
 
 
 def test_one_rank_alone_waits_once_too() -> None:

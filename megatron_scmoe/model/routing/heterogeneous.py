@@ -67,7 +67,9 @@ class HeterogeneousRouter(TopKRouter):
         self._slots = self.topk if options.scmoe_capacity_of == "slots" else 1
         self._renormalises = options.scmoe_renormalise
         kinds = [kind for kind, number in options.at_home.items() for _ in range(number)]
-        self._zero = [columns - at_home + i for i, kind in enumerate(kinds) if kind == "zero"]
+        begin = columns - at_home + (kinds.index("zero") if "zero" in kinds else 0)
+        # Of one kind in a row, and no list: the host would wait until it is on the device.
+        self._zero = slice(begin, begin + kinds.count("zero"))
         self.inner_weight: torch.nn.Parameter | None = None
         if options.scmoe_gate_layers == 2:
             self.inner_weight = self._matrix(INNER * columns, config.hidden_size)
@@ -136,7 +138,7 @@ class HeterogeneousRouter(TopKRouter):
     def _without_zero(self, probs: Tensor) -> Tensor:
         """The weight of chosen zero experts goes to the others."""
         keep = torch.ones_like(probs)
-        keep[:, self._zero] = 0
+        keep[:, self._zero].fill_(0)
         probs = probs * keep
         total = probs.sum(dim=-1, keepdim=True)
         return probs / total.clamp(min=torch.finfo(probs.dtype).tiny)
@@ -144,7 +146,10 @@ class HeterogeneousRouter(TopKRouter):
     def _within_capacity(self, probs: Tensor, routing_map: Tensor) -> Tensor:
         """What is left of the map, [T, N + H], where every expert keeps its first C_i tokens, by
         weight or by position (--moe-token-drop-policy)."""
-        capacities = torch.tensor(self.capacities(len(probs)), device=probs.device)
+        of_routed, *_, of_home = self.capacities(len(probs))
+        # Filled where the tokens are: the host would wait for a copy.
+        capacities = torch.full((probs.shape[1],), of_home, device=probs.device)
+        capacities[: probs.shape[1] - self._at_home].fill_(of_routed)
         if self.config.moe_token_drop_policy == "position":
             place = routing_map.cumsum(dim=0) - 1
         else:
@@ -166,7 +171,7 @@ class HeterogeneousRouter(TopKRouter):
     def _weighted(self, scores: Tensor) -> Tensor:
         """eta_i times the scores, [T, N + H]."""
         eta = torch.ones(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-        eta[-self._at_home :] = self._tau
+        eta[-self._at_home :].fill_(self._tau)
         return scores * eta
 
     def _apply_aux_loss(

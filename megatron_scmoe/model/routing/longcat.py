@@ -109,7 +109,7 @@ class LongCatRouter(TopKRouter):
         )
         frequency = self._by_group(counts) / tokens
         wanted = torch.full_like(frequency, self._routed_topk / self._groups)
-        wanted[self._groups :] = self.topk - self._routed_topk
+        wanted[self._groups :].fill_(self.topk - self._routed_topk)
         mean_scores = self._by_group(scores_for_aux_loss.sum(dim=0)) / tokens
         coefficient = self.get_aux_loss_coeff("aux_loss")
         return self.attach_and_log_load_balancing_loss(
