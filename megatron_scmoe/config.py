@@ -172,6 +172,10 @@ class ScMoEConfig:
     scmoe_dispatch_copies: str = _of_table(COPIES, "expert")
     """How often --moe-token-dispatcher-type alltoall sends a token."""
 
+    scmoe_expert_placement: str | None = _shown_as("FILE", None)
+    """Which expert-parallel rank every routed expert lies on, a file of tools/c2r.py place. Losses
+    stay the same; checkpoints load with any placement or none."""
+
     scmoe_trace_dir: str | None = _shown_as("DIR", None)
     """Write a trace of the units for Perfetto and tools/overlap_report.py into this folder, a file
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
@@ -262,8 +266,8 @@ class ScMoEConfig:
 
 
 def has_units(options: ScMoEConfig | Namespace) -> bool:
-    """Whether MoE layers are units of ours: with a shortcut, or with a variant that stock Megatron
-    does not have.
+    """Whether MoE layers are units of ours: with a shortcut, or with what stock Megatron does not
+    have.
 
     Args:
         options: these, or the command line that has them.
@@ -275,4 +279,5 @@ def has_units(options: ScMoEConfig | Namespace) -> bool:
         or any(options.scmoe_experts_at_home.values())
         or options.scmoe_input_scale != 1
         or options.scmoe_dispatch_copies != "expert"
+        or options.scmoe_expert_placement is not None
     )

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_scmoe.c2r import placement
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig, has_units
 from megatron_scmoe.model import norm
 from megatron_scmoe.model.routing import ROUTERS
+from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import TAPS, window
 from megatron_scmoe.words import flag
 
@@ -230,9 +232,31 @@ def _no_dense_layer(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
     return {"layer": alone[0], "advice": advice}
 
 
+def _of_another_model(config: TransformerConfig, scmoe: ScMoEConfig) -> Found:
+    """Why a placement is not one of this model.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    if scmoe.scmoe_expert_placement is None:
+        return False
+    placed = placement.read(scmoe.scmoe_expert_placement)
+    layers = [number for number, is_moe in enumerate(moe_layer_pattern(config), 1) if is_moe]
+    experts, ranks = config.num_moe_experts, config.expert_model_parallel_size
+    assert experts is not None
+    why = placed.complaint(experts, ranks, layers)
+    return why is not None and {"why": why}
+
+
 # Rows take the host's config and ours.
 SHORTCUT = (
     *_UNSUPPORTED,
+    Refusal(
+        _of_another_model,
+        "--scmoe-expert-placement {scmoe_expert_placement} is not one of this model",
+        "make one with tools/c2r.py place",
+        "{why}",
+    ),
     Refusal(
         lambda config, scmoe: (
             scmoe.has_shortcut

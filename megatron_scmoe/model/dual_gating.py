@@ -40,6 +40,7 @@ class DualGatingMoE(ScMoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
         first: bool = False,
+        expert_order: list[int] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -49,6 +50,7 @@ class DualGatingMoE(ScMoELayer):
             is_mtp_layer,
             name,
             first,
+            expert_order,
         )
         self._distinct = scmoe.scmoe_distinct_experts
         self.current_router = (

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +28,8 @@ from megatron_scmoe.model.dispatch import dispatcher_of
 from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput, Trip
 from megatron_scmoe.model.experts.at_home import AT_HOME
 from megatron_scmoe.model.experts.offload.experts import OffloadedExperts
+from megatron_scmoe.model.experts.placed import deal_out, with_own_numbers
+from megatron_scmoe.model.experts.weights import weights_of
 from megatron_scmoe.model.routing import ROUTERS, wide_builder
 from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.overlap.branch import Leg, RoutedBranch
@@ -48,12 +51,14 @@ class ScMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
         first: bool = False,
+        expert_order: list[int] | None = None,
     ) -> None:
         """Build router, experts, shared expert and combine.
 
         Args beside the host's:
             scmoe: our options.
             first: whether no MoE layer stands in front.
+            expert_order: the expert in every place, rank by rank, [E]; None for their own order.
         """
         at_home = scmoe.at_home
         columns = sum(at_home.values())
@@ -75,6 +80,12 @@ class ScMoELayer(MoELayer):
         self.token_dispatcher = dispatcher.build(
             self.config, pg_collection, local, self.token_dispatcher
         )
+        self.expert_order: Tensor | None
+        order = None if expert_order is None else torch.tensor(expert_order)
+        self.register_buffer("expert_order", order, persistent=False)
+        if expert_order is not None and not isinstance(self.experts, OffloadedExperts):
+            weights = [weights_of(self.experts, place) for place in range(self.num_local_experts)]
+            deal_out(weights, expert_order, self.ep_group)
         # An empty one would be in the way of whoever looks at the modules.
         self.at_home = (
             torch.nn.ModuleDict(
@@ -93,6 +104,16 @@ class ScMoELayer(MoELayer):
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
         # stands between them, and the shared expert.
         self.shared_experts_recompute |= self.moe_layer_recompute
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The host's, with experts under their own numbers wherever they lie."""
+        state_dict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.expert_order is None:
+            return state_dict
+        order = self.expert_order.tolist()
+        return with_own_numbers(state_dict, f"{prefix}experts.", len(sharded_offsets), order)
 
     def forward(self, *args, **kwargs):
         raise RuntimeError("the stages of ScMoELayer are called by the schedule of ShortcutLayer")
@@ -129,6 +150,7 @@ class ScMoELayer(MoELayer):
         flat = z.reshape(-1, z.shape[-1])
         if self.input_scale != 1:
             flat = flat * self.input_scale
+        routing = routing.in_order(self.expert_order)
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(

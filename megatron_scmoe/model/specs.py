@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_scmoe.c2r import placement
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model import names
@@ -128,17 +129,20 @@ def scmoe_block_spec(
     )
     norm = _norm(config)
     pattern = moe_layer_pattern(config)
+    path = scmoe.scmoe_expert_placement
+    placed = None if path is None else placement.read(path)
     specs = []
     for layer in layers:
         last = host_specs[layer[-1]].submodules
         params = {"layer_config": config, "attention_number": layer[-1] + 1}
         if pattern[layer[-1]]:
             first = host_specs[layer[0]].submodules if len(layer) == 2 else None
+            order = None if placed is None else placed.order(layer[-1] + 1)
             specs.append(
                 ModuleSpec(
                     module=unit_class(scmoe),
                     submodules=_unit_submodules(
-                        first, last, scmoe, norm, 1 not in pattern[: layer[-1]]
+                        first, last, scmoe, norm, 1 not in pattern[: layer[-1]], order
                     ),
                     params={**params, "scmoe": scmoe},
                 )
@@ -205,6 +209,7 @@ def _unit_submodules(
     scmoe: ScMoEConfig,
     norm: LayerNormBuilder,
     first_moe: bool,
+    expert_order: list[int] | None,
 ) -> ShortcutLayerSubmodules:
     if not scmoe.own_norm:
         layer, _, tapped = TAPS[scmoe.scmoe_shortcut_position].norm.rpartition(".")
@@ -218,7 +223,9 @@ def _unit_submodules(
     # The host's MLP slot is a partial of MoELayer with the submodules bound.
     assert isinstance(moe.mlp, partial) and moe.mlp.func is MoELayer
     moe_class = DualGatingMoE if scmoe.dual_gating else ScMoELayer
-    values["mlp"] = partial(moe_class, scmoe=scmoe, first=first_moe, **moe.mlp.keywords)
+    values["mlp"] = partial(
+        moe_class, scmoe=scmoe, first=first_moe, expert_order=expert_order, **moe.mlp.keywords
+    )
     return ShortcutLayerSubmodules(
         **values,
         dense_layer=None if dense is None else _with_disk_names(dense),

@@ -30,7 +30,7 @@ ALLOWED = {
     "model.dispatch": {"checks.refusal", "model.variant", "overlap"},
     "model.routing": {"checks.refusal", "model.variant"},
     "model.experts.grouped": {"model.names"},
-    "model.experts.offload": {"overlap"},
+    "model.experts.offload": {"model.experts", "overlap"},
     "model.experts": {"checks.refusal", "model.variant"},
     "model.names": {"model.combine", "model.experts", "model.routing", "model.variant"},
     "config": {
@@ -44,6 +44,7 @@ ALLOWED = {
         "overlap",
     },
     "model": {
+        "c2r",
         "checks.refusal",
         "config",
         "model.combine",
@@ -58,6 +59,7 @@ ALLOWED = {
     },
     "checks": {
         "words",
+        "c2r",
         "host",
         "checks.refusal",
         "config",

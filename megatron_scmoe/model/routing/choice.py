@@ -3,7 +3,7 @@
 Shapes: T tokens, E routed experts, H experts at home
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,20 @@ class Routing:
     """Experts of every token before any was dropped, [T, K]; None where nobody asks for them."""
     logits: Tensor | None = None
     """What the next MoE layer's router reads, [s, b, E + H]; None if it reads nothing."""
+
+    def in_order(self, order: Tensor | None) -> "Routing":
+        """The same with the columns of routed experts as these lie on the ranks.
+
+        Args:
+            order: the expert in every place, [E]; None where they lie in their order.
+        """
+        if order is None:
+            return self
+        return replace(
+            self,
+            probs=self.probs.index_select(1, order),
+            routing_map=self.routing_map.index_select(1, order),
+        )
 
     @classmethod
     def of_columns(cls, probs: Tensor, routing_map: Tensor, num_experts: int) -> "Routing":

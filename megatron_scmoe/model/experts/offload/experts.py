@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_scmoe.model.experts.offload.cache import ExpertCache
 from megatron_scmoe.model.experts.offload.tiers import Tier, move_home
+from megatron_scmoe.model.experts.weights import weights_of
 from megatron_scmoe.overlap.streams import Flight, fetch
 
 
@@ -101,13 +102,6 @@ class OffloadedExperts:
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Nothing: the weights at home stay there when the model is moved to its device."""
         return self
-
-
-def weights_of(experts: Any, index: int) -> list[Tensor]:
-    """The weights of one expert, in an order that is the same for all."""
-    if hasattr(experts, "local_experts"):
-        return [parameter.data for parameter in experts.local_experts[index].parameters()]
-    return [linear.weight.data[index] for linear in (experts.linear_fc1, experts.linear_fc2)]
 
 
 def _whole(weights: Tensor, _parts: Any) -> Tensor:
