@@ -25,6 +25,7 @@ from megatron.training.utils import (
 )
 
 from megatron_scmoe import host, presets, recipe, say
+from megatron_scmoe.c2r import placement
 from megatron_scmoe.checks import command_line, layout, shortcut
 from megatron_scmoe.checks.data import DATA, VOCABULARY
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -115,6 +116,16 @@ def set_defaults(args: Namespace) -> list[str]:
     return [f"{what} sets {note}" for note in apply_scmoe_defaults(args)]
 
 
+def know_placement(args: Namespace) -> None:
+    """Take down what --scmoe-expert-placement says, for checkpoints that hold ranks' buffers.
+
+    Raises:
+        ValueError: the file holds no placement.
+    """
+    if args.scmoe_expert_placement is not None:
+        args.scmoe_placement_digest = placement.read(args.scmoe_expert_placement).digest
+
+
 def explain_hub(args: Namespace) -> list[str]:
     """Say that a tokenizer is asked of a hub, which without a network takes most of a minute."""
     name = args.tokenizer_model
@@ -145,7 +156,11 @@ def add_scmoe_args(parser: ArgumentParser) -> ArgumentParser:
     options = ArgumentGroupFactory(ScMoEConfig, exclude=list(NO_OPTIONS))
     group = options.build_group(parser, title="scmoe")
     parser.set_defaults(
-        scmoe_measured_slots=None, scmoe_offload=None, scmoe_experts_at_home={}, scmoe_implied={}
+        scmoe_measured_slots=None,
+        scmoe_offload=None,
+        scmoe_experts_at_home={},
+        scmoe_implied={},
+        scmoe_placement_digest=None,
     )
     offer_variants(parser, group)
     recipe.add_config(group)
@@ -354,6 +369,7 @@ AFTER: tuple[Step, ...] = (
     set_defaults,
     explain_grouped_gemm,
     explain_hub,
+    know_placement,
     prepare_load,
 )
 

@@ -396,4 +396,14 @@ OPTIONS = (
     _unsupported_option(
         "moe_use_upcycling", "a dense checkpoint has no shared experts and no shortcut"
     ),
+    Refusal(
+        lambda args: (
+            args.scmoe_expert_placement is not None
+            and (args.ckpt_format != "torch_dist" or args.non_persistent_ckpt_type == "local")
+        ),
+        "--scmoe-expert-placement works neither with --ckpt-format other than torch_dist nor with "
+        "--non-persistent-ckpt-type local",
+        "drop one of them",
+        "these hold experts by ranks and not by their numbers",
+    ),
 )

@@ -21,6 +21,8 @@ from megatron.training.arguments import add_megatron_arguments
 
 import megatron_scmoe
 from megatron_scmoe.arguments import add_scmoe_args
+from megatron_scmoe.c2r import placement
+from megatron_scmoe.c2r.placement import Placement, contiguous
 from megatron_scmoe.checks import command_line, data, generation, layout, shortcut
 from megatron_scmoe.checks.ranges import NUMBERS, RANGES, Range
 from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
@@ -82,6 +84,10 @@ ALONE: dict[str, Any] = {
     "moe_shared_expert_gate": False,
 }
 OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "--scmoe-expert-placement CORPUS.json is not one of this model: it has 2 ranks, and": (
+        {},
+        {"scmoe_expert_placement": "CORPUS.json"},
+    ),
     "--no-scmoe-distinct-experts is an option of": ({}, {"scmoe_distinct_experts": False}),
     "--scmoe-dual-gating shared has two gates of one expert each, and --moe-router-topk is 2": (
         {**ALONE, "moe_router_topk": 2},
@@ -257,6 +263,9 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--hybrid-layer-pattern does not": Typed(OPTIONS, f"{POS2} --hybrid-layer-pattern M*-M"),
     "--use-megatron-fsdp does not": Typed(OPTIONS, f"{POS2} --use-megatron-fsdp"),
     "--use-torch-fsdp2 does not": Typed(OPTIONS, f"{POS2} --use-torch-fsdp2"),
+    "--scmoe-expert-placement works neither with": Typed(
+        OPTIONS, "--scmoe-expert-placement a.json --non-persistent-ckpt-type local"
+    ),
     "--moe-use-upcycling does not": Typed(OPTIONS, f"{POS2} --moe-use-upcycling"),
     "--num-layers 0 is not from 1 to 10000; --lr nan is no number": Typed(
         NUMBERS, "--num-layers 0 --lr nan"
@@ -463,6 +472,10 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
     """The row that refuses a case, and what it says."""
     if line in UNSUPPORTED or line in OF_MODEL:
         host, own = OF_MODEL.get(line) or (UNSUPPORTED[line], {})
+        own = {
+            name: value.replace("CORPUS", str(corpus)) if isinstance(value, str) else value
+            for name, value in own.items()
+        }
         scmoe = ScMoEConfig(**{"scmoe_shortcut_position": "pos2", **own})
         config = host_config(**host)
         with registered():
@@ -502,6 +515,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(f"{prefix}.idx", f"{prefix}.cut.idx")
     Path(f"{prefix}.cut.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-1])
     Path(f"{prefix}.loop").symlink_to(f"{prefix}.loop")
+    placed = Placement(4, 2, 2, {2: contiguous(4, 2), 4: contiguous(4, 2)})
+    placement.write(Path(f"{prefix}.json"), placed)
     return prefix
 
 

@@ -84,6 +84,7 @@ ALLOWED = {
     "huggingface": {"words", "huggingface.logits", "run.checkpoint"},
     "arguments": {
         "words",
+        "c2r",
         "presets",
         "recipe",
         "say",

@@ -147,6 +147,7 @@ TIMES = (
     "moe_permute_fusion",
     "moe_token_dispatcher_type",
     "scmoe_dispatch_copies",
+    "scmoe_expert_placement",
     "moe_flex_dispatcher_backend",
     "moe_flex_dispatcher_num_sms",
     "moe_deepep_num_sms",

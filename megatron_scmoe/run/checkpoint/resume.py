@@ -99,7 +99,12 @@ def prepare_load(args: Namespace) -> list[str]:
     if not checkpoint.is_dir():
         raise ValueError(f"--load {folder}: no {checkpoint.name}{_newest(folder)}.")
     if not _is_distributed(checkpoint):
-        return notes  # the host's older format
+        if args.scmoe_expert_placement is not None:
+            raise ValueError(
+                f"--load {folder}: {checkpoint.name} holds the experts of every rank as they lay "
+                "there, in the host's older format: drop --scmoe-expert-placement."
+            )
+        return notes
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # at the files, once for each node
     if looks and (defects := contents.defects(checkpoint)):
         raise ValueError(f"--load {folder}: {defects[0]}{_newest(folder)}.")
@@ -302,6 +307,9 @@ def _check_optimizer(
     if args.use_distributed_optimizer and kind == "dp_reshardable":
         # Grouped experts are other parameters, in other buffers.
         changed = differences(saved_args, args, (*LAYOUT, *SCMOE[:1], "moe_grouped_gemm"))
+        # Of runs before there were placements, nothing is said of one.
+        if args.scmoe_placement_digest != getattr(saved_args, "scmoe_placement_digest", None):
+            changed.append("--scmoe-expert-placement")
         if changed:
             raise ValueError(
                 f"{where} holds its optimizer as it lay in the buffers of its layout, and this run "
