@@ -30,6 +30,7 @@ multiprocessing.set_forkserver_preload(
         "tests.distributed_utils",
         "megatron.core.tokenizers.text",  # what every run imports late
         "torch._dynamo",
+        "tests.forkserver",  # last: what it keeps from being collected is there
     ]
 )
 

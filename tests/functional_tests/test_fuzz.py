@@ -1,10 +1,10 @@
 """What somebody may give to the programs: each is taken, or refused in one line.
 
 Command lines of a run and of the planner, corpora and command lines of preprocessing, data sets
-whose files are damaged. Seeded. Every input is handed to a fork of this process, which has imported
-everything, as far as a run goes without process groups. None may end in a traceback, take long, eat
-memory or leave something behind. FUZZ is how often as many inputs are tried. Damaged checkpoints,
-traces, records and files of times: tests/unit_tests/test_damaged_files.py.
+whose files are damaged: 1,000 inputs, seeded. Every one is handed to a fork of this process, which
+has imported everything, as far as a run goes without process groups. None may end in a traceback or
+by a signal, take long, eat memory or leave something behind. FUZZ is how often as many are tried.
+Damaged checkpoints, traces, records and files of times: tests/unit_tests/test_damaged_files.py.
 """
 
 import faulthandler
@@ -25,6 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import megatron.core.tokenizers.text  # what every run imports late
 import numpy
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -34,6 +35,7 @@ from megatron.training import get_args
 from megatron.training.arguments import add_megatron_arguments
 
 import pretrain_gpt_scmoe
+import tests.forkserver
 from megatron_scmoe import say
 from megatron_scmoe.arguments import add_scmoe_args, parse_and_validate_args, prepare
 from megatron_scmoe.commands import plan_overlap, preprocess_data
@@ -42,6 +44,8 @@ from megatron_scmoe.run.doctor.machine import start_up
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 from tests.unit_tests.test_plan_overlap import CLUSTER, MODEL
 from tests.unit_tests.test_readme import parser_of
+
+assert megatron.core.tokenizers.text and tests.forkserver  # imported for their effect
 
 # The refusals that it meets are seen one by one in test_every_refusal.py.
 pytestmark = pytest.mark.slow
@@ -192,7 +196,7 @@ def test_command_lines(tmp_path: Path) -> None:
         line = command_line(chance, actions)
         return line[len(BASE) :], lambda: start(line)
 
-    try_all(250, draw, tmp_path / "output.txt")
+    try_all(850, draw, tmp_path / "output.txt")
 
 
 def test_plans(tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_plans(tmp_path: Path) -> None:
             line += [action.option_strings[0], *value]
         return line[len(MODEL.split()) :], lambda: run_main(plan_overlap.main, "plan", line)
 
-    try_all(20, draw, tmp_path / "output.txt")
+    try_all(50, draw, tmp_path / "output.txt")
 
 
 LINES = (
@@ -254,7 +258,7 @@ def test_corpora(tmp_path: Path) -> None:
 
         return (name, text[:40], line[8:]), call
 
-    try_all(20, draw, tmp_path / "output.txt")
+    try_all(50, draw, tmp_path / "output.txt")
 
 
 def test_damaged_data_sets(tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def test_damaged_data_sets(tmp_path: Path) -> None:
         Path(f"{prefix}.{end}").write_bytes(content)
         return (end, how, at), lambda: read_all(["--data-path", str(prefix)])
 
-    try_all(20, draw, tmp_path / "output.txt")
+    try_all(50, draw, tmp_path / "output.txt")
 
 
 def read_all(data: list[str]) -> None:
