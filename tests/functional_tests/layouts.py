@@ -216,11 +216,17 @@ Curves = dict[str, dict[int, float]]
 
 
 class Runs:
-    """Runs of the entry script under one folder."""
+    """Runs of the entry script under one folder.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        steps: of a run that is compared; checkpoints are those of their middle.
+    """
+
+    def __init__(self, folder: Path, steps: int = 10) -> None:
+        self.steps = steps
         self.folder = folder
         self._variants: dict[str, int] = {}
+        self._references: dict[tuple[str, str], Curves] = {}
         write_text(folder)
 
     def train(self, layout: Layout, name: str, *options: str) -> Curves:
@@ -246,6 +252,15 @@ class Runs:
             self.train(one, name, *save, "--no-save-optim", "--scmoe-shortcut-position", "pos2")
         return ["--load", str(folder), "--finetune"]
 
+    def reference(self, variant: str, position: str, options: list[str]) -> Curves:
+        """Curves of one process."""
+        key = (variant, position)
+        if key not in self._references:
+            one = Layout("1 rank", 1, "--micro-batch-size 16", variant)
+            name = f"reference {len(self._references)}"
+            self._references[key] = self.train(one, name, *options)
+        return self._references[key]
+
 
 def deviation(curves: Curves, reference: Curves) -> tuple[float, float]:
     """Largest relative difference of loss and of gradient norm, over all steps.
@@ -265,31 +280,27 @@ def compare_layouts(
     runs: Runs, layouts: tuple[Layout, ...], positions: tuple[str, ...] = POSITIONS
 ) -> Iterator:
     """(layout, position, deviation of the loss, deviation of the gradient norm)."""
-    references: dict[tuple[str, str], Curves] = {}
     for layout in layouts:
         for position in positions:
-            options = ["--train-iters", "10", "--scmoe-shortcut-position", position]
+            options = ["--train-iters", str(runs.steps), "--scmoe-shortcut-position", position]
             options += runs.initial_checkpoint(layout.variant)
-            key = (layout.variant, position)
-            if key not in references:
-                one = Layout("1 rank", 1, "--micro-batch-size 16", layout.variant)
-                name = f"reference {len(references)}"
-                references[key] = runs.train(one, name, *options)
+            reference = runs.reference(layout.variant, position, options)
             curves = runs.train(layout, f"{layout.name} {position}", *options)
-            yield layout, position, *deviation(curves, references[key])
+            yield layout, position, *deviation(curves, reference)
 
 
 def compare_checkpoints(runs: Runs, names: tuple[str, ...], variant: str = EXPERT_BIAS) -> Iterator:
     """(saved at, loaded at, deviation of loss, of gradient norm) of the steps after the load."""
-    common = [*shlex.split(f"{variant} {DISTRIBUTED}"), "--train-iters", "10"]
+    common = [*shlex.split(f"{variant} {DISTRIBUTED}"), "--train-iters", str(runs.steps)]
     common += ["--scmoe-shortcut-position", "pos2"]
+    middle = runs.steps // 2
     for saved in names:
         folder = str(runs.folder / f"checkpoint-{saved}")
-        save = ["--save", folder, "--save-interval", "5"]
+        save = ["--save", folder, "--save-interval", str(middle)]
         whole = runs.train(CHECKPOINT_LAYOUTS[saved], f"saved {saved}", *common, *save)
-        rest = {tag: {i: v for i, v in whole[tag].items() if i > 5} for tag in CURVES}
+        rest = {tag: {i: v for i, v in whole[tag].items() if i > middle} for tag in CURVES}
         for loaded in names:
-            load = ["--load", folder, "--ckpt-step", "5"]
+            load = ["--load", folder, "--ckpt-step", str(middle)]
             layout = CHECKPOINT_LAYOUTS[loaded]
             curves = runs.train(layout, f"{saved} to {loaded}", *common, *load)
             yield saved, loaded, *deviation(curves, rest)

@@ -11,9 +11,9 @@ import pytest
 
 from .layouts import CHECKPOINT_LAYOUTS, DISTRIBUTED, TOLERANCE, Curves, Layout, Runs, deviation
 
-OPTIONS = shlex.split(f"{DISTRIBUTED} --train-iters 6 --scmoe-shortcut-position pos2")
+OPTIONS = shlex.split(f"{DISTRIBUTED} --train-iters 4 --scmoe-shortcut-position pos2")
 EXPERTS = {"sequential": "", "grouped": "--moe-grouped-gemm"}
-SAVED_AFTER = 3
+SAVED_AFTER = 2
 
 
 class Experiment:
