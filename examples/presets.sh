@@ -4,7 +4,7 @@
 #     examples/presets.sh scmoe|scmoe-2|dgmoe|moepp|longcat-flash|nvidia-shortcut [options]
 #
 # Further options win over the preset's, for example --no-scmoe-distinct-experts. RUN_DIR chooses where
-# it writes. Real sizes: examples/recipes/, and examples/dgmoe/ for DGMoE's.
+# it writes. The papers' sizes: paper_size.sh, and examples/recipes/ beside stock models.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
