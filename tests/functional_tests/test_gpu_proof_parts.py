@@ -14,7 +14,7 @@ import torch
 
 from tests import distributed_utils  # what the server of the forks has imported
 from tests.limits import PROOF_S
-from tools.gpu_proof import right
+from tools.gpu_proof import generation, right
 from tools.gpu_proof.results import ProofFinding, Results, read_findings
 
 assert distributed_utils  # imported for its effect
@@ -64,7 +64,9 @@ def test_right(tmp_path: Path) -> None:
     passed += [f"float32: {variant.name}" for variant in right.UNITS]
     passed += [f"bfloat16: {variant.name}" for variant in units]
     for when in ("late exchanges", "late compute"):
-        passed.append(f"{when}, 3 chunks: overlap off")
+        passed += [
+            f"{when}, {variant.name}: overlap off" for variant in (right.CHUNKS, *right.NEW_SYSTEMS)
+        ]
         passed += [
             f"{when}, {position}: {what}"
             for position in POSITIONS
@@ -166,3 +168,14 @@ def test_fast(tmp_path: Path) -> None:
         for name in ("top2", "shared", *POSITIONS)
     }
     assert len(flops) == 1, "contenders have equal FLOPs"
+
+
+def test_generation(tmp_path: Path) -> None:
+    findings = rehearse("generation", tmp_path)
+    systems = [system.name for system in generation.SYSTEMS]
+    passed = [f"cached, {system}" for system in systems]
+    passed += [f"offloaded, {system}, {arm}" for system in systems for arm in generation.ARMS]
+    measured = [f"speed, {arm}" for arm in ("resident", *generation.ARMS)]
+    promised = dict.fromkeys(passed, "passed") | dict.fromkeys(measured, "measured")
+    check_outcomes(findings, promised, {})
+    assert findings["speed, early"].values["copies_s"] > 0

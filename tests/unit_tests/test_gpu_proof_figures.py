@@ -27,7 +27,7 @@ from megatron_scmoe.overlap.schedule import Slots
 from megatron_scmoe.planner.size import model_size
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import NO_OPTIONS, Shape, build
-from tools.gpu_proof import fast, hidden, layers, transformer_engine
+from tools.gpu_proof import fast, generation, hidden, layers, main_job, transformer_engine
 from tools.gpu_proof.connections import (
     dense_s,
     first_begun,
@@ -56,6 +56,7 @@ from tools.gpu_proof.layers import (
     on_disk,
 )
 from tools.gpu_proof.results import ProofFinding, Results, read_findings
+from tools.gpu_proof.runs import ProofRun
 from tools.gpu_proof.timing import PartStep, Rates, Timing, do_steps, in_turns, judge
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -275,6 +276,40 @@ def test_a_process_that_fails(
     findings = read_findings(results.folder)
     assert [finding.outcome for finding in findings] == ["failed", "failed"]
     assert all(note in finding.note for finding in findings)
+
+
+# Waits and experts that travel. -------------------------------------------------------------------
+
+
+COUNTS = ("event", "megatron_scmoe/overlap/streams.py:271 wait", 4)
+
+
+@pytest.mark.parametrize(
+    ("waits", "outcome"),
+    [
+        ([COUNTS, ("event", "megatron_scmoe/overlap/streams.py:140 __init__", 2)], "passed"),
+        ([(*COUNTS[:2], 5)], "failed"),
+        ([COUNTS, ("copy", "megatron_scmoe/model/routing/x.py:1 routing", 4)], "failed"),
+        ([COUNTS, ("copy", "megatron/core/transformer/moe/moe_utils.py:1 permute", 4)], "failed"),
+        ([COUNTS, ("copy", "megatron/core/timers.py:1 stop", 9)], "passed"),
+    ],
+)
+def test_waits_of_a_unit(results: Results, waits: list[tuple[str, str, int]], outcome: str) -> None:
+    main_job._check_waits(results, ProofRun("run", 0, "", 1.0, waits=waits), CUDA)
+    assert last(results).outcome == outcome
+
+
+def test_an_expert_that_did_not_come_is_noticed(
+    single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = generation.experts.fetch
+    monkeypatch.setattr(
+        generation.experts, "fetch", lambda slots, home: fetch(slots, [x * 0 for x in home])
+    )
+    generation.GenerationPart(results, CPU).compare(generation.SYSTEMS[0])
+    found = outcomes(results)
+    assert found.pop("cached, pos1") == "passed"
+    assert set(found.values()) == {"failed"} and len(found) == len(generation.ARMS)
 
 
 # Memory. ------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 bf16, distributed optimizer, overlapped reduction and gather, grouped experts, measured slots; with
 Megatron's own layers and with Transformer Engine's. NCCL on the GPU, gloo and fp32 on the CPU.
 
-One rank has nobody to exchange rows with. One run sends them all the same, to itself: what its
-losses must not show, and where its host waits, is what an exchange does.
+One rank has nobody to exchange rows with. Some runs send them all the same, to itself: what their
+losses must not show, and where their hosts wait, is what an exchange does. So do a run with two
+gates and one with experts at home.
 """
 
 import importlib.util
+import re
 import shlex
 import tempfile
 import time
@@ -19,6 +21,7 @@ import torch
 from megatron_scmoe.overlap.collectives import PerTensor
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.runs import LOCAL, MODEL, ProofJob, ProofRun
+from tools.gpu_proof.timing import judge
 
 LIMIT_S: float = 150.0
 CORRECTNESS: bool = True
@@ -44,6 +47,21 @@ CPU_MODEL = shlex.split(
     "--moe-layer-freq ([0,1]*1) --moe-ffn-hidden-size 32 --seq-length 32 "
     "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --vocab-size 64"
 )
+SYSTEMS = {
+    "two gates": shlex.split(
+        "--scmoe-dual-gating separate --moe-router-topk 1 --moe-router-pre-softmax"
+    ),
+    "experts at home": shlex.split(
+        "--scmoe-router heterogeneous --scmoe-num-zero-experts 1 --scmoe-num-copy-experts 1 "
+        "--scmoe-num-constant-experts 2 --scmoe-gating-residual --moe-router-pre-softmax "
+        "--moe-expert-capacity-factor 1.1"
+    ),
+}
+UNITS, MICRO_BATCHES = 2, 2
+"""On the GPU."""
+IN_A_UNIT = ("megatron_scmoe/model/", "megatron/core/transformer/")
+"""Where the host must not wait, beside the one wait for numbers of rows."""
+ROW_COUNTS = re.compile(r"megatron_scmoe/overlap/streams\.py:\d+ wait")
 WAITS_NOTE = "waits inside NCCL and the driver are not seen"
 
 
@@ -68,11 +86,13 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
 
         # They say nothing about time: all that do not depend on each other run together.
         travel = ["--travel"] if hasattr(PerTensor, "moves") else []
+        observe = [*travel, "--waits-of", str(STEADY)]
         first = [
             start("local", *LOCAL, *saving("local")),
             start("async", *LOCAL, *saving("async"), "--async-save"),
-            start("observed", *LOCAL, observe=[*travel, "--waits-of", str(STEADY)]),
+            start("observed", *LOCAL, observe=observe),
         ]
+        systems = [start(name, *LOCAL, *more, observe=observe) for name, more in SYSTEMS.items()]
         if why_not is None:
             first.append(start("engine", *ENGINE, *saving("engine")))
         local, asynchronous, observed, *others = (job.wait(deadline) for job in first)
@@ -91,6 +111,10 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         else:
             results.skipped("exchanges that travel", "this engine has no PerTensor.moves")
         _list_waits(results, observed)
+        _check_waits(results, observed, device)
+        for system in (job.wait(deadline) for job in systems):
+            _check_training(results, system)
+            _check_waits(results, system, device, gates=2 if system.name == "two gates" else 1)
         resumed, resumed_async, *others_resumed = (job.wait(deadline) for job in second)
         rest = _rest(local)
         _check_same(results, "resume is bitwise", resumed, rest, trained)
@@ -155,6 +179,24 @@ def _list_waits(results: Results, run: ProofRun) -> None:
     results.measured(f"host waits in iteration {STEADY}", WAITS_NOTE, waits=number)
     for kind, site, count in run.waits:
         results.measured("host wait", f"{site} ({kind})", count=count)
+
+
+def _check_waits(results: Results, run: ProofRun, device: torch.device, gates: int = 1) -> None:
+    """At most one wait a unit, for each gate; on the CPU, where nobody waits, only counted."""
+    if run.code != 0:
+        return
+    most = gates * UNITS * MICRO_BATCHES
+    known = sum(count for _, site, count in run.waits if ROW_COUNTS.match(site))
+    others = [site for _, site, _ in run.waits if site.startswith(IN_A_UNIT)]
+    judge(
+        results,
+        device,
+        f"{run.name}: the host waits once a unit",
+        known <= most and not others,
+        " ".join(others),
+        waits=known,
+        most_waits=most,
+    )
 
 
 def _without_transformer_engine(on_gpu: bool) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "tools.gpu_proof"
-PARTS = ("right", "ranks", "main_job", "transformer_engine", "hidden", "fast")
+PARTS = ("right", "ranks", "main_job", "transformer_engine", "hidden", "fast", "generation")
 """In order of value."""
 
 
