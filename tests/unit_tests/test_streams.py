@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded to capacity": {
         "host": {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True}
     },
+    "a copy for a rank": {"scmoe": {"scmoe_dispatch_copies": "rank"}},
     "two gates": {"scmoe": TWO_GATES, "host": {"moe_router_topk": 1}},
     "gates of two weights, chunks": {
         "scmoe": {**TWO_GATES, "scmoe_dual_gating": "separate", "scmoe_num_chunks": 2},
@@ -316,6 +317,73 @@ def test_experts_that_come_from_the_host(dropped: tuple[str, int] | None, is_see
     assert (model.hazards != []) == is_seen
     assert model.orders["wait of side"] == model.orders["wait of compute"] == ONE_UNIT_WAITS
     assert torch.equal(found[0], expected[0])
+
+
+# Times. ----------------------------------------------------------------------------------------
+
+
+class FarEvent:
+    """Of a device whose time goes on when it is told to. As CUDA's, its distance from another one
+    is a float32 of milliseconds: three days away, one step is 16 of them."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._at = FarEvent.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "FarEvent") -> float:
+        return torch.tensor(1e3 * (end._at - self._at), dtype=torch.float32).item()
+
+
+class FarCuda:
+    """Streams that keep every order by themselves."""
+
+    Event = FarEvent
+
+    def Stream(self, device: torch.device, priority: int) -> "FarCuda":
+        return self
+
+    def current_stream(self, device: torch.device) -> "FarCuda":
+        return self
+
+    def stream(self, stream: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record_event(self) -> FarEvent:
+        event = FarEvent()
+        event.record()
+        return event
+
+    def wait_event(self, event: FarEvent) -> None:
+        pass
+
+
+def test_times_are_exact_after_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FarCuda()
+    monkeypatch.setattr(streams, "_cuda", lambda _: cuda)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(FarEvent, "now", 0.0)
+    monkeypatch.setattr(streams, "perf_counter", lambda: FarEvent.now)
+    sent = torch.zeros(1)
+    streams.Clock(sent)  # of an iteration long ago
+    FarEvent.now = begin = 3 * 24 * 3600.0
+
+    def exchange(tensors: list[Tensor], async_op: bool) -> tuple[list[Tensor], list[None]]:
+        FarEvent.now += 1.3e-3
+        return tensors, []
+
+    flight = streams.launch(exchange, [sent])
+    flight.wait()
+    FarEvent.now += 1.0
+    found = flight.times(streams.Clock(sent))
+    assert found == pytest.approx((begin, begin + 1.3e-3, 0.0), rel=0, abs=1e-6)
+    assert found[1] - found[0] == pytest.approx(1.3e-3, rel=1e-4)
 
 
 # The host. --------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ CORRECTNESS: bool = True
 
 TOLERANCE = 1e-4
 """Relative, of a loss. Sums of another order differ by 1e-7 on the CPU, and Adam lets it grow."""
-PROBE_S = 60.0
+PROBE_SHARE = 0.6
+"""Of the part's time, in which gloo's collectives must be done."""
 UNEVEN = 1.01
 """Rows of the busiest expert over the mean of all."""
 IMBALANCE = re.compile(r"expert load imbalance: ([0-9.]+)")
@@ -69,7 +70,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         options = [*MODEL, *TRAIN, *LOCAL, "--micro-batch-size", "4"]
         job = ProofJob("initial weights", folder, [*options, *save], ranks=1, environment=NO_GPU)
         with results.guarded("gloo's collectives"):
-            _try_collectives(results, device)
+            _try_collectives(results, device, PROBE_SHARE * seconds)
         if not job.wait(deadline).ended(results):
             return
 
@@ -109,7 +110,7 @@ def _compare(results: Results, run: ProofRun, reference: ProofRun, comparable: b
     results.check(f"{run.name}: uneven splits", uneven, "", least_imbalance=min(busiest, default=1))
 
 
-def _try_collectives(results: Results, device: torch.device) -> None:
+def _try_collectives(results: Results, device: torch.device, seconds: float) -> None:
     """Which of gloo's collectives take this device's tensors."""
     ranks = [
         subprocess.Popen(
@@ -124,7 +125,7 @@ def _try_collectives(results: Results, device: torch.device) -> None:
     outputs = []
     for rank in ranks:
         try:
-            outputs.append(rank.communicate(timeout=PROBE_S)[0])
+            outputs.append(rank.communicate(timeout=seconds)[0])
         finally:
             rank.kill()
     for name, error in json.loads(outputs[0].splitlines()[-1]).items():

@@ -147,7 +147,6 @@ NEW_SYSTEMS = [
             "scmoe_gate_layers": 2,
         },
         host={**BALANCED, **IN_ORDER},
-        rounding=3,
     ),
     Variant(
         "LongCat",
