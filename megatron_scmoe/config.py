@@ -5,6 +5,7 @@ TransformerConfig instead of deriving from it, because the host drops derived co
 --multi-latent-attention (megatron/training/argument_utils.py:292).
 """
 
+import os
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -172,6 +173,10 @@ class ScMoEConfig:
     scmoe_dispatch_copies: str = _of_table(COPIES, "expert")
     """How often --moe-token-dispatcher-type alltoall sends a token."""
 
+    scmoe_ranks_per_node: int | None = _shown_as("N", None)
+    """Ranks that share a node, for --scmoe-dispatch-copies node and for what is reported of nodes;
+    by default those that the launcher started here."""
+
     scmoe_expert_placement: str | None = _shown_as("FILE", None)
     """Which expert-parallel rank every routed expert lies on, a file of tools/c2r.py place. Losses
     stay the same; checkpoints load with any placement or none."""
@@ -206,6 +211,11 @@ class ScMoEConfig:
     def own_norm(self) -> bool:
         """Whether what the experts read has a norm of its own."""
         return self.has_shortcut and self.scmoe_shortcut_norm == "own"
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of the job that share a node."""
+        return self.scmoe_ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     @property
     def dual_gating(self) -> bool:

@@ -7,6 +7,7 @@ is refused where units are made (model/specs.py). Host lines are those of megatr
 """
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -184,6 +185,19 @@ def _uneven_virtual(dest: str) -> Callable[[Namespace], Found]:
     return when
 
 
+def _no_blocks(args: Namespace) -> Found:
+    """Nodes are blocks of consecutive ranks; so are expert parallel ranks, each of them as many as
+    share its experts (core/parallel_state.py:880)."""
+    if args.scmoe_dispatch_copies != "node":
+        return False
+    local = args.scmoe_ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    each = args.expert_tensor_parallel_size or getattr(args, TP)
+    group = getattr(args, EP) * each
+    if not local or (group % local == 0 and local % each == 0):  # else no launcher has told
+        return False
+    return {"local": local, "group": group, "text": _product(args, (_sides(args)[1][0], EP))[1]}
+
+
 TYPED = (
     *(
         Refusal(
@@ -206,6 +220,12 @@ TYPED = (
         "--use-tp-pp-dp-mapping with pipeline parallelism wants as many data parallel ranks for "
         "experts as for the rest, and there are {experts} and {dense}",
         "drop it",
+    ),
+    Refusal(
+        _no_blocks,
+        "--scmoe-dispatch-copies node wants expert parallel groups that fill whole nodes, and "
+        "{text} does not fill nodes of {local} ranks",
+        "use rank, other sizes, or say how many ranks share a node with --scmoe-ranks-per-node",
     ),
     Refusal(
         lambda args: args.expert_model_parallel_size > 1 and not args.num_experts,

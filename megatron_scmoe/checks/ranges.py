@@ -69,6 +69,7 @@ SIZES = {
     "padded_vocab_size": 100_000_000,
     "make_vocab_size_divisible_by": 10_000_000,
     "scmoe_num_chunks": 1_000,
+    "scmoe_ranks_per_node": 1_000_000,
 }
 AT_LEAST_1 = (
     "tensor_model_parallel_size",
@@ -76,6 +77,7 @@ AT_LEAST_1 = (
     "pipeline_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "scmoe_ranks_per_node",
     "num_distributed_optimizer_instances",
     "num_virtual_stages_per_pipeline_rank",
     "num_layers_per_virtual_pipeline_stage",

@@ -78,7 +78,7 @@ class ScMoELayer(MoELayer):
         )
         local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         self.token_dispatcher = dispatcher.build(
-            self.config, pg_collection, local, self.token_dispatcher
+            self.config, pg_collection, local, self.token_dispatcher, scmoe
         )
         self.expert_order: Tensor | None
         order = None if expert_order is None else torch.tensor(expert_order)
@@ -97,7 +97,7 @@ class ScMoELayer(MoELayer):
         self.num_chunks = scmoe.scmoe_num_chunks
         self.input_scale = scmoe.scmoe_input_scale
         self.hands_on_logits = scmoe.scmoe_gating_residual
-        self.recorder = UnitRecorder()
+        self.recorder = UnitRecorder(scmoe.ranks_per_node)
         self.choices = Choices()
         self.router.routing = self.choices.watching(self.router.routing)
         self.combine_gate = COMBINES[scmoe.scmoe_combine].build(self.config)

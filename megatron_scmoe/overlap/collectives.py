@@ -13,6 +13,7 @@ Shapes: N rows sent, R rows received, n ranks of the group
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 
 import torch
@@ -27,6 +28,8 @@ from megatron_scmoe.overlap.streams import Event, launch
 class Collective(ABC):
     """One kind of exchange; `streams.launch` calls it and looks after the memory."""
 
+    group: ProcessGroup
+    """Who takes part."""
     blocks_host = False
     """Whether `exchange` returns when the numbers of rows are known, and not at once."""
 
@@ -56,8 +59,20 @@ class Collective(ABC):
         """
 
     @abstractmethod
+    def bytes_to(self, sent: list[Tensor]) -> Sequence[int] | Tensor:
+        """What this rank sends to each rank of the group, [n], nothing to itself."""
+
     def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
-        """What this rank sends to other ranks."""
+        """What it sends to other ranks."""
+        to = self.bytes_to(sent)
+        return to.sum() if isinstance(to, Tensor) else sum(to)
+
+    def bytes_between_nodes(self, sent: list[Tensor], ranks_per_node: int) -> int | Tensor:
+        """The part of it that leaves this node."""
+        to, away = self.bytes_to(sent), _on_other_nodes(self.group, ranks_per_node)
+        if isinstance(to, Tensor):
+            return sum((to[place] for place in away), to.new_zeros(()))
+        return sum(to[place] for place in away)
 
     def result(self, received: Tensor) -> Tensor:
         """What the caller gets of what was received, [R, ...]; called where compute runs."""
@@ -69,7 +84,6 @@ class PerTensor(Collective):
     """An exchange by one call of torch.distributed for each tensor."""
 
     group: ProcessGroup
-    """Who takes part."""
 
     def moves(self) -> bool:
         return self.group.size() > 1
@@ -89,12 +103,15 @@ class PerTensor(Collective):
     def issue(self, buffer: Tensor, sent: Tensor, async_op: bool) -> Work | None:
         """Call torch.distributed."""
 
-    def bytes_sent(self, sent: list[Tensor]) -> int:
-        return sum(self._bytes_sent(tensor) for tensor in sent)
+    def bytes_to(self, sent: list[Tensor]) -> list[int]:
+        own = self.group.rank()
+        of_tensors = [self._bytes_to(tensor) for tensor in sent]
+        sums = [sum(parts) for parts in zip(*of_tensors, strict=True)]
+        return [0 if rank == own else size for rank, size in enumerate(sums)]
 
     @abstractmethod
-    def _bytes_sent(self, sent: Tensor) -> int:
-        """Of one tensor."""
+    def _bytes_to(self, sent: Tensor) -> list[int]:
+        """Of one tensor, to this rank too."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +141,9 @@ class AllToAll(PerTensor):
             buffer, sent, *splits, group=self.group, async_op=async_op
         )
 
-    def _bytes_sent(self, sent: Tensor) -> int:
-        rows = sum(self.input_splits) - self.input_splits[self.group.rank()]
-        return rows * sent[0:1].nbytes if rows else 0
+    def _bytes_to(self, sent: Tensor) -> list[int]:
+        row = sent.shape[1:].numel() * sent.element_size()
+        return [rows * row for rows in self.input_splits]
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,8 @@ class AllGather(PerTensor):
             buffer, sent, group=self.group, async_op=async_op
         )
 
-    def _bytes_sent(self, sent: Tensor) -> int:
-        return (self.group.size() - 1) * sent.nbytes
+    def _bytes_to(self, sent: Tensor) -> list[int]:
+        return [sent.nbytes] * self.group.size()
 
 
 @dataclass(frozen=True)
@@ -170,9 +187,9 @@ class ReduceScatter(PerTensor):
             buffer, sent, group=self.group, async_op=async_op
         )
 
-    def _bytes_sent(self, sent: Tensor) -> int:
+    def _bytes_to(self, sent: Tensor) -> list[int]:
         size = self.group.size()
-        return (size - 1) * (sent.nbytes // size)
+        return [sent.nbytes // size] * size
 
     def result(self, received: Tensor) -> Tensor:
         if self._by_gloo():
@@ -191,19 +208,22 @@ class Fused(Collective):
 
     Args:
         function: sent tensors to received ones; what it does not block for may run later.
-        rows_leaving: rows that this rank sends to other ranks, []. The way back is taken to carry
-            as many, which holds for the mean over ranks.
+        group: who takes part.
+        rows_to: rows that this rank sends to each of them, [n], nothing to itself. The way back is
+            taken to carry as many, which holds for the mean over ranks.
         blocks_host: whether the function waits for the numbers of rows.
     """
 
     def __init__(
         self,
         function: Callable[..., tuple[Tensor, ...]],
-        rows_leaving: int | Tensor,
+        group: ProcessGroup,
+        rows_to: Tensor,
         blocks_host: bool = False,
     ) -> None:
         self._function = function
-        self._rows_leaving = rows_leaving
+        self.group = group
+        self._rows_to = rows_to
         self.blocks_host = blocks_host
         self._graph: OwnGraph | None = None
 
@@ -229,9 +249,9 @@ class Fused(Collective):
         graph, self._graph = self._graph, None
         return graph.backward(list(grads))
 
-    def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
+    def bytes_to(self, sent: list[Tensor]) -> Tensor:
         """Of the rows; their weights are not counted."""
-        return self._rows_leaving * (sent[0].shape[1:].numel() * sent[0].element_size())
+        return self._rows_to * (sent[0].shape[1:].numel() * sent[0].element_size())
 
 
 class FusedBackward(Collective):
@@ -239,6 +259,7 @@ class FusedBackward(Collective):
 
     def __init__(self, there: Fused) -> None:
         self._there = there
+        self.group = there.group
 
     def mirrored(self) -> Fused:
         return self._there
@@ -251,8 +272,8 @@ class FusedBackward(Collective):
     ) -> tuple[list[Tensor], list[Work | None]]:
         return self._there.take_back(sent), []
 
-    def bytes_sent(self, sent: list[Tensor]) -> int | Tensor:
-        return self._there.bytes_sent(sent)
+    def bytes_to(self, sent: list[Tensor]) -> Tensor:
+        return self._there.bytes_to(sent)
 
 
 class Transfer:
@@ -275,7 +296,10 @@ class Transfer:
         self._collective = collective
         self._log = log
         sent = [collective.leaving(tensor) for tensor in tensors]
-        self._bytes = 0 if log is None else collective.bytes_sent(sent)
+        self._bytes: tuple[int | Tensor, int | Tensor] = (0, 0)
+        if log is not None:
+            nodes = collective.bytes_between_nodes(sent, log[0].ranks_per_node)
+            self._bytes = collective.bytes_sent(sent), nodes
         began = perf_counter()
         self._flight = launch(collective.exchange, sent, ready) if collective.moves() else None
         if log is not None and collective.blocks_host:
@@ -290,5 +314,13 @@ class Transfer:
         received = self._flight.wait()
         if self._log is not None:
             recorder, activity = self._log
-            recorder.exchanged(activity, self._flight, self._bytes)
+            recorder.exchanged(activity, self._flight, *self._bytes)
         return [self._collective.result(tensor) for tensor in received]
+
+
+@lru_cache
+def _on_other_nodes(group: ProcessGroup, ranks_per_node: int) -> list[int]:
+    """Places in a group of the ranks that do not share this rank's node."""
+    nodes = [rank // ranks_per_node for rank in torch.distributed.get_process_group_ranks(group)]
+    own = nodes[group.rank()]
+    return [place for place, node in enumerate(nodes) if node != own]

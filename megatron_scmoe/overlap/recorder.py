@@ -7,6 +7,7 @@ Times are seconds on the clock of this process (`time.perf_counter`).
 """
 
 from dataclasses import dataclass, field
+from itertools import batched
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class Exchange(NamedTuple):
     """Seconds for which compute stood still until it was complete."""
     bytes: int
     """That this rank sent to other ranks."""
+    bytes_between_nodes: int = 0
+    """The part of them that left its node."""
 
 
 @dataclass
@@ -69,16 +72,22 @@ class UnitRecord:
 
 
 class UnitRecorder:
-    """Collects the record of one unit over the micro-batches of an iteration."""
+    """Collects the record of one unit over the micro-batches of an iteration.
 
-    def __init__(self) -> None:
+    Args:
+        ranks_per_node: ranks of the job that share a node.
+    """
+
+    def __init__(self, ranks_per_node: int = 1) -> None:
+        self.ranks_per_node = ranks_per_node
         self.records_steps = False
         """Whether the steps are wanted: it costs a time stamp at every turn."""
         self.current: Activity | None = None
         """What compute does, while steps are recorded."""
         self.pass_number = 0
         """Of the forward pass that runs."""
-        self._flights: list[tuple[Activity, Flight, int | Tensor]] = []
+        self._flights: list[tuple[Activity, Flight]] = []
+        self._bytes: list[int | Tensor] = []
         self._turns: list[tuple[Activity | None, Moment]] = []
         self._host_wait = 0.0
         self._tokens_per_expert: Tensor | None = None
@@ -96,9 +105,16 @@ class UnitRecorder:
             self.current = activity
             self._turns.append((activity, moment(self._like)))
 
-    def exchanged(self, activity: Activity, flight: Flight, bytes_sent: int | Tensor) -> None:
+    def exchanged(
+        self,
+        activity: Activity,
+        flight: Flight,
+        bytes_sent: int | Tensor,
+        between_nodes: int | Tensor,
+    ) -> None:
         """An exchange has been waited for."""
-        self._flights.append((activity, flight, bytes_sent))
+        self._flights.append((activity, flight))
+        self._bytes += (bytes_sent, between_nodes)
 
     def host_waited(self, seconds: float) -> None:
         """The host stood still until it knew numbers of rows."""
@@ -122,16 +138,17 @@ class UnitRecorder:
     def take(self) -> UnitRecord:
         """The record since the last call. Synchronizes with the device: once an iteration."""
         flights, self._flights = self._flights, []
+        sent, self._bytes = self._bytes, []
         turns, self._turns = self._turns, []
         tokens, self._tokens_per_expert = self._tokens_per_expert, None
         same, self._same_choices = self._same_choices, None
         host_wait, self._host_wait = self._host_wait, 0.0
         self.pass_number = 0
         clock = Clock(self._like)
-        bytes_sent = _on_host([sent for _, _, sent in flights])
+        numbers = _on_host(sent)
         exchanges = [
-            Exchange(activity, *flight.times(clock), sent)
-            for (activity, flight, _), sent in zip(flights, bytes_sent, strict=True)
+            Exchange(activity, *flight.times(clock), *sizes)
+            for (activity, flight), sizes in zip(flights, batched(numbers, 2), strict=True)
         ]
         times = [clock.seconds(at) for _, at in turns]
         steps = [

@@ -98,11 +98,20 @@ def fetch(slots: Sequence[Tensor], home: Sequence[Tensor]) -> Flight:
 
     def exchange(_: list[Tensor], async_op: bool) -> tuple[list[Tensor], list[Any]]:
         if async_op:
-            return [], [_Copying(_reader().submit(copy))]
+            return [], [_Aside(_thread("expert-fetch").submit(copy))]
         copy()
         return [], []
 
     return launch(exchange, slots, lane="weights")
+
+
+def aside(run: Callable[[], None]) -> Any:
+    """CPU: let another thread do several exchanges one after the other, and give what to wait for.
+
+    One thread does all of them in the order in which they were asked for. Ranks ask in one order,
+    so that their calls of a group meet; nobody else may call that group meanwhile.
+    """
+    return _Aside(_thread("relay").submit(run))
 
 
 def now(tensor: Tensor) -> Event | None:
@@ -192,8 +201,8 @@ class _ThreadFlight:
         return self._started, end, min(self._blocked, end - self._started)
 
 
-class _Copying:
-    """CPU: a copy by another thread, as a work of torch.distributed."""
+class _Aside:
+    """CPU: what another thread does, as a work of torch.distributed."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
@@ -206,9 +215,9 @@ class _Copying:
 
 
 @lru_cache
-def _reader() -> ThreadPoolExecutor:
-    """One thread: copies arrive in the order in which they were started."""
-    return ThreadPoolExecutor(1, thread_name_prefix="expert-fetch")
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread for each name: what it is given is done in order."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 class _Here:

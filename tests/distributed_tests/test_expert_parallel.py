@@ -72,6 +72,10 @@ CASES = {
         scmoe={"scmoe_dispatch_copies": "rank", "scmoe_num_chunks": 2},
         host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 4},
     ),
+    "pos2, sent once to a node": Case(
+        scmoe={"scmoe_dispatch_copies": "node", "scmoe_ranks_per_node": 2},
+        host={"num_moe_experts": NUM_EXPERTS, "moe_router_topk": 4},
+    ),
     "pos3": Case(
         scmoe={"scmoe_shortcut_position": "pos3", "scmoe_post_norm": True},
         host={

@@ -170,7 +170,8 @@ def bytes_on_record() -> tuple[list[int], int]:
 
 
 def test_bytes_of_a_rank_without_rows() -> None:
-    fused = Fused(lambda rows: (rows,), rows_leaving=3)
+    rows_to = torch.tensor([0, 1, 2])
+    fused = Fused(lambda rows: (rows,), None, rows_to)  # type: ignore[arg-type]
     assert fused.bytes_sent([torch.empty(0, 4)]) == 3 * 4 * 4
 
 

@@ -23,6 +23,17 @@ def routed(dispatcher: str, position: str, **scmoe: int) -> Case:
     )
 
 
+def once(copies: str, ranks_per_node: int) -> Case:
+    return Case(
+        scmoe={
+            "scmoe_dispatch_copies": copies,
+            "scmoe_ranks_per_node": ranks_per_node,
+            "scmoe_num_chunks": 2,
+        },
+        host={"moe_router_topk": 3},
+    )
+
+
 CASES = {
     **{
         f"{dispatcher}, {position}, {chunks}": routed(dispatcher, position, scmoe_num_chunks=chunks)
@@ -30,9 +41,9 @@ CASES = {
         for position in POSITIONS
         for chunks in (1, 2)
     },
-    "once to a rank": Case(
-        scmoe={"scmoe_dispatch_copies": "rank", "scmoe_num_chunks": 2}, host={"moe_router_topk": 3}
-    ),
+    "once to a rank": once("rank", 1),
+    "once to a node of one rank": once("node", 1),
+    "once to a node of two": once("node", 2),
     **{
         f"{backend}, {chunks}": flex(backend, scmoe={"scmoe_num_chunks": chunks})
         for backend in ("deepep", "hybridep")

@@ -104,6 +104,11 @@ LAYOUTS = (
         4,
         f"{TP2} --expert-tensor-parallel-size 2 {EP2} --scmoe-num-chunks 3 {ONCE}",
     ),
+    Layout(
+        "EP 4, a row for each node of 2 ranks",
+        4,
+        "--expert-model-parallel-size 4 --scmoe-dispatch-copies node --scmoe-ranks-per-node 2",
+    ),
     Layout("PP 2", 2, PP2),
     Layout("PP 4", 4, "--pipeline-model-parallel-size 4"),
     Layout("PP 2, interleaved", 2, f"{PP2} --num-layers-per-virtual-pipeline-stage 2"),

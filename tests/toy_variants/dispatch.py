@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.model.dispatch import DISPATCHERS
+from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllGather, Collective, ReduceScatter
 
@@ -39,6 +40,7 @@ class DenseDispatcher(Dispatcher):
         pg_collection: ProcessGroupCollection,
         local_experts: slice,
         host: MoETokenDispatcher,
+        options: DispatchOptions,
     ) -> Self:
         return cls(pg_collection.tp_ep, local_experts)
 

@@ -80,6 +80,7 @@ TYPED = {
     "scmoe_remeasure_slot": ("--scmoe-remeasure-slot", True),
     "scmoe_num_chunks": ("--scmoe-num-chunks 2", 2),
     "scmoe_dispatch_copies": ("--scmoe-dispatch-copies rank", "rank"),
+    "scmoe_ranks_per_node": ("--scmoe-ranks-per-node 4", 4),
     "scmoe_expert_placement": ("--scmoe-expert-placement placement.json", "placement.json"),
     "scmoe_trace_dir": ("--scmoe-trace-dir traces", "traces"),
 }

@@ -315,6 +315,10 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--use-tp-pp-dp-mapping with pipeline": Typed(
         TYPED, f"{TP2} {PP2} --use-tp-pp-dp-mapping --expert-tensor-parallel-size 1"
     ),
+    "--scmoe-dispatch-copies node wants expert parallel groups that fill whole nodes": Typed(
+        TYPED,
+        "--expert-model-parallel-size 2 --scmoe-dispatch-copies node --scmoe-ranks-per-node 4",
+    ),
     "--expert-model-parallel-size 2 without": Typed(
         TYPED, "--expert-model-parallel-size 2", {"num_experts": None}
     ),

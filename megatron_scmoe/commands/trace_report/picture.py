@@ -70,7 +70,7 @@ def _timeline(axes: Any, one: TracedPass) -> None:
         # A wait is mostly covered by what is exposed; the rest sorts what has arrived.
         label = "" if name in WAITS else step_name(name).removeprefix("dense ")
         bar(span.activity, span.begin, span.end, label, facecolor=colour)
-    for activity, begin, end, blocked, _ in one.exchanges:
+    for activity, begin, end, blocked, *_ in one.exchanges:
         colour = COLOURS[activity.name]
         bar(activity, begin, end, activity.name, chunks, facecolor=colour, alpha=0.7)
         if blocked:

@@ -7,6 +7,7 @@ from megatron_scmoe.model.dispatch.allgather import AllGatherDispatcher
 from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher
 from megatron_scmoe.model.dispatch.flex import FlexDispatcher
 from megatron_scmoe.model.dispatch.once import OncePerRankDispatcher
+from megatron_scmoe.model.dispatch.relayed import OncePerNodeDispatcher
 from megatron_scmoe.model.dispatch.trip import Dispatcher
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
@@ -17,6 +18,7 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
 COPIES: dict[str, type[Dispatcher]] = {
     "expert": AllToAllDispatcher,
     "rank": OncePerRankDispatcher,
+    "node": OncePerNodeDispatcher,
 }
 
 

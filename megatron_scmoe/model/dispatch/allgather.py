@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllGather, Collective, ReduceScatter
@@ -40,6 +41,7 @@ class AllGatherDispatcher(Dispatcher):
         pg_collection: ProcessGroupCollection,
         local_experts: slice,
         host: MoETokenDispatcher,
+        options: DispatchOptions,
     ) -> Self:
         return cls(config, pg_collection, local_experts)
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput, Trip
@@ -38,6 +39,7 @@ class AllToAllDispatcher(Dispatcher):
         pg_collection: ProcessGroupCollection,
         local_experts: slice,
         host: MoETokenDispatcher,
+        options: DispatchOptions,
     ) -> Self:
         return cls(config, pg_collection, local_experts)
 

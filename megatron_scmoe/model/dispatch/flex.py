@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import Collective, Fused
@@ -53,6 +54,7 @@ class FlexDispatcher(Dispatcher):
         pg_collection: ProcessGroupCollection,
         local_experts: slice,
         host: MoETokenDispatcher,
+        options: DispatchOptions,
     ) -> Self:
         assert isinstance(host, MoEFlexTokenDispatcher)
         return cls(host, local_experts)
@@ -94,7 +96,8 @@ class FlexTrip:
             is_routed = by_rank.flatten(1).gather(1, chosen.clamp(min=0))
             manager.token_indices = chosen.masked_fill(~is_routed, -1)
         visits = by_rank.any(dim=2)
-        self._rows_leaving = visits.sum() - visits[:, manager.group.rank()].sum()
+        self._rows_to = visits.sum(dim=0)
+        self._rows_to[manager.group.rank()] = 0
         self.counts: tuple[RowCounts, int] | None = None
         self._cargo: tuple[Tensor, ...] = (chunk.hidden_states, manager.token_probs)
         manager.token_probs = None
@@ -130,7 +133,7 @@ class FlexTrip:
             return rows, received
 
         blocks = config.moe_flex_dispatcher_backend == "deepep"
-        return Fused(dispatch, self._rows_leaving, blocks_host=blocks)
+        return Fused(dispatch, manager.group, self._rows_to, blocks_host=blocks)
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """What the exchange has not sorted by expert yet is sorted here."""
@@ -146,7 +149,7 @@ class FlexTrip:
             return (manager.combine(rows, async_finish=False, allocate_on_comm_stream=False),)
 
         rows = manager.get_restored_hidden_states_by_experts(expert_output)
-        return Fused(combine, self._rows_leaving), rows
+        return Fused(combine, manager.group, self._rows_to), rows
 
     def restore(self, rows: Tensor) -> Tensor:
         """In the order of the tokens already."""

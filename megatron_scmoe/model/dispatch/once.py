@@ -1,5 +1,7 @@
 """Each token goes once to every rank that has experts of it, and one sum comes back.
 
+Or to every node: what differs is in relayed.py.
+
     (token, rank)  one row, and the token's weights for the experts there, [e]
     there          repeated for each of those experts, computed, summed
     (rank, token)  one row, added to those of the other ranks
@@ -10,8 +12,8 @@ precision and rounded once to travel, so that what differs from a row for every 
 of sums of three and more.
 
 Shapes: s sequence / TP, b batch, h hidden, T = s*b local tokens (of a chunk), E experts, D ranks
-that a token may be sent to, e experts of each, N rows sent, S rows received by all expert tensor
-parallel ranks, R rows for this rank's experts
+or nodes that a token may be sent to, e experts of each, N rows sent, S rows received by all expert
+tensor parallel ranks, R rows for this rank's experts
 """
 
 from collections.abc import Callable
@@ -40,17 +42,37 @@ class OncePerRankDispatcher(AllToAllDispatcher):
         One exchange tells the rows for every expert and those for every rank.
         """
         chunks = self.padded(chunks)
-        ranks = self.ep_group.size()
-        maps = [
-            torch.cat([chunk.routing_map, visits(chunk.routing_map, ranks)], dim=1)
-            for chunk in chunks
-        ]
+        maps = [self.counted(chunk.routing_map) for chunk in chunks]
         counts = RowCounts(maps, self.tp_ep_group, host_waited)
         return [OnceTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
 
     def most_rows(self, chunk: Chunk) -> int:
         """Rows that a chunk may have."""
-        return min(super().most_rows(chunk), len(chunk.routing_map) * self.ep_group.size())
+        return min(super().most_rows(chunk), len(chunk.routing_map) * self.places)
+
+    @property
+    def places(self) -> int:
+        """D."""
+        return self.ep_group.size()
+
+    @property
+    def own_columns(self) -> slice:
+        """Where among the weights of a row that was received those for this rank stand."""
+        return slice(None)
+
+    def counted(self, routing_map: Tensor) -> Tensor:
+        """What rows are counted for, [T, E + ...], from [T, E]: experts first."""
+        return torch.cat([routing_map, visits(routing_map, self.ep_group.size())], dim=1)
+
+    def passage(self, counts: Tensor) -> Passage:
+        """What travels.
+
+        Args:
+            counts: rows of all ranks for what is counted behind the experts, [EP, ETP, ...].
+        """
+        rank = self.ep_group.rank()
+        sent, received = counts[rank, self.tp_group.rank()], counts[:, :, rank]
+        return Passage(self.ep_group, self.tp_group, sent, received)
 
 
 class OnceTrip:
@@ -68,15 +90,15 @@ class OnceTrip:
         self._counts, self._index = counts, index
         self._num_experts = chunk.routing_map.shape[1]
         self._most_rows = dispatcher.most_rows(chunk)
-        ranks = dispatcher.ep_group.size()
-        self._visits = visits(chunk.routing_map, ranks)
+        self._visits = visits(chunk.routing_map, dispatcher.places)
         rows, _, self._permutation, _, _ = permute(
             chunk.hidden_states,
             self._visits,
             num_out_tokens=self._most_rows,
             fused=self._fused,
         )
-        weights = chunk.probs.masked_fill(~chunk.routing_map, NOT_HERE).unflatten(1, (ranks, -1))
+        weights = chunk.probs.masked_fill(~chunk.routing_map, NOT_HERE)
+        weights = weights.unflatten(1, (dispatcher.places, -1))
         # The same rows, as those of D * T tokens with one place to go.
         row_weights, *_ = permute(
             weights.transpose(0, 1).flatten(0, 1),
@@ -99,22 +121,20 @@ class OnceTrip:
         own = self._dispatcher
         ranks = own.ep_group.size(), own.tp_group.size()
         counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
-        for_experts, for_ranks = counts.split([self._num_experts, own.ep_group.size()], dim=2)
-        sent = for_ranks[own.ep_group.rank(), own.tp_group.rank()]
-        self._num_rows = int(sent.sum())
+        self.tokens_per_expert = counts[:, :, own.local_experts].sum(dim=(0, 1))
+        self._passage = own.passage(counts[:, :, self._num_experts :])
+        self._num_rows = self._passage.rows
         if self._num_rows > self._most_rows:
             raise RuntimeError(
                 f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
             )
-        self.tokens_per_expert = for_experts[:, :, own.local_experts].sum(dim=(0, 1))
-        received = for_ranks[:, :, own.ep_group.rank()]
-        self._passage = Passage(own.ep_group, own.tp_group, sent, received)
         self._collective = self._passage.collective()
         return self._collective
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """Each row once for every expert of this rank that it is for."""
         weights, rows = self._passage.gathered(received)
+        weights = weights[:, self._dispatcher.own_columns].contiguous()
         self._here = weights != NOT_HERE
         self._received_shape = rows.shape
         rows, probs, self._order, _, _ = permute(

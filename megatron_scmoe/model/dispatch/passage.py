@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, dtype
 from torch.distributed import ProcessGroup
 
-from megatron_scmoe.overlap.collectives import AllToAll
+from megatron_scmoe.overlap.collectives import AllToAll, Collective
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,16 @@ class Passage:
     received: Tensor
     """Rows from every one, for each of its expert tensor parallel ranks, [EP, ETP], on the CPU."""
 
-    def collective(self) -> AllToAll:
+    @property
+    def rows(self) -> int:
+        """N."""
+        return int(self.sent.sum())
+
+    def collective(self) -> Collective:
         """From [N, ...] to [R, ...]."""
+        return self._between_ranks()
+
+    def _between_ranks(self) -> AllToAll:
         received = self.received[:, self.tp_group.rank()]
         return AllToAll(self.ep_group, self.sent.tolist(), received.tolist())
 

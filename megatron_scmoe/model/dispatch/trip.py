@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.collectives import Collective
 
@@ -86,12 +87,14 @@ class Dispatcher(Variant):
         pg_collection: ProcessGroupCollection,
         local_experts: slice,
         host: MoETokenDispatcher,
+        options: DispatchOptions,
     ) -> Self:
         """Make one for a layer.
 
         Args:
             local_experts: the experts of this rank.
             host: the host's own.
+            options: ours.
         """
         raise NotImplementedError
 
