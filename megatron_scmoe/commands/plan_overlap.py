@@ -92,6 +92,12 @@ def add_planner_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     )
     group = parser.add_argument_group("planner")
     group.add_argument("--measured", type=Path, metavar="FILE", help="Measured operator times.")
+    group.add_argument(
+        "--collaboration",
+        type=Path,
+        metavar="FILE",
+        help="What a router chose, by tools/c2r.py profile: how often a token is sent.",
+    )
     group.add_argument("--extrapolate", action="store_true", help="Also 64 to 4096 GPUs.")
     group.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
     offer_own_help(parser, [cluster, group])
@@ -121,6 +127,7 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
         if getattr(args, name) is None or getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} is missing or not positive: it makes the layout.")
     args.rank, args.world_size = 0, args.cluster_nodes * args.cluster_gpus_per_node
+    args.scmoe_ranks_per_node = args.scmoe_ranks_per_node or args.cluster_gpus_per_node
     # Validated for this machine; the memory is that of the cluster's kernels.
     transformer_impl = args.transformer_impl
     host.switch_kernels(args)

@@ -99,6 +99,8 @@ class ScMoELayer(MoELayer):
         self.hands_on_logits = scmoe.scmoe_gating_residual
         self.recorder = UnitRecorder(scmoe.ranks_per_node)
         self.choices = Choices()
+        ranks = torch.distributed.get_process_group_ranks(pg_collection.ep)
+        self.nodes = [rank // scmoe.ranks_per_node for rank in ranks]
         self.router.routing = self.choices.watching(self.router.routing)
         self.combine_gate = COMBINES[scmoe.scmoe_combine].build(self.config)
         # The exchanges are not repeated in backward: recomputing "moe" means recomputing what
@@ -151,6 +153,8 @@ class ScMoELayer(MoELayer):
         if self.input_scale != 1:
             flat = flat * self.input_scale
         routing = routing.in_order(self.expert_order)
+        if self.training and len(self.nodes) > 1:
+            self.choices.visited(routing.routing_map, self.nodes)
         whole, rest = divmod(flat.shape[0], self.num_chunks)
         sizes = [whole + (chunk < rest) for chunk in range(self.num_chunks)]
         parts = zip(

@@ -116,6 +116,21 @@ class Cluster:
             seconds = max(seconds, network)
         return seconds / self.efficiency + self.message_latency * (ranks - 1)
 
+    def two_hops_seconds(self, across: float, inside: float, ranks: int, stride: int = 1) -> float:
+        """Time of an all-to-all between nodes, and then of one between the ranks of each.
+
+        Args:
+            across: bytes that one rank sends to ranks of its place in all nodes, its own included.
+            inside: bytes that it hands on in its node, to itself included.
+            ranks, stride: as of `all_to_all_seconds`.
+
+        Raises:
+            ValueError: the group leaves the node and the network is unknown.
+        """
+        local = self.ranks_in_node(ranks, stride)
+        there = self.all_to_all_seconds(across, ranks // local, stride * self.gpus_per_node)
+        return there + self.all_to_all_seconds(inside, local, stride)
+
     def ring_seconds(self, held: float, ranks: int, stride: int = 1) -> float:
         """Time of a reduce-scatter or an all-gather; an all-reduce is both.
 

@@ -10,12 +10,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scmoe.model.specs import moe_layer_pattern
 from megatron_scmoe.overlap.schedule import default_slots
 from megatron_scmoe.planner.cluster import PRESETS
+from megatron_scmoe.planner.copies import copies_of
 from megatron_scmoe.planner.iteration import Race, Racer
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
 from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
 from megatron_scmoe.planner.predict import Model, Prediction
-from megatron_scmoe.planner.times import tokens_per_rank
+from megatron_scmoe.planner.times import exchange_bytes, tokens_per_rank
 from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.words import size, table
 
@@ -32,6 +33,7 @@ def as_text(
         "\n".join([_verdict(args, config, plan), *what_the_flag_changes(args)]),
         _head(args, config, plan),
         _parts_table(config, plan.model),
+        _copies_table(args, config),
         _positions_table(config, plan),
         _race_table(args, config, plan),
         _degrees_table(plan),
@@ -53,6 +55,7 @@ def as_json(
         "layout": _layout(args, config),
         "parameters": plan.parameters,
         "tokens_per_rank": tokens_per_rank(args, config),
+        "rows_of_a_token": asdict(copies_of(args, config, config.moe_router_topk)),
         "seconds": {
             name: {
                 **{step.value: times.dense[step] for step in plan.model.operators},
@@ -239,6 +242,30 @@ def _parts_table(config: TransformerConfig, model: Model) -> str:
         + table(["", "forward", "backward"], rows)
         + f"\ncommunication is {communication_share(model):.0%} of the MoE's time with "
         f"{_wider(config)}"
+    )
+
+
+def _copies_table(args: Namespace, config: TransformerConfig) -> str:
+    own = copies_of(args, config, config.moe_router_topk)
+    ranks, local = config.expert_model_parallel_size, own.ranks_per_node
+    if ranks == 1:
+        return ""
+    each = ("expert", own.experts), ("rank", own.ranks), ("node", own.nodes)
+    rows = []
+    handed_on = sum(exchange_bytes(args, config, config.moe_router_topk, "rank"))
+    for name, copies in each:
+        sent = sum(exchange_bytes(args, config, config.moe_router_topk, name))
+        between_nodes = sent * (1 - local / ranks)
+        between_ranks = sent * (1 - 1 / ranks)
+        if name == "node":
+            between_ranks = between_nodes + handed_on * (1 - 1 / local)
+        mark = "*" if name == args.scmoe_dispatch_copies else ""
+        rows.append([name + mark, f"{copies:.2f}", size(between_ranks), size(between_nodes)])
+    how = "counted" if own.counted else "any experts equally likely"
+    return (
+        f"Rows of a token ({how}), and what a rank sends in a dispatch and a combine of a "
+        "micro-batch; * --scmoe-dispatch-copies\n"
+        + table(["a row for every", "rows", "to other ranks", "to other nodes"], rows)
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.builder import ScMoEModelConfig
-from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.specs import moe_layer_pattern, unit_class
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
+from megatron_scmoe.planner.copies import copies_of
 from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes, Routed
 from megatron_scmoe.planner.size import ModelSize, model_size
 
@@ -62,17 +62,28 @@ def padding_factor(config: TransformerConfig) -> float:
     return 1.0
 
 
-def exchange_bytes(args: Namespace, config: TransformerConfig, topk: int) -> tuple[float, float]:
-    """Bytes that a rank sends in dispatch and in combine, to itself included.
+def exchange_bytes(
+    args: Namespace, config: TransformerConfig, topk: int, copies: str | None = None
+) -> tuple[float, float]:
+    """Bytes that a rank sends in dispatch and in combine, to itself included; with a row for every
+    node those that cross.
 
-    Rows of hidden states in the parameters' precision, in dispatch each with its router weight;
-    none for experts at home.
+    Rows of hidden states in the parameters' precision, in dispatch each with the router weights of
+    the experts that it may be for; none for experts at home.
+
+    Args:
+        copies: what there is a row for; None for --scmoe-dispatch-copies.
     """
-    at_home = sum(args.scmoe_experts_at_home.values())
-    share = float(ROUTERS[args.scmoe_router].routed_share(config, at_home, args))
-    rows = tokens_per_rank(args, config) * topk * share * padding_factor(config)
+    own = copies_of(args, config, topk)
+    experts = (config.num_moe_experts or 1) // config.expert_model_parallel_size
+    per_token, weights = {
+        "expert": (own.experts * padding_factor(config), 1),
+        "rank": (own.ranks, experts),
+        "node": (own.nodes, experts * own.ranks_per_node),
+    }[copies or args.scmoe_dispatch_copies]
+    rows = tokens_per_rank(args, config) * per_token
     row = config.hidden_size * config.params_dtype.itemsize
-    return rows * (row + _ROUTER_WEIGHT_BYTES), rows * row
+    return rows * (row + weights * _ROUTER_WEIGHT_BYTES), rows * row
 
 
 def with_exchanges(
@@ -85,12 +96,17 @@ def with_exchanges(
     """
 
     def exchanged(routed: Routed, topk: int) -> Routed:
+        ranks, stride = config.expert_model_parallel_size, config.expert_tensor_parallel_size
         dispatch, combine = (
-            cluster.all_to_all_seconds(
-                sent, config.expert_model_parallel_size, config.expert_tensor_parallel_size
-            )
+            cluster.all_to_all_seconds(sent, ranks, stride)
             for sent in exchange_bytes(args, config, topk)
         )
+        if args.scmoe_dispatch_copies == "node":
+            across = exchange_bytes(args, config, topk, "node")
+            dispatch, combine = (
+                cluster.two_hops_seconds(*sent, ranks, stride)
+                for sent in zip(across, exchange_bytes(args, config, topk, "rank"), strict=True)
+            )
         return replace(routed, dispatch=dispatch, combine=combine)
 
     topk = config.moe_router_topk

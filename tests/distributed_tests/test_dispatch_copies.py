@@ -30,6 +30,7 @@ from tests.routing_cases import planned_logits
 WORLD_SIZE, EXPERTS, HIDDEN = 4, 8, 16
 RANKS_PER_NODE = 2
 TOKENS = SEQUENCE * BATCH
+ONCE = tuple(copies for copies in COPIES if copies != "expert")
 ALONE = {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
 
 
@@ -38,8 +39,8 @@ class Model:
     """What differs from a dropless model at Pos-2."""
 
     topk: int = 3
-    bitwise: bool = False
-    """Whether the sums have one order."""
+    bitwise: tuple[str, ...] = ()
+    """Ways of sending with which the sums have the order of a row for every expert."""
     selection: list[list[int]] | None = None
     """Experts of every token, on every rank; None for those that random weights choose."""
     multiple: int = 1
@@ -49,16 +50,16 @@ class Model:
 
 
 MODELS = {
-    "top-1": Model(1, bitwise=True),
-    "top-2": Model(2, bitwise=True),
+    "top-1": Model(1, bitwise=ONCE),
+    "top-2": Model(2, bitwise=ONCE),
     "one expert on each rank": Model(
         4,
-        bitwise=True,
+        bitwise=("rank",),  # a node sums two of the four first
         selection=[[2 * rank + (token + rank) % 2 for rank in range(4)] for token in range(TOKENS)],
     ),
     "top-5, grouped experts": Model(5, host={"moe_grouped_gemm": True}),
     "every expert": Model(8),
-    "all to one rank": Model(2, bitwise=True, selection=[[2, 3]] * TOKENS),
+    "all to one rank": Model(2, bitwise=ONCE, selection=[[2, 3]] * TOKENS),
     "capacity": Model(host={"moe_expert_capacity_factor": 1.0}),
     "padded to capacity": Model(
         host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
@@ -73,19 +74,15 @@ MODELS = {
     ),
     "two gates": Model(
         1,
-        bitwise=True,
+        bitwise=ONCE,
         host=ALONE,
         scmoe={"scmoe_dual_gating": "separate", "scmoe_combine": "add"},
     ),
     "without a shortcut": Model(
         host=ALONE, scmoe={"scmoe_shortcut_position": "none", "scmoe_combine": "add"}
     ),
-    "sigmoid weights": Model(
-        host={"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
-    ),
     "bf16": Model(2, host={"params_dtype": torch.bfloat16, "bf16": True}),
 }
-ONCE = [copies for copies in COPIES if copies != "expert"]
 
 
 def build(model: Model, copies: str, overlap: bool = True) -> TransformerBlock:
@@ -161,26 +158,34 @@ def train(block: TransformerBlock) -> dict[str, Any]:
     return {"output": output.detach(), "input": batch.grad, **gradients}
 
 
-def compare(model: Model, copies: str) -> dict[str, Any]:
-    """One way of sending against a row for every expert."""
+def compare(model: Model) -> dict[str, dict[str, Any]]:
+    """Every way of sending once against a row for every expert."""
     alltoall.get_align_size_for_quantization = (  # type: ignore[attr-defined]
         lambda _: model.multiple
     )
     expected = train(build(model, "expert"))
-    on = train(build(model, copies))
-    off = train(build(model, copies, overlap=False))
     routers = [value for name, value in expected.items() if name.endswith("router.weight")]
     for value in (expected["output"], expected["input"], *routers):
         assert value.abs().max() > 0
+    found = {}
+    for copies in ONCE:
+        on = train(build(model, copies))
+        off = train(build(model, copies, overlap=False))
+        found[copies] = {
+            "not bitwise": differences(expected, on),
+            "distance": distance(expected, on),
+            "overlap": differences(off, on),
+        }
+    return found
+
+
+def evaluated(copies: str) -> bool:
+    """Whether evaluation gives the output of training."""
+    model = MODELS["top-2"]
     block = build(model, copies).eval()
     with torch.no_grad():
-        evaluated = run_block(block, inputs(0).to(block.config.params_dtype))
-    return {
-        "not bitwise": differences(expected, on),
-        "distance": distance(expected, on),
-        "overlap": differences(off, on),
-        "evaluation": torch.equal(evaluated, on["output"]),
-    }
+        output = run_block(block, inputs(0))
+    return torch.equal(output, train(build(model, copies))["output"])
 
 
 def traffic(copies: str) -> dict[str, Any]:
@@ -227,9 +232,8 @@ def traffic(copies: str) -> dict[str, Any]:
 
 def everything() -> dict[Any, Any]:
     torch.use_deterministic_algorithms(True)
-    found: dict[Any, Any] = {
-        (name, copies): compare(model, copies) for name, model in MODELS.items() for copies in ONCE
-    }
+    found: dict[Any, Any] = {name: compare(model) for name, model in MODELS.items()}
+    found |= {("evaluated", copies): evaluated(copies) for copies in ONCE}
     return found | {copies: traffic(copies) for copies in COPIES}
 
 
@@ -245,10 +249,10 @@ def test_sending_once_gives_the_numbers_of_sending_to_every_expert(
 ) -> None:
     tolerance = 5e-2 if "bf16" in MODELS[name].host else 1e-12
     for rank in found:
-        result = rank[name, copies]
-        assert result["overlap"] == [] and result["evaluation"]
+        result = rank[name][copies]
+        assert result["overlap"] == []
         assert result["distance"] <= tolerance
-        if MODELS[name].bitwise:
+        if copies in MODELS[name].bitwise:
             # On a node, rows reach an expert in another order: its weights' gradients are sums
             # over them.
             others = [x for x in result["not bitwise"] if copies == "rank" or ".experts." not in x]
@@ -257,7 +261,12 @@ def test_sending_once_gives_the_numbers_of_sending_to_every_expert(
 
 def test_the_models_tell_orders_of_sums_apart(found: list[dict[Any, Any]]) -> None:
     """Otherwise the bitwise comparisons would show nothing."""
-    assert any(rank["every expert", copies]["not bitwise"] for rank in found for copies in ONCE)
+    assert any(rank["every expert"][copies]["not bitwise"] for rank in found for copies in ONCE)
+
+
+@pytest.mark.parametrize("copies", ONCE)
+def test_evaluation_sends_the_same(found: list[dict[Any, Any]], copies: str) -> None:
+    assert all(rank["evaluated", copies] for rank in found)
 
 
 def distinct_ranks(maps: Tensor, own: int) -> int:

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scmoe.overlap.measure.choices import Choices, in_words, over_layers, statistics
+from megatron_scmoe.model.dispatch import COPIES
+from megatron_scmoe.overlap.measure.choices import (
+    Choices,
+    copies_per_token,
+    in_words,
+    over_layers,
+    statistics,
+)
 from tests.models import run_block
 from tests.unit_tests.test_moepp import KINDS, LOSS, case
 from tests.unit_tests.test_variants import EXPERTS, FULL, K, hidden_states, toy_block
@@ -24,6 +31,8 @@ def test_counts_by_hand() -> None:
     with torch.no_grad():
         choices.add(routed, at_home, slots=2)  # no gradient, no count
         choices.watching(lambda found: found)(logits[:, None])
+    for part in (routed[:2], routed[2:]):
+        choices.visited(part, nodes=[0, 0, 1])  # an expert on each of three ranks
     row = choices.take(torch.tensor([0.5, -0.25, 0, 0, 0]))
     assert row is not None and choices.take(None) is None
     found = statistics(row.tolist(), {"zero": 1, "copy": 1}, biased=True)
@@ -36,6 +45,8 @@ def test_counts_by_hand() -> None:
             "load-violation": 0.8,
             "routed-per-token": 1,
             "routed-per-token-spread": torch.tensor(per_token).double().std(correction=0).item(),
+            "ranks-per-token": 1.0,
+            "nodes-per-token": 0.8,
             "dropped": 0.1,
             "slots-of-zero": 0.2,
             "slots-of-copy": 0.2,
@@ -43,6 +54,8 @@ def test_counts_by_hand() -> None:
             "bias-range": 0.75,
         }
     )
+    copies = [copies_per_token(found, copies) for copies in COPIES]
+    assert copies == pytest.approx([1.0, 1.0, 0.8])
     assert in_words(found) == " routed per token: 1.00 | slots at home: 40.0% | dropped: 10.0% |"
     assert in_words({"dropped": 0.0}) == ""
     assert over_layers({1: {"a": 1.0}, 3: {"a": 3.0, "b": 5.0}}) == {"a": 2.0, "b": 5.0}

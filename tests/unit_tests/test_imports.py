@@ -104,6 +104,7 @@ ALLOWED = {
     "planner": {
         "words",
         "arguments",
+        "c2r",
         "checks",
         "config",
         "host",

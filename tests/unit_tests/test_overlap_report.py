@@ -11,7 +11,7 @@ import torch
 
 from megatron_scmoe.commands import overlap_report
 from megatron_scmoe.commands.trace_report.advice import advise
-from megatron_scmoe.commands.trace_report.analysis import Figures, analyse
+from megatron_scmoe.commands.trace_report.analysis import Figures, Traffic, analyse
 from megatron_scmoe.commands.trace_report.picture import draw
 from megatron_scmoe.commands.trace_report.report_text import render, slot_name
 from megatron_scmoe.commands.trace_report.traces import TracedRun, read_run
@@ -155,6 +155,24 @@ def test_exposed_and_hidden(tmp_path: Path) -> None:
     assert figures.layers[4, "backward", "dispatch"].exposed == close(2 * 4 * MS)
     assert figures.layers[4, "backward", "dispatch"].hidden == close(2 * 6 * MS)
     assert figures.layers[2, "backward", "combine"].hidden_share == pytest.approx(1)
+
+
+def test_what_is_sent(tmp_path: Path) -> None:
+    """An iteration of a rank, 2 layers x 2 passes: 36 kB each, a quarter of it to another node."""
+    for rank in range(2):
+        writer = TraceWriter(tmp_path, rank, FACTS | {"scmoe_dispatch_copies": "rank"})
+        record = record_of()
+        record.exchanges = [x._replace(bytes_between_nodes=x.bytes // 4) for x in record.exchanges]
+        record.tokens_per_expert = torch.tensor([10, 10 + 20 * rank])
+        writer.add(8, {2: record, 4: record_of(1e3)}, Slots(1, 1), 1.5)
+    run = read_run(tmp_path)
+    figures = analyse(run)
+    assert figures.traffic == Traffic(sent=4 * 36_000, between_nodes=18_000, copies=1.5, load=4 / 3)
+    text = " ".join(render(run, figures).split())
+    assert (
+        "Sent 144 kB to other ranks an iteration, 18.0 kB of it to other nodes, 1.50 rows of a "
+        "token, one for each rank, the busiest rank has 1.33 x the mean rows" in text
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

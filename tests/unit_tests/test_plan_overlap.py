@@ -12,21 +12,28 @@ import shlex
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from itertools import combinations
+from math import comb
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_scmoe.arguments import model_config_from_args
+from megatron_scmoe.c2r import collaboration, placement
+from megatron_scmoe.c2r.collaboration import Collaboration, LayerCounts
+from megatron_scmoe.c2r.placement import Placement
 from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.commands.doctor import judge_gradients
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
+from megatron_scmoe.planner.copies import copies_of, expected
 from megatron_scmoe.planner.iteration import micro_batches_to_win
 from megatron_scmoe.planner.memory import training_from_args
 from megatron_scmoe.planner.plan import Plan, make_plan
@@ -210,6 +217,77 @@ def test_bytes_of_an_exchange(command_line) -> None:
         MODEL, CLUSTER, POS2, f"--moe-router-topk 2 --scmoe-num-copy-experts {experts}"
     )
     assert exchange_bytes(args, config.transformer, topk=2) == tuple(x / 2 for x in sent)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "chosen"), [(4, 8, 2), (2, 8, 3), (4, 4, 3), (8, 8, 8)]
+)
+def test_copies_of_a_token_where_every_set_of_experts_is_as_likely(
+    ranks: int, experts: int, chosen: int
+) -> None:
+    sets = list(combinations(range(experts), chosen))
+    each = experts // ranks
+    mean = sum(len({expert // each for expert in one}) for one in sets) / len(sets)
+    assert expected(ranks, experts, chosen) == pytest.approx(mean)
+    assert expected(ranks, experts, 1.5) == pytest.approx(1.5, rel=0.25)
+
+
+def test_bytes_of_rows_for_ranks_and_nodes(command_line) -> None:
+    """16 experts on 8 ranks of two nodes."""
+    layout = "--cluster-nodes 2 --expert-model-parallel-size 8 --moe-router-topk 8"
+    sets = comb(16, 8)
+    rows = {
+        "expert": (8, 1),
+        "rank": (8 * (1 - comb(14, 8) / sets), 2),
+        "node": (2 * (1 - 1 / sets), 8),
+    }
+    for copies, (of_token, weights) in rows.items():
+        args, config = command_line(
+            MODEL, CLUSTER, POS2, layout, f"--scmoe-dispatch-copies {copies}"
+        )
+        dispatch, combine = exchange_bytes(args, config.transformer, topk=8)
+        assert combine == pytest.approx(256 * of_token * 128)
+        assert dispatch == pytest.approx(256 * of_token * (128 + 4 * weights))
+
+
+def test_a_row_for_every_node_makes_two_hops() -> None:
+    cluster = Cluster(4, 100.0, 10.0, 0.5)
+    across, inside = 800 / 2 / 10, 1000 * 3 / 4 / 100
+    assert cluster.two_hops_seconds(800, 1000, 8) == pytest.approx((across + inside) / 0.5)
+    assert cluster.two_hops_seconds(800, 1000, 4) == cluster.all_to_all_seconds(1000, 4)
+
+
+def test_copies_as_a_run_counted_them_and_experts_as_they_are_placed(
+    command_line, tmp_path: Path
+) -> None:
+    """Tokens of experts 0 and 8, or 0 and 1: two ranks of two nodes, or one rank."""
+    layer = LayerCounts(
+        tokens=4,
+        chosen=np.bincount([0, 0, 0, 0, 8, 8, 8, 1], minlength=16),
+        together=np.zeros((16, 16), np.int64),
+        sets=np.array([[0, 1], [0, 8]]),
+        set_tokens=np.array([1, 3]),
+    )
+    layer.together[[0, 8], [8, 0]], layer.together[[0, 1], [1, 0]] = 3, 1
+    counts = tmp_path / "counts.json"
+    collaboration.write(counts, Collaboration(16, 2, {2: layer, 4: layer}))
+    args, config = command_line(
+        MODEL,
+        CLUSTER,
+        f"{POS2} --cluster-nodes 2 --moe-router-topk 2 --expert-model-parallel-size 8",
+        f"--collaboration {counts}",
+    )
+    found = copies_of(args, config.transformer, 2)
+    assert (found.experts, found.ranks, found.nodes, found.counted) == (2, 1.75, 1.75, True)
+    assert not copies_of(args, config.transformer, 3).counted
+    ranks = ((0, 8), (1, 9), *((n, n + 8) for n in range(2, 8)))
+    args.scmoe_expert_placement = tmp_path / "placement.json"
+    placement.write(args.scmoe_expert_placement, Placement(16, 8, 4, {2: ranks, 4: ranks}))
+    found = copies_of(args, config.transformer, 2)
+    assert (found.ranks, found.nodes) == (1.25, 1.0)
+    with pytest.raises(ValueError, match="counts 16 experts, and --num-experts is 8"):
+        config.transformer.num_moe_experts = 8
+        copies_of(args, config.transformer, 2)
 
 
 # Predictions. -------------------------------------------------------------------------------------

@@ -126,6 +126,23 @@ class DataParallel:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What a rank sends, an iteration, mean over ranks and iterations.
+
+    Attributes:
+        sent: bytes, to other ranks.
+        between_nodes: the part of them that left its node.
+        copies: rows made of a token, mean; None where no trace says it.
+        load: rows of the busiest rank's experts / mean; None where no trace says it.
+    """
+
+    sent: float
+    between_nodes: float
+    copies: float | None
+    load: float | None
+
+
+@dataclass(frozen=True)
 class Figures:
     """Everything that the report shows.
 
@@ -143,6 +160,7 @@ class Figures:
     links: dict[tuple[Direction, str], LinkSpeed | None]
     example: dict[Direction, TracedPass]
     data_parallel: DataParallel
+    traffic: Traffic
 
 
 def analyse(run: TracedRun, rank: int | None = None) -> Figures:
@@ -187,6 +205,21 @@ def analyse(run: TracedRun, rank: int | None = None) -> Figures:
         links=links,
         example=_example(run, rank),
         data_parallel=_data_parallel(run, [link for link in links.values() if link is not None]),
+        traffic=_traffic(run, [exchange for *_, exchange in exchanges], samples),
+    )
+
+
+def _traffic(run: TracedRun, exchanges: list[Exchange], samples: int) -> Traffic:
+    loads = []
+    for group in set(run.groups.values()):
+        rows = [run.rows[rank] for rank in group if rank in run.rows]
+        if any(rows):
+            loads.append(max(rows) / fmean(rows))
+    return Traffic(
+        sent=sum(exchange.bytes for exchange in exchanges) / samples,
+        between_nodes=sum(exchange.bytes_between_nodes for exchange in exchanges) / samples,
+        copies=run.copies,
+        load=fmean(loads) if loads else None,
     )
 
 

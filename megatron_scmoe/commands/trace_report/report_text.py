@@ -8,6 +8,7 @@ from megatron_scmoe.commands.trace_report.analysis import (
     DataParallel,
     DirectionFigures,
     Figures,
+    Traffic,
 )
 from megatron_scmoe.commands.trace_report.traces import TracedPass, TracedRun
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS
@@ -55,6 +56,7 @@ def _head(run: TracedRun, figures: Figures) -> str:
         "Hidden": f"{percent(total.hidden_share)} of the communication, {duration(total.hidden)} "
         f"of {duration(total.in_flight)} an iteration, mean over ranks",
         "Exposed": f"{duration(total.exposed)} an iteration",
+        "Sent": _traffic(run, figures.traffic),
         "Unit": ", ".join(
             f"{name} {duration(own.measured)}, {duration(own.exposed)} of it exposed"
             for name, own in figures.directions.items()
@@ -80,6 +82,19 @@ def _head(run: TracedRun, figures: Figures) -> str:
             "first iterations"
         )
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _traffic(run: TracedRun, own: Traffic) -> str:
+    parts = [
+        f"{size(own.sent)} to other ranks an iteration",
+        f"{size(own.between_nodes)} of it to other nodes",
+    ]
+    if own.copies is not None:
+        copies = run.facts.get("scmoe_dispatch_copies", "expert")
+        parts.append(f"{own.copies:.2f} rows of a token, one for each {copies}")
+    if own.load is not None:
+        parts.append(f"the busiest rank has {own.load:.2f} x the mean rows")
+    return ", ".join(parts)
 
 
 def _data_parallel(run: TracedRun, own: DataParallel) -> str:

@@ -6,10 +6,11 @@ Times are seconds since the first event of the run.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from megatron_scmoe.overlap.schedule import PAIR, TAPS, Route, Slots, Step, wind
 from megatron_scmoe.words import read_json
 
 # What ranks of one run may differ in.
-OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots", *TRACED_PARAMETERS)
+OF_ITERATIONS = ("copies_per_token", "expert_rows")
+OF_ONE_RANK = ("expert_parallel_ranks", "expert_slots", *OF_ITERATIONS, *TRACED_PARAMETERS)
 MODEL_PARALLEL = ("tensor_model", "pipeline_model", "context")
 # Clocks of machines differ by less; two runs into one folder are further apart.
 SAME_RUN_SECONDS = 60.0
@@ -75,6 +77,8 @@ class TracedRun:
         parameters: TRACED_PARAMETERS of the rank that has most.
         left_out: iterations that ran with other slots; they are not in `records`.
         records: what each unit did.
+        copies: rows that an all-to-all made of a token, mean; None where no trace says it.
+        rows: of the experts of each rank, in all iterations of the report.
     """
 
     facts: Mapping[str, Any]
@@ -83,6 +87,8 @@ class TracedRun:
     slots: Slots
     left_out: tuple[int, ...]
     records: Mapping[Place, UnitRecord]
+    copies: float | None = None
+    rows: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def position(self) -> str:
@@ -170,13 +176,16 @@ def read_run(folder: Path) -> TracedRun:
     slots, iterations, left_out = _slots(traces)
     origin = min(event["ts"] for steps in events.values() for event in steps)
     records: dict[Place, UnitRecord] = defaultdict(UnitRecord)
-    groups = {}
+    groups, copies, rows = {}, [], {}
     for path, steps in events.items():
         try:
             for event in steps:
                 if event["args"]["iteration"] in iterations:
                     _add(records, event, origin)
-            groups[steps[0]["pid"]] = tuple(traces[path]["otherData"]["expert_parallel_ranks"])
+            own = traces[path]["otherData"]
+            groups[steps[0]["pid"]] = tuple(own["expert_parallel_ranks"])
+            rows[steps[0]["pid"]] = sum(_numbers(own, "expert_rows", iterations))
+            copies += _numbers(own, "copies_per_token", iterations)
         except (KeyError, TypeError, ValueError) as error:
             raise _broken(path, error) from error
     if not any(record.exchanges for record in records.values()):
@@ -191,7 +200,18 @@ def read_run(folder: Path) -> TracedRun:
         ),
         key=lambda of_rank: of_rank["dense_parameters"],
     )
-    return TracedRun(facts, groups, parameters, slots, left_out, dict(records))
+    mean = fmean(copies) if copies else None
+    return TracedRun(facts, groups, parameters, slots, left_out, dict(records), mean, rows)
+
+
+def _numbers(facts: dict[str, Any], name: str, iterations: set[int]) -> list[float]:
+    """What a trace says of iterations; older ones say nothing. Raises ValueError."""
+    by_iteration = facts.get(name, {})
+    _need({name: by_iteration}, name, dict)
+    found = [value for number, value in by_iteration.items() if int(number) in iterations]
+    for value in found:
+        _need({name: value}, name, (*NUMBER, NoneType))
+    return [value for value in found if value is not None]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -269,6 +289,7 @@ def _check_event(event: Any) -> None:
     if args["step"] in EXCHANGES:
         _need(args, "blocked_us", NUMBER)
         _need(args, "bytes", NUMBER)
+        _need({"bytes_between_nodes": 0, **args}, "bytes_between_nodes", NUMBER)
     if args["pass"] < 1 or args["chunk"] < 0:
         raise ValueError(f"'pass' is {args['pass']} and 'chunk' {args['chunk']}")
     if event["dur"] < 0 or min(args.get("blocked_us", 0), args.get("bytes", 0)) < 0:
@@ -353,6 +374,7 @@ def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float)
     end = begin + event["dur"] / 1e6
     if args["step"] in EXCHANGES:
         blocked = min(args["blocked_us"] / 1e6, end - begin)
-        record.exchanges.append(Exchange(activity, begin, end, blocked, args["bytes"]))
+        sizes = args["bytes"], args.get("bytes_between_nodes", 0)
+        record.exchanges.append(Exchange(activity, begin, end, blocked, *sizes))
     else:
         record.steps.append(Span(activity, begin, end))

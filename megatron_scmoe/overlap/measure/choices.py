@@ -6,6 +6,10 @@
     moe/slots-of-KIND      share of all slots that experts at home of a kind got
     moe/routed-per-token, moe/routed-per-token-spread
                            routed experts of a token, mean and standard deviation
+    moe/ranks-per-token, moe/nodes-per-token
+                           expert parallel ranks, and nodes, that have experts of a token
+    moe/copies-per-token   rows that an all-to-all makes of a token, those for this rank too: one
+                           of the above, --scmoe-dispatch-copies says which
     moe/dropped            share of the top-k slots that went to nobody, for lack of capacity
     moe/router-entropy     of a token's scores, in nats, mean; ln(experts) if it prefers none
     moe/bias-range         largest - smallest bias that selects experts, where there is one
@@ -13,7 +17,7 @@
 Each is the mean over the layers; with Megatron's --moe-per-layer-logging `NAME_layer_3` is layer 3.
 Counted where gradients are, so that evaluation and recomputed passes do not count twice.
 
-Shapes: T tokens, E routed experts, H experts at home, L attention layers
+Shapes: T tokens, E routed experts, H experts at home, L attention layers, n expert parallel ranks
 """
 
 import math
@@ -24,7 +28,20 @@ import torch
 from torch import Tensor
 
 # Beside the slots of every expert: what a layer has counted, in the order of its row.
-SUMS = ("tokens", "slots", "squares", "entropy", "scored", "bias", "ranks")
+SUMS = (
+    "tokens",
+    "slots",
+    "squares",
+    "entropy",
+    "scored",
+    "visited ranks",
+    "visited nodes",
+    "bias",
+    "ranks",
+)
+
+# What there is a copy for, by --scmoe-dispatch-copies.
+COPIED_FOR = {"expert": "routed", "rank": "ranks", "node": "nodes"}
 
 
 class Choices:
@@ -34,6 +51,7 @@ class Choices:
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
         self._entropy: Tensor | None = None
+        self._visits: Tensor | None = None
 
     def add(self, routing_map: Tensor, at_home: Tensor | None, slots: int) -> None:
         """Count one pass of one gate.
@@ -60,6 +78,24 @@ class Choices:
             self._counts = counts if self._counts is None else self._counts + counts
             self._sums = sums if self._sums is None else self._sums + sums
 
+    def visited(self, routing_map: Tensor, nodes: Sequence[int]) -> None:
+        """Count where the tokens of one pass of one gate are sent.
+
+        Args:
+            routing_map: [T, E], bool, experts in the order in which they lie on the ranks.
+            nodes: of every expert parallel rank, [n].
+        """
+        if not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            ranks = routing_map.unflatten(1, (len(nodes), -1)).any(dim=2)
+            of_nodes = [
+                ranks[:, [rank for rank, other in enumerate(nodes) if other == node]].any(dim=1)
+                for node in dict.fromkeys(nodes)
+            ]
+            found = torch.stack([ranks.sum(), torch.stack(of_nodes).sum()]).double()
+            self._visits = found if self._visits is None else self._visits + found
+
     def watching(self, routing: Callable[..., Any]) -> Callable[..., Any]:
         """A router's `routing`, of which the entropy of the scores is taken.
 
@@ -84,15 +120,18 @@ class Choices:
         Args:
             bias: what selects experts, [E + H].
         """
-        counts, sums, entropy = self._counts, self._sums, self._entropy
-        self._counts = self._sums = self._entropy = None
+        counts, sums = self._counts, self._sums
+        entropy, visits = self._entropy, self._visits
+        self._counts = self._sums = self._entropy = self._visits = None
         if counts is None or sums is None:
             return None
         if entropy is None:
             entropy = sums.new_zeros(2)
+        if visits is None:
+            visits = sums.new_zeros(2)
         range_of_bias = sums.new_zeros(()) if bias is None else (bias.max() - bias.min()).double()
         own = torch.stack([range_of_bias, torch.ones_like(range_of_bias)])
-        return torch.cat([counts.double(), sums, entropy, own])
+        return torch.cat([counts.double(), sums, entropy, visits, own])
 
 
 def statistics(row: Sequence[float], kinds: Mapping[str, int], biased: bool) -> dict[str, float]:
@@ -118,6 +157,9 @@ def statistics(row: Sequence[float], kinds: Mapping[str, int], biased: bool) -> 
         "routed-per-token-spread": math.sqrt(variance),
         "dropped": 1 - sum(counts) / sums["slots"],
     }
+    if sums["visited ranks"]:
+        found["ranks-per-token"] = sums["visited ranks"] / tokens
+        found["nodes-per-token"] = sums["visited nodes"] / tokens
     begin = experts
     for kind, number in kinds.items():
         found[f"slots-of-{kind}"] = sum(counts[begin : begin + number]) / sums["slots"]
@@ -134,6 +176,15 @@ def over_layers(layers: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for of_layer in layers.values() for name in of_layer)
     values = {name: [of[name] for of in layers.values() if name in of] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def copies_per_token(means: Mapping[str, float], copies: str) -> float | None:
+    """Rows that an all-to-all makes of a token; None where nothing was counted.
+
+    Args:
+        copies: --scmoe-dispatch-copies.
+    """
+    return means.get(f"{COPIED_FOR[copies]}-per-token")
 
 
 def in_words(means: Mapping[str, float]) -> str:

@@ -17,7 +17,11 @@
                            the rule of distinct experts fires, or with it off, how often both send
                            a token to one expert; mean over layers, and each layer's with the
                            host's suffix
+    a2a-bytes, a2a-bytes-between-nodes
+                           what a rank sent to other ranks, and the part that left its node, same
+                           sum; a node has --scmoe-ranks-per-node ranks
     expert-load-imbalance  rows of the busiest expert / mean rows of an expert, mean over layers
+    rank-load-imbalance    rows of the busiest expert parallel rank / mean rows of one, the same
 
 What the routers have chosen is in choices.py. Measured where the exchanges run
 (overlap/streams.py); evaluation is not counted.
@@ -46,6 +50,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
 from megatron_scmoe.overlap.measure.choices import (
     SUMS,
     Choices,
+    copies_per_token,
     in_words,
     over_layers,
     statistics,
@@ -124,7 +129,14 @@ class UnitTracker(MoEMetricsTracker):
         losses = super().report(loss_scale, iteration, writer, wandb_writer, **options)
         records = [unit.recorder.take() for unit in self.units]
         totals = self._totals(records)
-        self._trace_if_possible(iteration, records)  # with the slots that the iteration ran with
+        layers = self._choices()
+        means = over_layers(layers)
+        copies = copies_per_token(means, get_args().scmoe_dispatch_copies)
+        if totals.in_flight > 0 and copies is not None:
+            means["copies-per-token"] = copies
+        self._trace_if_possible(
+            iteration, records, means
+        )  # with the slots that the iteration ran with
         # Those without overlap are no part of what the run shows.
         alone = (
             self._first is not None and self._first.phase is ALONE and not self._traced(iteration)
@@ -133,8 +145,14 @@ class UnitTracker(MoEMetricsTracker):
             self._measure(iteration, records)
         self._prepare(iteration + 1)
 
-        scalars = {"expert-load-imbalance": totals.imbalance}
-        console = f" expert load imbalance: {totals.imbalance:.2f} |"
+        scalars = {
+            "expert-load-imbalance": totals.imbalance,
+            "rank-load-imbalance": totals.rank_imbalance,
+        }
+        console = (
+            f" expert load imbalance: {totals.imbalance:.2f} |"
+            f" rank load imbalance: {totals.rank_imbalance:.2f} |"
+        )
         if totals.in_flight > 0 and not alone:
             in_flight, exposed = totals.in_flight, totals.exposed
             share = 1 - exposed / in_flight
@@ -144,10 +162,14 @@ class UnitTracker(MoEMetricsTracker):
                 "a2a-hidden-seconds": in_flight - exposed,
                 "a2a-hidden-share": share,
                 "a2a-host-wait-seconds": totals.host_wait,
+                "a2a-bytes": totals.sent,
+                "a2a-bytes-between-nodes": totals.between_nodes,
             }
             console += (
                 f" a2a (ms): {in_flight * 1e3:.1f} | a2a exposed (ms): {exposed * 1e3:.1f} | "
-                f"a2a hidden: {share:.1%} | a2a host wait (ms): {totals.host_wait * 1e3:.1f} |"
+                f"a2a hidden: {share:.1%} | a2a host wait (ms): {totals.host_wait * 1e3:.1f} | "
+                f"a2a (MB): {totals.sent / 1e6:.3g}, between nodes "
+                f"{totals.between_nodes / 1e6:.3g} |"
             )
         if self._slow_down is not None:
             scalars["a2a-compute-slowdown"] = self._slow_down.backward
@@ -159,8 +181,9 @@ class UnitTracker(MoEMetricsTracker):
                 "expert-slot-backward": slots.backward,
             }
             console += f" expert slots: {slots.forward},{slots.backward} |"
-        layers = self._choices()
-        means = over_layers(layers)
+        if "copies-per-token" in means:
+            copies = means["copies-per-token"]
+            console += f" copies per token: {copies:.2f} |"
         scalars |= {f"moe/{name}": value for name, value in means.items()}
         if options.get("per_layer_logging"):
             scalars |= {
@@ -266,7 +289,9 @@ class UnitTracker(MoEMetricsTracker):
             and args.profile_step_start <= iteration < args.profile_step_end
         )
 
-    def _write_trace(self, iteration: int, records: list[UnitRecord]) -> None:
+    def _write_trace(
+        self, iteration: int, records: list[UnitRecord], means: Mapping[str, float]
+    ) -> None:
         if not (self._traced(iteration) and self.units):
             return
         if self._trace is None:
@@ -277,6 +302,7 @@ class UnitTracker(MoEMetricsTracker):
             facts |= traced_parameters(self.chunks)
             facts["compute_slow_down"] = self._slow_down and self._slow_down.backward
             facts["expert_parallel_ranks"] = torch.distributed.get_process_group_ranks(group)
+            facts["scmoe_dispatch_copies"] = args.scmoe_dispatch_copies
             if self._further:
                 facts["further_taps"] = [route.tap for route in self._further]
             rank = torch.distributed.get_rank()
@@ -284,14 +310,17 @@ class UnitTracker(MoEMetricsTracker):
         by_layer = {
             unit.attention_number: record for unit, record in zip(self.units, records, strict=True)
         }
-        self._trace.add(iteration, by_layer, self.units[0].slots)
+        copies = means.get("copies-per-token")
+        self._trace.add(iteration, by_layer, self.units[0].slots, copies)
 
-    def _trace_if_possible(self, iteration: int, records: list[UnitRecord]) -> None:
+    def _trace_if_possible(
+        self, iteration: int, records: list[UnitRecord], means: Mapping[str, float]
+    ) -> None:
         """A full disk ends this rank's traces, with one warning, and not the training."""
         if self._trace_failed:
             return
         try:
-            self._write_trace(iteration, records)
+            self._write_trace(iteration, records, means)
         except OSError as error:
             self._trace_failed = True
             rank = torch.distributed.get_rank()
@@ -306,19 +335,24 @@ class UnitTracker(MoEMetricsTracker):
                 sum(x.end - x.begin for x in exchanges),
                 sum(x.blocked for x in exchanges),
                 sum(record.host_wait for record in records),
-                sum(ratios),
+                sum(x.bytes for x in exchanges),
+                sum(x.bytes_between_nodes for x in exchanges),
+                sum(expert for expert, _ in ratios),
+                sum(rank for _, rank in ratios),
                 len(ratios),
             ],
             dtype=torch.float64,
             device=torch.cuda.current_device(),
         )
         torch.distributed.all_reduce(sums)
-        *seconds, ratio, layers = sums.tolist()
-        in_flight, exposed, host_wait = (x / torch.distributed.get_world_size() for x in seconds)
-        return _Totals(in_flight, exposed, host_wait, ratio / layers if layers else math.nan)
+        *of_ranks, experts, ranks, layers = sums.tolist()
+        means = (x / torch.distributed.get_world_size() for x in of_ranks)
+        ratios_of = (x / layers if layers else math.nan for x in (experts, ranks))
+        return _Totals(*means, *ratios_of)
 
-    def _load_ratios(self, records: list[UnitRecord]) -> list[float]:
-        """Busiest expert / mean over the expert parallel ranks, of every layer of this rank."""
+    def _load_ratios(self, records: list[UnitRecord]) -> list[tuple[float, float]]:
+        """Busiest / mean over the expert parallel ranks, of experts and of ranks, of every layer of
+        this rank."""
         counts = [x.tokens_per_expert for x in records if x.tokens_per_expert is not None]
         if not counts:
             return []
@@ -327,7 +361,10 @@ class UnitTracker(MoEMetricsTracker):
         gathered = own.new_empty(group.size() * len(own), own.shape[1])
         torch.distributed.all_gather_into_tensor(gathered, own, group=group)
         rows = gathered.unflatten(0, (-1, len(own))).double()  # [n, layers, e]
-        return (rows.amax(dim=(0, 2)) / rows.mean(dim=(0, 2))).nan_to_num(1.0).tolist()
+        of_ranks = rows.sum(dim=2)
+        experts = rows.amax(dim=(0, 2)) / rows.mean(dim=(0, 2))
+        ranks = of_ranks.amax(dim=0) / of_ranks.mean(dim=0)
+        return [tuple(pair) for pair in torch.stack([experts, ranks]).nan_to_num(1.0).T.tolist()]
 
 
 def traced_parameters(modules: Iterable[torch.nn.Module]) -> dict[str, int]:
@@ -351,8 +388,12 @@ class _Totals(NamedTuple):
     in_flight: float
     exposed: float
     host_wait: float
+    sent: float
+    """Bytes."""
+    between_nodes: float
     imbalance: float
     """Mean over the layers of all ranks."""
+    rank_imbalance: float
 
 
 def _print_once(text: str) -> None:

@@ -66,6 +66,8 @@ class TraceWriter:
         self._rank = rank
         self._facts = dict(facts)
         self._slots: dict[int, Slots] = {}
+        self._copies: dict[int, float | None] = {}
+        self._rows: dict[int, int] = {}
         # The largest difference is that of two readings with nothing in between.
         self._offset = max(time.time() - time.perf_counter() for _ in range(10))
         self._events: list[dict[str, Any]] = [
@@ -76,14 +78,27 @@ class TraceWriter:
             for lane in LANES:
                 self._name_lane(_thread(lane, direction), f"{lane}, {direction}")
 
-    def add(self, iteration: int, records: Mapping[int, UnitRecord], slots: Slots) -> None:
+    def add(
+        self,
+        iteration: int,
+        records: Mapping[int, UnitRecord],
+        slots: Slots,
+        copies: float | None = None,
+    ) -> None:
         """Add what the units did in an iteration and write the file anew, whole or not at all.
 
         Args:
             records: by the number of the MoE layer, from 1.
             slots: where the experts ran.
+            copies: rows that an all-to-all made of a token, mean; None where none was made.
         """
         self._slots[iteration] = slots
+        self._copies[iteration] = copies
+        self._rows[iteration] = sum(
+            int(record.tokens_per_expert.sum())
+            for record in records.values()
+            if record.tokens_per_expert is not None
+        )
         for layer, record in records.items():
             for span in record.steps:
                 self._add(iteration, layer, span.activity, span.begin, span.end)
@@ -96,8 +111,13 @@ class TraceWriter:
                     exchange.end,
                     blocked_us=round(exchange.blocked * 1e6, 3),
                     bytes=exchange.bytes,
+                    bytes_between_nodes=exchange.bytes_between_nodes,
                 )
-        facts = self._facts | {"expert_slots": self._slots}
+        facts = self._facts | {
+            "expert_slots": self._slots,
+            "copies_per_token": self._copies,
+            "expert_rows": self._rows,
+        }
         write_whole(self._path, json.dumps({"traceEvents": self._events, "otherData": facts}))
 
     def _add(
