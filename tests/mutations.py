@@ -89,9 +89,27 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/model/dispatch/alltoall.py",
-        "self._sort(rows, self._chunk_sizes.T, own.by_rank)",
-        "self._sort(rows, self._chunk_sizes.T, own.by_expert)",
+        "self._sort(rows, self._chunk_sizes.T, self._dispatcher.by_rank)",
+        "self._sort(rows, self._chunk_sizes.T, self._dispatcher.by_expert)",
         f"{DISTRIBUTED}expert_parallel.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/once.py",
+        "weights.transpose(0, 1).flatten(0, 1)",
+        "weights.flatten(0, 1)",
+        f"{DISTRIBUTED}dispatch_copies.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/relayed.py",
+        "first = self._place * experts",
+        "first = 0",
+        f"{DISTRIBUTED}dispatch_copies.py",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/relay.py",
+        "return sums.index_add_(0, self._rows, copies.to(precision)).to(copies.dtype)",
+        "return sums.index_copy_(0, self._rows, copies.to(precision)).to(copies.dtype)",
+        f"{DISTRIBUTED}dispatch_copies.py",
     ),
     Mutation(
         "megatron_scmoe/model/dispatch/alltoall.py",

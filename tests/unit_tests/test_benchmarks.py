@@ -16,7 +16,7 @@ import pytest
 
 from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import window
-from tools.benchmarks import job, network, overlap_cluster
+from tools.benchmarks import c2r_cluster, job, network, overlap_cluster
 from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
 from tools.benchmarks.cluster_report import write_pair, write_report
 from tools.benchmarks.contenders import Contender, Sizes, contenders, fixed_slots
@@ -102,7 +102,7 @@ def test_one_of_several_jobs_stands_still(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_run_that_ends_too_early_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(hosts: network.TwoHosts, host: int, script: list[str], output: Any, job: int) -> Any:
+    def start(hosts: network.TwoHosts, host: int, script: list[str], output: Any, *_: int) -> Any:
         command = ["sh", "-c", f"echo no memory on host {host}; exit {3 + host}"]
         return subprocess.Popen(command, stdout=output, text=True)
 
@@ -429,6 +429,25 @@ def test_contenders() -> None:
     assert top2.command_line(Sizes()) == line
     line = ["--moe-router-topk", "1", "--scmoe-shortcut-position", "pos3"]
     assert pos3.command_line(Sizes()) == [*line, *Sizes().shared_expert()]
+
+
+def test_contenders_that_send_a_token_once() -> None:
+    names = [row.name for row in c2r_cluster.contenders(8, None)]
+    pos2 = [f"pos2 top7 {copies}" for copies in ("expert", "rank", "node")]
+    assert names == ["top8", "top8 rank", "top8 node", *pos2]
+    assert all(row.baseline == "top8" for row in c2r_cluster.contenders(8, None))
+    placed = c2r_cluster.counted(2, "a.json")[-1]
+    assert placed.name == "top2 node placed"
+    assert placed.command_line(c2r_cluster.SIZES)[-4:] == [
+        *("--scmoe-dispatch-copies", "node"),
+        *("--scmoe-expert-placement", "a.json"),
+    ]
+    found = {
+        f"top8 {copies}": {"copies per token": x, "a2a (MB)": 4 * x, "a2a between nodes (MB)": x}
+        for copies, x in (("expert", 8.0), ("node", 2.0))
+    }
+    lines = c2r_cluster.bytes_table(found).splitlines()
+    assert lines[-1].split() == ["top8", "node", "2.00", "8", "4.00x", "2", "4.00x"]
 
 
 @pytest.mark.parametrize(

@@ -32,22 +32,32 @@ class Job:
         options: Megatron's.
         log: receives the output of both nodes, as log.0 and log.1; the last rank is the one that
             Megatron lets speak.
+        ranks: of each host, which share its core.
     """
 
     def __init__(
-        self, hosts: TwoHosts, number: int, script: list[str], options: list[str], log: Path
+        self,
+        hosts: TwoHosts,
+        number: int,
+        script: list[str],
+        options: list[str],
+        log: Path,
+        ranks: int = 1,
     ) -> None:
         self._hosts = hosts
         self._number = number
         self._command = [*script, *options]
         self._log = log
+        self._ranks = ranks
         self._nodes: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Job":
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self._log}.0", "w") as silent:
             for host, output in ((0, silent), (1, subprocess.PIPE)):
-                node = start_node(self._hosts, host, self._command, output, self._number)
+                node = start_node(
+                    self._hosts, host, self._command, output, self._number, self._ranks
+                )
                 self._nodes.append(node)
         assert self._nodes[1].stdout is not None
         self._steps = self._follow(self._nodes[1].stdout)
@@ -103,12 +113,12 @@ class Job:
 
 
 def start_node(
-    hosts: TwoHosts, host: int, script: list[str], output: Any, job: int = 0
+    hosts: TwoHosts, host: int, script: list[str], output: Any, job: int = 0, ranks: int = 1
 ) -> subprocess.Popen:
-    """torchrun on one host, one rank on one core; `output` as Popen's `stdout`."""
+    """torchrun on one host, its ranks on one core; `output` as Popen's `stdout`."""
     # Seldom looked at: the launchers of all jobs live beside the ranks that are measured.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
-    launcher += ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(host)]
+    launcher += ["--nnodes", "2", "--nproc-per-node", str(ranks), "--node-rank", str(host)]
     launcher += ["--master-addr", ADDRESSES[0], "--master-port", str(MASTER_PORT + job)]
     settings = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", JOB_VARIABLE: str(job)}
     return subprocess.Popen(

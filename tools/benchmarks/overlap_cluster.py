@@ -232,6 +232,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="further options of every contender, one string",
     )
+    add_sizes(parser, Sizes())
+    return parser.parse_args(argv)
+
+
+def add_sizes(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
+    """An option for every field of Sizes."""
     sizes = parser.add_argument_group("sizes")
     for field in fields(Sizes):
         flag = "--" + field.name.replace("_", "-")
@@ -239,8 +245,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             sizes.add_argument(flag, action="store_true", help=field.metadata["help"])
         else:
             text = f"{field.metadata['help']} (default: %(default)s)"
-            sizes.add_argument(flag, type=int, default=field.default, metavar="N", help=text)
-    return parser.parse_args(argv)
+            default = getattr(defaults, field.name)
+            sizes.add_argument(flag, type=int, default=default, metavar="N", help=text)
 
 
 def settings_from_args(args: argparse.Namespace) -> Settings:

@@ -168,8 +168,8 @@ class UnitTracker(MoEMetricsTracker):
             console += (
                 f" a2a (ms): {in_flight * 1e3:.1f} | a2a exposed (ms): {exposed * 1e3:.1f} | "
                 f"a2a hidden: {share:.1%} | a2a host wait (ms): {totals.host_wait * 1e3:.1f} | "
-                f"a2a (MB): {totals.sent / 1e6:.3g}, between nodes "
-                f"{totals.between_nodes / 1e6:.3g} |"
+                f"a2a (MB): {totals.sent / 1e6:.6g} | a2a between nodes (MB): "
+                f"{totals.between_nodes / 1e6:.6g} |"
             )
         if self._slow_down is not None:
             scalars["a2a-compute-slowdown"] = self._slow_down.backward
