@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_scmoe.c2r.collaboration import LayerCounts
 from megatron_scmoe.c2r.placement import Ranks, contiguous, rank_of
 
 MAX_IMBALANCE = 1.25
@@ -47,6 +48,13 @@ class Chosen:
         counts = together[first, second]
         sets = np.stack([first, second], axis=1)
         return cls(sets[counts > 0], counts[counts > 0], load)
+
+    @classmethod
+    def of_counts(cls, layer: LayerCounts) -> "Chosen":
+        """From the counts of a layer: its sets, or its pairs."""
+        if layer.sets is None or layer.set_tokens is None:
+            return cls.of_pairs(layer.together, layer.chosen)
+        return cls(layer.sets, layer.set_tokens, layer.chosen)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Which experts a set has, [S', N], 1 or 0, with its tokens, [S'], part by part."""

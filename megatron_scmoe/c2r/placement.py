@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.words import numbers, read_json, write_whole
 
 SCHEMA = 1
@@ -79,6 +80,32 @@ def rank_of(ranks: Ranks) -> np.ndarray:
     for number, experts in enumerate(ranks):
         found[list(experts)] = number
     return found
+
+
+class Copies(NamedTuple):
+    """Rows of a token, if it is sent once to every rank or to every node that has one of its
+    experts; its own rank and node count too."""
+
+    ranks: float
+    nodes: float
+
+
+def copies(placed: Placement, counts: Collaboration) -> dict[int, Copies]:
+    """Of every layer, means over the tokens that were counted.
+
+    Raises:
+        ValueError: a layer was not counted, or only in pairs where a token has more than two
+            experts.
+    """
+    if lacking := placed.layers.keys() - counts.layers.keys():
+        raise ValueError(f"layer {numbers([*lacking])} was not counted")
+    return {
+        layer: Copies(
+            counts.layers[layer].distinct(placed.rank_of(layer)),
+            counts.layers[layer].distinct(placed.node_of(layer)),
+        )
+        for layer in sorted(placed.layers)
+    }
 
 
 def contiguous(experts: int, ranks: int) -> Ranks:

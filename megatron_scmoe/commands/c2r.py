@@ -2,9 +2,11 @@
 
     python tools/c2r.py report --matrix counts.json [--ranks 4] [--picture map.svg]
     python tools/c2r.py lists --matrix counts.json --output lists.json
+    python tools/c2r.py place --matrix counts.json --ranks 8 --ranks-per-node 4 --output place.json
 
 `report` prints how the experts of every layer keep together and how many ranks a token needs.
-`lists` writes what --scmoe-c2r-lists of a run reads. docs/c2r.md leads through the whole.
+`lists` writes what --scmoe-c2r-lists of a run reads, `place` what --scmoe-expert-placement reads.
+docs/c2r.md leads through the whole.
 
 Exit codes: 0 done; 2 options or files are wrong, in one line.
 """
@@ -12,16 +14,23 @@ Exit codes: 0 done; 2 options or files are wrong, in one line.
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 
 from megatron_scmoe import say
-from megatron_scmoe.c2r import collaboration, lists
+from megatron_scmoe.c2r import collaboration, lists, placement
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
+from megatron_scmoe.c2r.place import MAX_IMBALANCE, Chosen, place
+from megatron_scmoe.c2r.placement import Copies, Placement
+from megatron_scmoe.c2r.placement import contiguous as in_ranks
 from megatron_scmoe.c2r.statistics import closeness, contiguous
 from megatron_scmoe.words import numbers, percent, table, write_whole
+
+SHOWN_RANKS = 8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,6 +172,94 @@ def _cells(row: "list[float] | np.ndarray") -> list[str]:
     return [*(percent(share) for share in shares), *(f"{value:.3f}" for value in others)]
 
 
+def offer_place(parser: argparse.ArgumentParser) -> None:
+    """Of `place`."""
+    offer_matrix(parser)
+    offer_ranks(parser, required=True)
+    parser.add_argument(
+        "--max-imbalance",
+        type=float,
+        default=MAX_IMBALANCE,
+        metavar="X",
+        help="Rows of the busiest rank / mean that are allowed; default: %(default)s.",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="The placement, as JSON."
+    )
+
+
+def write_place(args: argparse.Namespace) -> None:
+    """The verb `place`."""
+    counts = collaboration.read(args.matrix)
+    check_ranks(args, counts.experts)
+    if not args.max_imbalance >= 1:
+        raise ValueError(f"--max-imbalance {args.max_imbalance} is not at least 1.")
+    per_node = args.ranks_per_node or args.ranks
+    layers = {
+        number: place(Chosen.of_counts(layer), args.ranks, per_node, args.max_imbalance)
+        for number, layer in counts.layers.items()
+    }
+    origin = {"matrix": str(args.matrix), "max_imbalance": args.max_imbalance}
+    placed = Placement(counts.experts, args.ranks, per_node, layers, origin | counts.provenance)
+    placement.write(args.output, placed)
+    print(of_placement(counts, placed, args.max_imbalance))
+    print(f"\n{args.output}")
+
+
+def of_placement(counts: Collaboration, placed: Placement, max_imbalance: float) -> str:
+    """A table with a line for every layer: copies and load, in order and placed."""
+    in_order = replace(
+        placed, layers=dict.fromkeys(placed.layers, in_ranks(counts.experts, placed.ranks))
+    )
+    has_nodes = placed.ranks_per_node < placed.ranks
+    header = ["layer", "copies, ranks", "placed", *["nodes", "placed"] * has_nodes]
+    header += ["busiest rank", "placed", "load of ranks"]
+    try:
+        before, after = placement.copies(in_order, counts), placement.copies(placed, counts)
+    except ValueError:
+        before = after = dict.fromkeys(placed.layers, Copies(nan, nan))
+    rows, shares = [], []
+    for number in counts.layers:
+        pairs = [*zip(before[number], after[number], strict=True)][: 1 + has_nodes]
+        loads = [load_of_ranks(counts, one, number) for one in (in_order, placed)]
+        rows.append([*(copies for pair in pairs for copies in pair), *(max(of) for of in loads)])
+        shares.append(loads[1])
+    lines = [
+        [str(number), *(f"{value:.3f}" for value in row), _loads(of_ranks)]
+        for number, row, of_ranks in zip(counts.layers, rows, shares, strict=True)
+    ]
+    means = [f"{value:.3f}" for value in np.mean(rows, axis=0)]
+    lines.append(["mean", *means, _loads(np.mean(shares, axis=0))])
+    notes = [
+        f"Copies: different ranks, or nodes, of a token's {counts.topk} experts, in order and "
+        "placed. Load: rows of a rank / mean.",
+    ]
+    if isnan(rows[0][0]):
+        notes.append("nan: these counts are of pairs alone, and a token has more than two experts.")
+    over = [
+        number for number, of in zip(counts.layers, shares, strict=True) if max(of) > max_imbalance
+    ]
+    if over:
+        notes.append(
+            f"No placement with a busiest rank of at most {max_imbalance} was found for layer "
+            f"{numbers(over)}."
+        )
+    return "\n".join([table(header, lines), "", *notes])
+
+
+def load_of_ranks(counts: Collaboration, placed: Placement, layer: int) -> np.ndarray:
+    """Rows of every rank / mean; 1 without any row."""
+    rows = np.bincount(placed.rank_of(layer), counts.layers[layer].chosen)
+    return rows / rows.mean() if rows.any() else np.ones(len(rows))
+
+
+def _loads(of_ranks: np.ndarray) -> str:
+    """Of every rank, or of many the least and the most."""
+    if len(of_ranks) <= SHOWN_RANKS:
+        return " ".join(f"{load:.2f}" for load in of_ranks)
+    return f"{of_ranks.min():.2f} to {of_ranks.max():.2f}"
+
+
 Verb = tuple[
     str,
     Callable[[argparse.Namespace], None],
@@ -171,6 +268,7 @@ Verb = tuple[
 ]
 VERBS: tuple[Verb, ...] = (
     ("report", write_report, "Print how the experts keep together.", offer_report),
+    ("place", write_place, "Write which rank every expert is to lie on.", offer_place),
     ("lists", write_lists, "Write the partners of every expert.", offer_lists),
 )
 

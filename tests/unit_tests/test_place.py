@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_scmoe.c2r import placement
+from megatron_scmoe.c2r import collaboration, placement
+from megatron_scmoe.c2r.collaboration import Collaboration, LayerCounts
 from megatron_scmoe.c2r.place import (
     MAX_IMBALANCE,
     Chosen,
@@ -18,6 +19,7 @@ from megatron_scmoe.c2r.place import (
     place,
 )
 from megatron_scmoe.c2r.placement import Placement, Ranks, contiguous, rank_of
+from megatron_scmoe.commands import c2r
 from tests.unit_tests.test_damaged_files import damaged
 
 EXPERTS = 8
@@ -231,3 +233,87 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
 def test_a_placement_of_another_model_says_why(model: tuple, line: str) -> None:
     assert PLACED.complaint(*model) == line
     assert PLACED.complaint(8, 4, [2]) is None
+
+
+def counts_of_clusters(topk: int) -> Collaboration:
+    """Two layers whose tokens choose among experts of one remainder by 4, mostly."""
+    generator = np.random.default_rng(5)
+    layers = {}
+    for number in (2, 4):
+        kinds = [generator.permutation(np.arange(kind, 8, 4)) for kind in range(4)]
+        tokens = []
+        for _ in range(400):
+            own = kinds[generator.integers(4)]
+            others = generator.permutation(np.setdiff1d(np.arange(8), own))
+            tokens.append(sorted([*own, *others][:topk]))
+        sets, set_tokens = np.unique(np.array(tokens), axis=0, return_counts=True)
+        member = np.eye(8, dtype=int)[sets].sum(axis=1)
+        together = member.T @ (member * set_tokens[:, None])
+        chosen = together.diagonal().copy()
+        np.fill_diagonal(together, 0)
+        with_sets = (sets, set_tokens) if topk > 2 else ()
+        layers[number] = LayerCounts(len(tokens), chosen, together, *with_sets)
+    return Collaboration(8, topk, layers, {"iteration": 7})
+
+
+@pytest.mark.parametrize("topk", [2, 3])
+def test_the_program_places(tmp_path: Path, capsys: pytest.CaptureFixture[str], topk: int) -> None:
+    matrix, output = tmp_path / "counts.json", tmp_path / "placement.json"
+    counts = counts_of_clusters(topk)
+    collaboration.write(matrix, counts)
+    words = ["place", "--matrix", str(matrix), "--ranks", "4", "--ranks-per-node", "2"]
+    assert c2r.main([*words, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    placed = placement.read(output)
+    assert placed.provenance == {"matrix": str(matrix), "max_imbalance": 1.25, "iteration": 7}
+    assert (placed.experts, placed.ranks, placed.ranks_per_node) == (8, 4, 2)
+    assert [*placed.layers] == [2, 4]
+    of_layer = placement.copies(placed, counts)[2]
+    before = placement.copies(Placement(8, 4, 2, {2: contiguous(8, 4)}), counts)[2]
+    assert of_layer.ranks == pytest.approx(topk - 1) and of_layer.ranks < before.ranks
+    line = next(line for line in shown.splitlines() if line.split()[:1] == ["2"])
+    cells = [f"{value:.3f}" for pair in zip(before, of_layer, strict=True) for value in pair]
+    assert line.split()[1:5] == cells
+    rows = np.bincount(placed.rank_of(2), counts.layers[2].chosen)
+    assert line.split()[-4:] == [f"{load:.2f}" for load in rows / rows.mean()]
+
+
+def test_pairs_alone_are_placed_without_copies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = counts_of_clusters(3)
+    for layer in counts.layers.values():
+        layer.sets = layer.set_tokens = None
+    matrix, output = tmp_path / "counts.json", tmp_path / "placement.json"
+    collaboration.write(matrix, counts)
+    words = ["place", "--matrix", str(matrix), "--ranks", "4", "--output", str(output)]
+    assert c2r.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "nan" in shown and "pairs alone" in shown and "No placement" not in shown
+    placed = placement.read(output)
+    assert placed.ranks_per_node == 4
+    assert all(one % 4 == other % 4 for one, other in placed.layers[2])
+    assert c2r.main([*words, "--max-imbalance", "1"]) == 0
+    assert "No placement with a busiest rank of at most 1.0 was found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--ranks 3", "--ranks 3 does not divide the 8 experts"),
+        ("--ranks 4 --ranks-per-node 3", "--ranks-per-node 3 does not divide --ranks 4"),
+        ("--ranks 4 --max-imbalance 0.9", "--max-imbalance 0.9 is not at least 1"),
+        ("--ranks 4 --max-imbalance nan", "--max-imbalance nan is not at least 1"),
+        ("--ranks four", "--ranks"),
+    ],
+)
+def test_what_cannot_be_placed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, line: str
+) -> None:
+    matrix, output = tmp_path / "counts.json", tmp_path / "placement.json"
+    collaboration.write(matrix, counts_of_clusters(2))
+    options = ["--matrix", str(matrix), "--output", str(output), *words.split()]
+    assert c2r.main(["place", *options]) == 2
+    shown = capsys.readouterr()
+    assert line in shown.out + shown.err and (shown.out + shown.err).count("\n") == 1
+    assert not output.exists()

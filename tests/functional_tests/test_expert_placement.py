@@ -1,0 +1,77 @@
+"""Runs whose experts lie where a file says: the losses of those without, from one checkpoint."""
+
+import pytest
+
+from megatron_scmoe.c2r import placement
+from megatron_scmoe.c2r.placement import Placement
+
+from .layouts import CHECKPOINT_LAYOUTS, DISTRIBUTED, EXPERT_BIAS, Curves, Layout, Runs
+
+TOLERANCE = 1e-6
+SAVED, ENDS = 3, 6
+EXPERTS, MOE_LAYERS = 8, (2, 4, 6, 8)
+OPTIONS = f"{EXPERT_BIAS} {DISTRIBUTED} --scmoe-shortcut-position pos2".split()
+RANKS = {"EP2": 2, "EP4xDP2": 4, "TP2xEP2": 2, "PP2xEP2xDP2": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("placed"))
+
+
+@pytest.fixture(scope="module")
+def placed(runs: Runs) -> Curves:
+    """A run with a placement, saved on its way."""
+    save = ["--save", str(runs.folder / "checkpoint"), "--save-interval", str(SAVED)]
+    return train(runs, "EP2", 1, *save)
+
+
+def train(runs: Runs, layout: str, step: int | None, *options: str) -> Curves:
+    """A run whose experts lie in order, or by a step in the numbers of neighbours, coprime to 8."""
+    own = list(options)
+    if step is not None:
+        ranks = RANKS[layout]
+        path = runs.folder / f"{layout}-{step}.json"
+        layers = {}
+        for layer in MOE_LAYERS:
+            order = [(layer + 3 * step * place) % EXPERTS for place in range(EXPERTS)]
+            each = EXPERTS // ranks
+            layers[layer] = tuple(tuple(order[i : i + each]) for i in range(0, EXPERTS, each))
+        placement.write(path, Placement(EXPERTS, ranks, ranks, layers))
+        own += ["--scmoe-expert-placement", str(path)]
+    at: Layout = CHECKPOINT_LAYOUTS[layout]
+    name = f"{layout} {step} {len(options)}"
+    return runs.train(at, name, *OPTIONS, "--train-iters", str(ENDS), *own)
+
+
+def assert_same(curves: Curves, others: Curves) -> None:
+    for tag, values in others.items():
+        assert curves[tag] == pytest.approx(
+            {i: value for i, value in values.items() if i in curves[tag]}, rel=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "step"),
+    [
+        ("EP2", None),
+        pytest.param("EP2", 3, marks=pytest.mark.slow),
+        pytest.param("EP4xDP2", 5, marks=pytest.mark.slow),
+        pytest.param("TP2xEP2", 3, marks=pytest.mark.slow),
+        pytest.param("PP2xEP2xDP2", 7, marks=pytest.mark.slow),
+        pytest.param("1", None, marks=pytest.mark.slow),
+    ],
+)
+def test_any_placement_goes_on_from_any_checkpoint(
+    runs: Runs, placed: Curves, layout: str, step: int | None
+) -> None:
+    """Weights, state of the distributed optimizer and expert bias."""
+    load = ["--load", str(runs.folder / "checkpoint"), "--ckpt-step", str(SAVED)]
+    curves = train(runs, layout, step, *load)
+    assert sorted(curves["lm loss"]) == list(range(SAVED + 1, ENDS + 1))
+    assert_same(curves, placed)
+
+
+@pytest.mark.slow  # test_placement.py has the initial weights and the first gradients
+def test_a_run_from_scratch_is_that_without_a_placement(runs: Runs, placed: Curves) -> None:
+    assert_same(placed, train(runs, "EP2", None))
