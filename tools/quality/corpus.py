@@ -1,0 +1,109 @@
+"""The text: Python's sources and manuals as the quick start has them, without near duplicates.
+
+Held out by document. The standard library of one version of Python is the same everywhere
+(licence PSF-2.0): modules, their tests, documentation strings of C modules, the language reference.
+The digest of its tokens stands in every result.
+"""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_scmoe.words import read_json, write_whole
+from tools.benchmarks.provenance import REPOSITORY
+from tools.quality.scales import Scale
+
+SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Both data sets and the tokenizer, in a folder."""
+
+    folder: Path
+    digest: str
+    """Of the tokens of both."""
+    tokens: dict[str, int]
+    """By split."""
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
+
+    def prefix(self, split: str) -> Path:
+        return self.folder / f"{split}_text_document"
+
+    def options(self) -> list[str]:
+        return [
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(self.tokenizer)),
+            *("--train-data-path", str(self.prefix("train"))),
+            *("--valid-data-path", str(self.prefix("valid"))),
+            *("--data-cache-path", str(self.folder / "cache"), "--num-workers", "0"),
+        ]
+
+
+def write(folder: Path, scale: Scale) -> Text:
+    """The text of a scale, unless an earlier run has left it whole.
+
+    Raises:
+        ValueError: it is too short for one epoch, or the data sets cannot be read; one line.
+        subprocess.CalledProcessError: a program of the quick start failed; `stderr` says why.
+    """
+    if not (folder / "complete").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in _programs(folder, scale):
+            subprocess.run(
+                [sys.executable, *command],
+                cwd=REPOSITORY,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        write_whole(folder / "complete", "")
+    tokens, sha = {}, hashlib.sha256()
+    for split in SPLITS:
+        content = Path(f"{folder / split}_text_document.bin").read_bytes()
+        sha.update(content)
+        tokens[split] = len(content) // 2  # uint16: vocabularies here are smaller than 65,536
+    wanted = {
+        "train": scale.tokens,
+        "valid": scale.eval_iterations * scale.batch * scale.seq_length,
+    }
+    for split, needed in wanted.items():
+        if tokens[split] < needed:
+            raise ValueError(
+                f"{split} has {tokens[split]:,} tokens and a run reads {needed:,}: more than one "
+                "epoch is never trained."
+            )
+    return Text(folder, sha.hexdigest()[:16], tokens)
+
+
+def _programs(folder: Path, scale: Scale) -> list[list[str]]:
+    quickstart = "examples/quickstart"
+    tokenizer = str(folder / "tokenizer")
+    return [
+        [
+            *(f"{quickstart}/corpus.py", "--output-dir", str(folder)),
+            *("--max-megabytes", f"{scale.megabytes:g}"),
+        ],
+        [
+            *(f"{quickstart}/tokenizer.py", "--input", str(folder / "train.jsonl")),
+            *("--output-dir", tokenizer, "--vocab-size", str(scale.vocabulary)),
+        ],
+        *(
+            [
+                *("tools/preprocess_data.py", "--input", str(folder / f"{split}.jsonl")),
+                *("--output-prefix", str(folder / split), "--append-eod"),
+                *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer),
+            ]
+            for split in SPLITS
+        ),
+    ]
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What corpus.json says of the text."""
+    return read_json(folder / "corpus.json")

@@ -1,0 +1,261 @@
+"""Runs of the entry script, as a user would call it, and what is kept of each: one JSON file."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_scmoe.words import read_json, write_whole
+from tools.benchmarks.provenance import REPOSITORY, describe
+from tools.quality.contenders import CONTENDERS, Contender
+from tools.quality.corpus import Text
+from tools.quality.scales import Scale
+
+LOSS, VALIDATION = "lm loss", "lm loss validation"
+KEPT_LINES = 15
+EXTRAS = ("gates-agree", "moe/routed-per-token", "moe/load-violation", "moe/dropped")
+"""What else of TensorBoard is kept, from the last iterations."""
+
+
+class RunError(Exception):
+    """A run ended with an error; the message has its last lines."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that is to be there."""
+
+    contender: Contender
+    seed: int
+    rate: float
+    iterations: int
+    chooses_rate: bool = False
+
+    def evaluation(self, scale: Scale) -> int:
+        """Batches of held-out text behind it; to choose a rate a part is enough."""
+        return max(1, scale.eval_iterations // 4) if self.chooses_rate else scale.eval_iterations
+
+    @property
+    def name(self) -> str:
+        last = f"rate-{self.rate:g}" if self.chooses_rate else f"seed-{self.seed}"
+        return f"{self.contender.name}.{last}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has shown."""
+
+    contender: str
+    seed: int
+    rate: float
+    validation: float
+    """Cross-entropy of the held-out text behind the last iteration, nats per token."""
+    losses: list[tuple[int, float]]
+    """Of training: iteration, mean loss since the one before."""
+    extras: dict[str, float]
+    seconds: float
+    command: str
+    commit: str
+    machine: dict[str, Any]
+    digest: str
+    """Of the text."""
+    options: list[str] = field(default_factory=list)
+    """The contender's own."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """What an earlier run has left.
+
+        Raises:
+            ValueError: the file is no result; one line.
+        """
+        try:
+            content = read_json(path)
+            result = cls(**content)
+            losses = [(int(at), float(loss)) for at, loss in result.losses]
+            return dataclasses.replace(result, losses=losses, validation=float(result.validation))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no result of this program ({error}): remove it to repeat it."
+            ) from error
+
+
+class Runner:
+    """Does what is not done yet.
+
+    Args:
+        folder: of results, a file for each run, and of the logs.
+        announce: called with the line of a finished run.
+    """
+
+    def __init__(
+        self, folder: Path, scale: Scale, text: Text, announce: Callable[[Result, float], None]
+    ) -> None:
+        self.folder = folder
+        self.scale = scale
+        self._text = text
+        self._announce = announce
+        self._environment = describe()
+
+    def stored(self, task: Task) -> Path:
+        return self.folder / "runs" / f"{task.name}.json"
+
+    def done(self, task: Task) -> Result | None:
+        """An earlier result.
+
+        Raises:
+            ValueError: it is damaged, or of another text or other options.
+        """
+        path = self.stored(task)
+        if not path.exists():
+            return None
+        result = Result.read(path)
+        if result.digest != self._text.digest:
+            raise ValueError(
+                f"{path} was trained on other text ({result.digest}, here is {self._text.digest}; "
+                "another version of Python has other sources): choose another --output."
+            )
+        if result.options != task.contender.command_line(self.scale) or result.rate != task.rate:
+            raise ValueError(
+                f"{path} is of other options than {task.contender.name} has now: remove it, and "
+                "the run is repeated."
+            )
+        return result
+
+    def all(self, tasks: Iterable[Task], jobs: int) -> list[Result]:
+        """Results in the order of the tasks; those that are missing are run, some at a time.
+
+        Raises:
+            RunError: a run failed; others that run beside it are waited for.
+        """
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(self._one, task) for task in tasks]
+            try:
+                return [each.result() for each in waiting]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def command(self, task: Task) -> list[str]:
+        """Paths as they are from the repository, where it runs."""
+        logs = self.folder / "logs" / task.name
+        return [
+            *("python", "pretrain_gpt_scmoe.py"),
+            *self.scale.model_options(),
+            *task.contender.command_line(self.scale),
+            *self.scale.schedule(
+                task.iterations, task.rate, task.seed, task.evaluation(self.scale)
+            ),
+            *self._text.options(),
+            *("--tensorboard-dir", str(logs), "--tensorboard-log-interval", "1"),
+            *(("--save", str(self.checkpoint(task))) if self._is_studied(task) else ()),
+        ]
+
+    def checkpoint(self, task: Task) -> Path:
+        return self.folder / "logs" / task.name / "checkpoint"
+
+    def _is_studied(self, task: Task) -> bool:
+        first = task.seed == self.scale.seeds[0] and not task.chooses_rate
+        return first and task.contender.studied
+
+    def _one(self, task: Task) -> Result:
+        result = self.done(task)
+        if result is not None:
+            return result
+        logs = self.folder / "logs" / task.name
+        logs.mkdir(parents=True, exist_ok=True)
+        for old in logs.glob("events.out.tfevents.*"):
+            old.unlink()  # of a run that was interrupted
+        words = self.command(task)
+        began = time.monotonic()
+        with (logs / "log.txt").open("w") as log:
+            ended = subprocess.run(
+                [sys.executable, *words[1:]],
+                cwd=REPOSITORY,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        seconds = time.monotonic() - began
+        if ended.returncode:
+            lines = (logs / "log.txt").read_text(errors="replace").splitlines()[-KEPT_LINES:]
+            raise RunError(
+                f"{task.name} ended with exit code {ended.returncode}; its output is in "
+                f"{logs / 'log.txt'}, the last lines are:\n" + "\n".join(lines)
+            )
+        scalars = read_scalars(logs)
+        result = Result(
+            contender=task.contender.name,
+            seed=task.seed,
+            rate=task.rate,
+            validation=scalars[VALIDATION][-1][1],
+            losses=thinned(scalars[LOSS], self.scale.log_interval),
+            extras={
+                tag: sum(value for _, value in scalars[tag][-10:]) / len(scalars[tag][-10:])
+                for tag in EXTRAS
+                if tag in scalars
+            },
+            seconds=round(seconds, 1),
+            command=" ".join(words),
+            commit=self._environment["commit"],
+            machine=self._environment["machine"] | self._environment["versions"],
+            digest=self._text.digest,
+            options=task.contender.command_line(self.scale),
+        )
+        self.stored(task).parent.mkdir(exist_ok=True)
+        write_whole(self.stored(task), json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        self._announce(result, seconds)
+        return result
+
+
+def rate_tasks(contender: Contender, scale: Scale) -> list[Task]:
+    """The short runs that choose its learning rate; none where there is one to choose from."""
+    if len(scale.rates) == 1:
+        return []
+    return [
+        Task(contender, scale.rate_seed, rate, scale.rate_iterations, chooses_rate=True)
+        for rate in scale.rates
+    ]
+
+
+def seed_tasks(contender: Contender, scale: Scale, rate: float) -> list[Task]:
+    seeds = scale.seeds if contender.main else scale.seeds[:1]
+    return [Task(contender, seed, rate, scale.iterations) for seed in seeds]
+
+
+def chosen_rate(contender: Contender, scale: Scale, results: Iterable[Result]) -> float:
+    """That of the least held-out loss."""
+    if len(scale.rates) == 1:
+        return scale.rates[0]
+    return min(results, key=lambda result: result.validation).rate
+
+
+def number_of_runs(scale: Scale) -> int:
+    return sum(
+        len(rate_tasks(each, scale)) + len(seed_tasks(each, scale, 0)) for each in CONTENDERS
+    )
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars of a run by tag: iteration and value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def thinned(series: list[tuple[int, float]], interval: int) -> list[tuple[int, float]]:
+    """Means over `interval` iterations, at the last of each."""
+    parts = [series[at : at + interval] for at in range(0, len(series), interval)]
+    return [(part[-1][0], round(sum(value for _, value in part) / len(part), 5)) for part in parts]
