@@ -1,13 +1,16 @@
 """Train every contender on the same real text, and print the table beside the papers'.
 
     python -m tools.quality --scale smoke|laptop|gpu --output DIR
+    python -m tools.quality --scale laptop --output DIR --table     # of what is there, nothing runs
 
-A run that is there is not done again: the same command goes on where the last one stopped.
+A run that is there is not done again: the same command goes on where the last one stopped. Writes
+quality.md and two pictures to --output.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +19,8 @@ from pathlib import Path
 from megatron_scmoe.say import one_line, say
 from megatron_scmoe.words import read_json, write_whole
 from tools.benchmarks.provenance import REPOSITORY
-from tools.quality import corpus
-from tools.quality.contenders import CONTENDERS
+from tools.quality import corpus, plots, report
+from tools.quality.contenders import CONTENDERS, Contender
 from tools.quality.runs import (
     Result,
     RunError,
@@ -89,6 +92,59 @@ def run_all(runner: Runner, jobs: int) -> None:
         runner.all([task for seed in zip(*by_contender, strict=True) for task in seed], jobs)
 
 
+def train(folder: Path, name: str, scale: Scale, jobs: int) -> None:
+    """Text, sizes, runs, and what is asked of the saved models.
+
+    Raises:
+        ValueError, OSError, RunError: in one line; of a run, with its last lines.
+        subprocess.CalledProcessError: a program of ours failed; `stderr` says why.
+    """
+    print("text: one moment", flush=True)
+    text = corpus.write(folder / "text", scale)
+    write_whole(folder / "corpus.json", (folder / "text" / "corpus.json").read_bytes())
+    write_whole(folder / "sizes.json", _program("tools.quality.sizes", "--scale", name))
+    progress = Progress(scale)
+    runner = Runner(folder, scale, text, progress)
+    progress.before = sum(1 for _ in (folder / "runs").glob("*.json"))
+    run_all(runner, jobs)
+    for each in CONTENDERS:
+        study(runner, each)
+
+
+def study(runner: Runner, contender: Contender) -> None:
+    """Ask the saved model of a contender what claims.py asks, unless it was asked."""
+    path = runner.folder / "claims" / f"{contender.name}.json"
+    (first, *_) = seed_tasks(contender, runner.scale, 0)
+    checkpoint = runner.checkpoint(first)
+    if path.exists() or not checkpoint.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    _program(
+        *("tools.quality.claims", "--load", str(checkpoint), "--found", str(path)),
+        *("--text", str(runner.folder / "text")),
+        *("--sequences", str(runner.scale.eval_iterations * runner.scale.batch)),
+    )
+
+
+def _program(*words: str) -> str:
+    """Output of a module of ours, in a process of its own: the host is imported there."""
+    command = [sys.executable, "-W", "ignore", "-m", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def publish(folder: Path, name: str, scale: Scale) -> None:
+    """Write the page and the pictures of what is there."""
+    found = report.read(folder)
+    text = report.page(found, scale, name, read_json(folder / "corpus.json"))
+    write_whole(folder / "quality.md", text)
+    print(text, end="")
+    try:
+        for path in plots.draw(found, folder):
+            print(f"written: {path}", file=sys.stderr)
+    except ImportError:
+        print("no pictures: pip install 'megatron-scmoe[plot]'", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -98,6 +154,9 @@ def main() -> int:
         "--output", type=Path, required=True, metavar="DIR", help="Text, logs and results."
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="Runs at a time.")
+    parser.add_argument(
+        "--table", action="store_true", help="Write the page of the results that are there."
+    )
     args = parser.parse_args()
     scale = SCALES[args.scale]
     if args.jobs is not None and args.jobs < 1:
@@ -108,19 +167,20 @@ def main() -> int:
             REPOSITORY
         )  # commands are recorded, and need no machine's paths
     os.chdir(REPOSITORY)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        if args.table and not (folder / "scale.json").exists():
+            raise ValueError(f"{folder} has no results: run it without --table first.")
         claim(folder, args.scale, scale)
-        print("text: one moment", flush=True)
-        text = corpus.write(folder / "text", scale)
-        progress = Progress(scale)
-        runner = Runner(folder, scale, text, progress)
-        progress.before = len(list((folder / "runs").glob("*.json")))
-        run_all(runner, args.jobs or scale.jobs)
+        if not args.table:
+            train(folder, args.scale, scale, args.jobs or scale.jobs)
+        publish(folder, args.scale, scale)
     except subprocess.CalledProcessError as error:
-        say(f"the text could not be made: {(error.stderr or '').strip().splitlines()[-1:]}")
+        last = (error.stderr or "").strip().splitlines()[-1:]
+        say(f"{' '.join(error.cmd[1:4])} failed: {' '.join(last)}")
         return 2
     except (OSError, ValueError, RunError) as error:
-        say(one_line(error))
+        say(str(error) if isinstance(error, RunError) else one_line(error))
         return 2
     return 0
 

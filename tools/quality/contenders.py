@@ -77,7 +77,7 @@ CONTENDERS = (
         "dense",
         "--ffn-hidden-size 3F/2",
         "top2",
-        "active FLOPs: every MLP half as wide again; a third of the parameters",
+        "active FLOPs: every MLP half as wide again",
         True,
     ),
     Contender(

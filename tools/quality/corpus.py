@@ -10,9 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_scmoe.words import read_json, write_whole
+from megatron_scmoe.words import write_whole
 from tools.benchmarks.provenance import REPOSITORY
 from tools.quality.scales import Scale
 
@@ -102,8 +101,3 @@ def _programs(folder: Path, scale: Scale) -> list[list[str]]:
             for split in SPLITS
         ),
     ]
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """What corpus.json says of the text."""
-    return read_json(folder / "corpus.json")

@@ -103,6 +103,7 @@ class Runner:
         self._text = text
         self._announce = announce
         self._environment = describe()
+        self._running: set[subprocess.Popen] = set()
 
     def stored(self, task: Task) -> Path:
         return self.folder / "runs" / f"{task.name}.json"
@@ -133,14 +134,16 @@ class Runner:
         """Results in the order of the tasks; those that are missing are run, some at a time.
 
         Raises:
-            RunError: a run failed; others that run beside it are waited for.
+            RunError: a run failed; others that run beside it are ended.
         """
         with ThreadPoolExecutor(jobs) as pool:
             waiting = [pool.submit(self._one, task) for task in tasks]
             try:
                 return [each.result() for each in waiting]
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    process.terminate()
                 raise
 
     def command(self, task: Task) -> list[str]:
@@ -176,7 +179,7 @@ class Runner:
         words = self.command(task)
         began = time.monotonic()
         with (logs / "log.txt").open("w") as log:
-            ended = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, *words[1:]],
                 cwd=REPOSITORY,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -184,11 +187,14 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+            self._running.add(process)
+            code = process.wait()
+            self._running.discard(process)
         seconds = time.monotonic() - began
-        if ended.returncode:
+        if code:
             lines = (logs / "log.txt").read_text(errors="replace").splitlines()[-KEPT_LINES:]
             raise RunError(
-                f"{task.name} ended with exit code {ended.returncode}; its output is in "
+                f"{task.name} ended with exit code {code}; its output is in "
                 f"{logs / 'log.txt'}, the last lines are:\n" + "\n".join(lines)
             )
         scalars = read_scalars(logs)
