@@ -203,13 +203,13 @@ def in_passing(found: Found) -> Iterable[str]:
             )
         )
     agree = [
-        [BY_NAME[name].title, percent(result.extras["gates-agree"])]
+        [BY_NAME[name].title, percent(result.extras["gates agree"])]
         for name in ("dgmoe", "dgmoe-any")
         for seed, result in found.runs.get(name, {}).items()
-        if seed == 1 and "gates-agree" in result.extras
+        if seed == 1 and "gates agree" in result.extras
     ]
     if agree:
-        header = ["", "tokens for which both gates rank one expert first, last ten iterations"]
+        header = ["", "tokens for which both gates rank one expert first, end of training"]
         yield "\n".join(markdown_table(header, agree))
     kinds = {name: claim["experts"] for name, claim in found.claims.items() if claim.get("experts")}
     for name, by_kind in kinds.items():

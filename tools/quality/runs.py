@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_scmoe.words import read_json, write_whole
@@ -18,10 +21,15 @@ from tools.quality.contenders import CONTENDERS, Contender
 from tools.quality.corpus import Text
 from tools.quality.scales import Scale
 
-LOSS, VALIDATION = "lm loss", "lm loss validation"
+LOSS_LINE = re.compile(r"iteration +(\d+)/ *\d+ \|(.*)")
+FIELD = re.compile(r" ([\w ()-]+): +([-+0-9.Ee]+)(%?)[^|]*\|")
+VALIDATION = re.compile(
+    r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)"
+)
 KEPT_LINES = 15
-EXTRAS = ("gates-agree", "moe/routed-per-token", "moe/load-violation", "moe/dropped")
-"""What else of TensorBoard is kept, from the last iterations."""
+EXTRAS = {"gates agree", "routed per token", "slots at home", "dropped"}
+LAST = 5
+"""Lines of the log over which those are averaged."""
 
 
 class RunError(Exception):
@@ -148,7 +156,6 @@ class Runner:
 
     def command(self, task: Task) -> list[str]:
         """Paths as they are from the repository, where it runs."""
-        logs = self.folder / "logs" / task.name
         return [
             *("python", "pretrain_gpt_scmoe.py"),
             *self.scale.model_options(),
@@ -157,9 +164,11 @@ class Runner:
                 task.iterations, task.rate, task.seed, task.evaluation(self.scale)
             ),
             *self._text.options(),
-            *("--tensorboard-dir", str(logs), "--tensorboard-log-interval", "1"),
-            *(("--save", str(self.checkpoint(task))) if self._is_studied(task) else ()),
+            *(self._saving(task) if self._is_studied(task) else ()),
         ]
+
+    def _saving(self, task: Task) -> list[str]:
+        return ["--save", str(self.checkpoint(task)), "--save-interval", str(task.iterations)]
 
     def checkpoint(self, task: Task) -> Path:
         return self.folder / "logs" / task.name / "checkpoint"
@@ -174,8 +183,8 @@ class Runner:
             return result
         logs = self.folder / "logs" / task.name
         logs.mkdir(parents=True, exist_ok=True)
-        for old in logs.glob("events.out.tfevents.*"):
-            old.unlink()  # of a run that was interrupted
+        # Of a run that was interrupted.
+        shutil.rmtree(self.checkpoint(task), ignore_errors=True)
         words = self.command(task)
         began = time.monotonic()
         with (logs / "log.txt").open("w") as log:
@@ -197,18 +206,16 @@ class Runner:
                 f"{task.name} ended with exit code {code}; its output is in "
                 f"{logs / 'log.txt'}, the last lines are:\n" + "\n".join(lines)
             )
-        scalars = read_scalars(logs)
+        printed = Log.read(logs / "log.txt")
+        if printed.validation is None:
+            raise RunError(f"{task.name} evaluated nothing; its output is in {logs / 'log.txt'}")
         result = Result(
             contender=task.contender.name,
             seed=task.seed,
             rate=task.rate,
-            validation=scalars[VALIDATION][-1][1],
-            losses=thinned(scalars[LOSS], self.scale.log_interval),
-            extras={
-                tag: sum(value for _, value in scalars[tag][-10:]) / len(scalars[tag][-10:])
-                for tag in EXTRAS
-                if tag in scalars
-            },
+            validation=printed.validation,
+            losses=printed.losses,
+            extras={name: fmean(values[-LAST:]) for name, values in printed.extras.items()},
             seconds=round(seconds, 1),
             command=" ".join(words),
             commit=self._environment["commit"],
@@ -250,18 +257,28 @@ def number_of_runs(scale: Scale) -> int:
     )
 
 
-def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars of a run by tag: iteration and value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@dataclass
+class Log:
+    """What a run has printed. Not TensorBoard's file: its last value, the held-out loss, may be
+    missing when the process ends."""
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Iteration, mean training loss since the line before."""
+    validation: float | None = None
+    extras: dict[str, list[float]] = field(default_factory=dict)
 
-
-def thinned(series: list[tuple[int, float]], interval: int) -> list[tuple[int, float]]:
-    """Means over `interval` iterations, at the last of each."""
-    parts = [series[at : at + interval] for at in range(0, len(series), interval)]
-    return [(part[-1][0], round(sum(value for _, value in part) / len(part), 5)) for part in parts]
+    @classmethod
+    def read(cls, path: Path) -> "Log":
+        log = cls()
+        for line in path.read_text(errors="replace").splitlines():
+            if match := LOSS_LINE.search(line):
+                fields = {
+                    name.strip(): float(value) / (100 if percent else 1)
+                    for name, value, percent in FIELD.findall(match[2])
+                }
+                log.losses.append((int(match[1]), fields["lm loss"]))
+                for name in EXTRAS & fields.keys():
+                    log.extras.setdefault(name, []).append(fields[name])
+            elif match := VALIDATION.search(line):
+                log.validation = float(match[1])
+        return log
