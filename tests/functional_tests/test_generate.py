@@ -67,6 +67,16 @@ def written(checkpoints: Path, folder: Path, layout: str, ranks: int) -> list[di
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
+def test_another_tokenizer_is_one_line_that_does_not_speak_of_training(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    command = ["--load", str(checkpoints), "--prompt", "1", "--vocab-size", "60"]
+    run = launch_forked(command, 1, tmp_path, main=generate.main)
+    assert run.returncode == 2
+    line = run.stdout.splitlines()[-1]
+    assert line.endswith("another tokenizer: vocab_size 64 there, 60 here. Use that one.")
+
+
 @pytest.fixture(scope="module")
 def one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return written(checkpoints, tmp_path_factory.mktemp("one_process"), "", 1)

@@ -220,9 +220,10 @@ def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: boo
     if gains_shortcut and starts_anew:
         changed = [line for line in changed if not line.startswith(OF_A_SHORTCUT)]
     if gains_shortcut and not changed and not starts_anew:
-        raise ValueError(
-            f"{where} is a model without a shortcut: start from its weights with --finetune."
-        )
+        advice = "drop --scmoe-shortcut-position"
+        if not args.skip_train:
+            advice = "start from its weights with --finetune"
+        raise ValueError(f"{where} is a model without a shortcut: {advice}.")
     if changed:
         raise ValueError(
             f"{where} is another model: {'; '.join(changed)}. Use the checkpoint's values "
@@ -231,8 +232,8 @@ def _check_model(where: str, saved: Namespace, args: Namespace, starts_anew: boo
     changed = differences(saved, args, NEW_TENSORS)
     if changed and position != "none" and not starts_anew:
         raise ValueError(
-            f"{where} has other units: {'; '.join(changed)}. Use the checkpoint's values, or "
-            "start from its weights with --finetune."
+            f"{where} has other units: {'; '.join(changed)}. Use the checkpoint's values"
+            f"{_or_finetune(args)}."
         )
 
 
@@ -248,9 +249,14 @@ def _check_tokenizer(
     ]
     if changed:
         raise ValueError(
-            f"{where} was trained with another tokenizer: {'; '.join(changed)}. Use that one, or "
-            "start from the weights with --finetune."
+            f"{where} was trained with another tokenizer: {'; '.join(changed)}. Use that one"
+            f"{_or_finetune(args)}."
         )
+
+
+def _or_finetune(args: Namespace) -> str:
+    """The other way out, where something is trained."""
+    return "" if args.skip_train else ", or start from its weights with --finetune"
 
 
 def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]:
