@@ -74,7 +74,7 @@ TABLE: tuple[Replacement, ...] = (
         "megatron.training.checkpointing._load_global_dist_base_checkpoint",
         "always",
         "training/checkpointing.py:1601",
-        "no hook: --finetune from the baseline leaves what is new as it was initialised",
+        "no hook: norms have two names; --finetune leaves what is new as it was initialised",
         transfer.loading_related,
     ),
 )

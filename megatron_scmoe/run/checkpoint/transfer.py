@@ -2,7 +2,8 @@
 
 With --finetune (or --pretrained-checkpoint) the checkpoint may be one of the matching baseline
 (top-K with a shared expert, stock Megatron), or of a ScMoE model with another gate or norm. What
-only our model has keeps its initial value; nothing else may be missing.
+only our model has keeps its initial value; nothing else may be missing. Without it too, a norm is
+found under either of its names: a baseline that came from elsewhere has one of them.
 """
 
 from argparse import Namespace
@@ -27,7 +28,8 @@ OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chaine
 
 
 def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`_load_global_dist_base_checkpoint` that leaves what is new as it was initialised."""
+    """`_load_global_dist_base_checkpoint` that finds norms under either name, and with --finetune
+    leaves what is new as it was initialised."""
 
     def replacement(
         load_dir: str,
@@ -39,7 +41,7 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
         **groups: Any,
     ) -> Any:
         load_it = partial(load, load_dir, args, rank0, sharded_state_dict, iteration, release)
-        if rank0 or not args.finetune:
+        if rank0:
             return load_it(**groups)
         folder = Path(load_dir)
         checkpoint = folder / "release" if release else iteration_folder(folder, iteration)
@@ -48,6 +50,10 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
         }
         on_disk = {name for name in on_disk if not name.startswith(OTHER_STATE)}
         chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
+        for chunk in chunks:
+            _rename(sharded_state_dict[chunk], on_disk)
+        if not args.finetune:
+            return load_it(**groups)
         kept = {chunk: _keep(sharded_state_dict[chunk], on_disk) for chunk in chunks}
         taken = {
             entry.key
@@ -65,19 +71,25 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
-    """Take what is not on disk out of a model's request; rename what has another name there."""
-    kept = {}
-    for name, entry in list(entries.items()):
+def _rename(entries: dict[str, Any], on_disk: set[str]) -> None:
+    """Ask for what has another name on disk under that."""
+    for entry in entries.values():
         if not isinstance(entry, ShardedBase) or entry.key in on_disk:
             continue
         for pair in names.LOCAL_NAMES.items():  # the checkpoint may have either
             for here, there in (pair, pair[::-1]):
                 other = entry.key.replace(here, there)
                 entry.key = other if other in on_disk else entry.key
-        if entry.key not in on_disk:
-            kept[name] = entries.pop(name)
-    return kept
+
+
+def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
+    """Take what is not on disk out of a model's request."""
+    new = [
+        name
+        for name, entry in entries.items()
+        if isinstance(entry, ShardedBase) and entry.key not in on_disk
+    ]
+    return {name: entries.pop(name) for name in new}
 
 
 def _report(checkpoint: Path, on_disk: set[str], taken: set[str], new: set[str]) -> None:
