@@ -160,7 +160,9 @@ def write(
     located = locate(directory)
     folder, config, reader = directory.folder, directory.config, directory.reader
     options = options_of(directory, save)
-    stacked = config["num_hidden_layers"] if options["moe_layer_freq"] == 1 else 0
+    # The first gate of all has no residual (model/builder.py).
+    alike = options["moe_layer_freq"] == 1 and not config["gating_residual"]
+    stacked = config["num_hidden_layers"] if alike else 0
     iteration = config.get("megatron", {}).get("iteration", FIRST_ITERATION)
     total = sum(prod(shape) for tensor, _ in located for _, shape in tensor.parts)
     bytes_each = DTYPES[dtype].itemsize if dtype else 4
