@@ -145,9 +145,10 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_logits(load: Path, folder: Path, step: int | None, **others: Any) -> int:
-    """Print what both models say, and return the exit code."""
+    """Print what both models say, and return the exit code, which bf16 does not decide."""
     found = compare_logits(load, folder, step, **others)
     print(found.text())
+    print(compare_logits(load, folder, step, dtype="bf16", **others).text())
     if found.same or found.rounded:
         return 0
     say.say(f"{folder} is another model than {load}")

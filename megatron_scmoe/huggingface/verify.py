@@ -1,7 +1,7 @@
 """Is a Hugging Face directory the model of a checkpoint?
 
 Tensor by tensor first, bit for bit in the directory's types, which needs neither side's model.
-Then by what both models say about a text, in fp32: the host's in processes of its own.
+Then by what both models say about a text: the host's in processes of its own.
 
 Shapes: b samples, s tokens, v vocabulary
 """
@@ -41,6 +41,8 @@ OF_TRAINING = (
 )
 """Fields of config.json that no logit depends on."""
 PROGRAM = ("-m", "megatron_scmoe.huggingface.logits")
+TYPES = {"fp32": (torch.float32, []), "bf16": (torch.bfloat16, ["--bf16"])}
+"""What both models can be computed in, and Megatron's options for it."""
 
 
 def compare_tensors(
@@ -99,6 +101,8 @@ class Comparison:
     other_perplexity: float
     rounded: bool
     """Whether the directory holds the weights in a type that cannot hold the checkpoint's."""
+    dtype: str = "fp32"
+    """In which both were computed, a key of TYPES."""
 
     @property
     def same(self) -> bool:
@@ -107,8 +111,8 @@ class Comparison:
     def text(self) -> str:
         rounded = " (the directory's weights are rounded)" if self.rounded else ""
         return (
-            f"logits of both models at {self.places} places, in fp32{rounded}: largest difference "
-            f"{self.difference:.2g}, another token at {self.other_tokens}; perplexity "
+            f"logits of both models at {self.places} places, in {self.dtype}{rounded}: largest "
+            f"difference {self.difference:.2g}, another token at {self.other_tokens}; perplexity "
             f"{self.perplexity:.5g} in Megatron, {self.other_perplexity:.5g} exported"
         )
 
@@ -120,6 +124,7 @@ def compare_logits(
     text: Path | None = None,
     ranks: int = 1,
     options: list[str] | None = None,
+    dtype: str = "fp32",
 ) -> Comparison:
     """Compute both models on a text.
 
@@ -127,6 +132,7 @@ def compare_logits(
         text: a file, of which as much is read as the model has positions; None for a paragraph.
         ranks: processes of Megatron's model.
         options: of Megatron, such as the layout of these ranks.
+        dtype: in which both are computed, a key of TYPES.
 
     Raises:
         ValueError: a model cannot be computed here; one line.
@@ -135,9 +141,10 @@ def compare_logits(
         raise ValueError("transformers is not installed: pip install 'megatron-scmoe[hf]'")
     source = export.open_checkpoint(checkpoints, step)
     tokens = sample(folder, source.config, text)
-    there = _logits_there(folder, tokens)
-    here = _logits_here(source, tokens, ranks, options or [])[..., : there.shape[-1]]
-    return _compare(here, there, tokens, _is_rounded(source, folder))
+    kind, more = TYPES[dtype]
+    there = _logits_there(folder, tokens, kind)
+    here = _logits_here(source, tokens, ranks, [*(options or []), *more])[..., : there.shape[-1]]
+    return _compare(here, there, tokens, _is_rounded(source, folder), dtype)
 
 
 def why_not(checkpoints: Path, step: int | None = None) -> str | None:
@@ -179,7 +186,7 @@ def sample(folder: Path, config: Config, text: Path | None) -> Tensor:
     return (torch.arange(longest)[None] * 7919 + 1) % config["vocab_size"]
 
 
-def _logits_there(folder: Path, tokens: Tensor) -> Tensor:
+def _logits_there(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the directory's model, [1, s, v]."""
     import transformers
 
@@ -188,9 +195,9 @@ def _logits_there(folder: Path, tokens: Tensor) -> Tensor:
     transformers.utils.logging.disable_progress_bar()
     ours = read_json(folder / "config.json").get("model_type") == "scmoe"
     kind = ScMoEForCausalLM if ours else transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    model = kind.from_pretrained(folder, dtype=dtype).eval()
     with torch.inference_mode():
-        return model(tokens).logits
+        return model(tokens).logits.float()
 
 
 def _logits_here(source: export.Source, tokens: Tensor, ranks: int, options: list[str]) -> Tensor:
@@ -200,22 +207,23 @@ def _logits_here(source: export.Source, tokens: Tensor, ranks: int, options: lis
     with TemporaryDirectory() as scratch:
         files = [str(Path(scratch, name)) for name in ("tokens", "logits")]
         save_file({"tokens": tokens}, files[0])
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        run = subprocess.run(
-            [
-                *(sys.executable, *(launcher if ranks > 1 else ()), *PROGRAM),
-                *("--load", str(source.folder), "--ckpt-step", str(source.iteration)),
-                *("--tokens", files[0], "--logits", files[1], *options),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode:
-            lines = [line for line in run.stderr.splitlines() if "error: " in line]
-            last = (lines or run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1]
+        places = ["--load", str(source.folder), "--ckpt-step", str(source.iteration)]
+        places += ["--tokens", files[0], "--logits", files[1]]
+        code, errors = run_program([*places, *options], ranks)
+        if code:
+            lines = [line for line in errors.splitlines() if "error: " in line]
+            last = (lines or errors.splitlines() or [f"exit code {code}"])[-1]
             what = last.partition("error: ")[2] or last
             raise ValueError(f"Megatron's model cannot be computed: {what}")
         return load_file(files[1])["logits"]
+
+
+def run_program(options: list[str], ranks: int) -> tuple[int, str]:
+    """Exit code and standard error of logits.py over so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else ()), *PROGRAM, *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    return run.returncode, run.stderr
 
 
 def _is_rounded(source: export.Source, folder: Path) -> bool:
@@ -224,7 +232,7 @@ def _is_rounded(source: export.Source, folder: Path) -> bool:
     return torch.promote_types(own, there) != there
 
 
-def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool) -> Comparison:
+def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool, dtype: str) -> Comparison:
     own, other = (
         torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:]).exp().item()
         for logits in (here, there)
@@ -236,4 +244,5 @@ def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool) -> Comp
         own,
         other,
         rounded,
+        dtype,
     )
