@@ -381,6 +381,11 @@ def model_config_from_args(args: Namespace) -> ScMoEModelConfig:
         ValueError: a combination that cannot work, in one line.
     """
     scmoe = scmoe_config_from_args(args)
+    if args.multi_latent_attention:
+        # The host reads them for other attention only (argument_utils.py:388).
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if (value := getattr(args, f"yarn_{name}")) is not None:
+                setattr(args, name, value)
     config = core_transformer_config_from_args(args)
     check_model(config, scmoe)
     refuse(shortcut.OPTIONS + command_line.STACKED_EXPERTS, args)

@@ -60,6 +60,9 @@ NEWER: dict[str, Any] = {
     "scmoe_scaled_experts": "all",
     "scmoe_routed_topk": None,
     "scmoe_mla_scale": False,
+    "yarn_original_max_position_embeddings": None,
+    "yarn_beta_fast": None,
+    "yarn_beta_slow": None,
 }
 """Options that older records do not have, and what those runs computed."""
 
@@ -106,7 +109,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-YARN = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+# What YaRN's --yarn-original-max-position-embeddings and so on are when they are not given.
+YARN: dict[str, Any] = {
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 # Of the run that wrote a checkpoint, under "megatron" in config.json: for the way back.
 KEPT = (
@@ -161,8 +169,8 @@ def from_record(record: dict[str, Any]) -> Config:
     config["attention_bias"] = biased and not latent  # the host's down projections have none
     config["norm"] = _key(NORMS, options["normalization"])
     config["position_embedding"] = _key(POSITIONS, options["position_embedding_type"])
-    config["rope_parameters"] = _rope(options)
-    config["softmax_scale"] = _softmax_scale(options) if latent else None
+    config["rope_parameters"] = rope_parameters(options)
+    config["softmax_scale"] = softmax_scale(options) if latent else None
     config["rope_interleaved"] = latent or options["rotary_interleaved"]
     config["tie_word_embeddings"] = not options["untie_embeddings_and_output_weights"]
     config["router_aux_loss_coef"] = options.get("moe_aux_loss_coeff") or 0.0
@@ -221,6 +229,10 @@ def to_options(config: Config) -> dict[str, Any]:
         "rotary_scaling_factor": kept.get("rotary_scaling_factor", 1.0),
         "mscale": kept.get("mscale", 1.0),
         "mscale_all_dim": kept.get("mscale_all_dim", 0.0),
+        **{
+            f"yarn_{name}": None if rope.get(name, default) == default else rope[name]
+            for name, default in YARN.items()
+        },
         "group_query_attention": groups != heads,
         "num_query_groups": groups if groups != heads else 1,
         "kv_channels": config["hidden_size"] // heads if latent else config["head_dim"],
@@ -288,7 +300,8 @@ def _key(table: dict[str, str], value: str) -> str:
     return next(key for key, other in table.items() if other == value)
 
 
-def _rope(options: dict[str, Any]) -> dict[str, Any] | None:
+def rope_parameters(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Those of transformers 5, from Megatron's options; None without rotary embeddings."""
     if options["position_embedding_type"] != "rope":
         return None
     rope: dict[str, Any] = {
@@ -301,7 +314,10 @@ def _rope(options: dict[str, Any]) -> dict[str, Any] | None:
         return rope | {
             "rope_type": "yarn",
             "factor": factor,
-            **YARN,
+            **{
+                name: default if options[f"yarn_{name}"] is None else options[f"yarn_{name}"]
+                for name, default in YARN.items()
+            },
             "attention_factor": _mscale(factor, options["mscale"])
             / _mscale(factor, options["mscale_all_dim"]),
         }
@@ -318,7 +334,7 @@ def _rope_type(rope: dict[str, Any]) -> str:
     return "yarn" if rope.get("rope_type") == "yarn" else "rope"
 
 
-def _softmax_scale(options: dict[str, Any]) -> float | None:
+def softmax_scale(options: dict[str, Any]) -> float | None:
     """The host's, multi_latent_attention.py:177; None for one over the root of the head size."""
     mscale = _mscale(options["rotary_scaling_factor"], options["mscale_all_dim"])
     size = options["qk_head_dim"] + options["qk_pos_emb_head_dim"]

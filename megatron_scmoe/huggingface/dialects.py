@@ -96,7 +96,9 @@ def _qwen2(config: Config) -> Config:
 
 
 def _qwen3(config: Config) -> Config:
-    ours = baseline(config, "num_experts", config["moe_intermediate_size"])
+    # transformers 5 writes Mixtral's name for it.
+    experts = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    ours = baseline(config, experts, config["moe_intermediate_size"])
     if config.get("attention_bias"):
         raise ValueError("attention_bias true puts a bias on the output projection alone")
     return ours | {"qk_layernorm": True}

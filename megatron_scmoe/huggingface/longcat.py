@@ -11,6 +11,7 @@ norm), and the second MLP, which the routed output joins, is our shared expert.
 import re
 from typing import Any
 
+from megatron_scmoe.huggingface.config import YARN, rope_parameters, softmax_scale
 from megatron_scmoe.huggingface.names import Config
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
@@ -63,7 +64,6 @@ FIXED: Config = {
     "qk_layernorm": True,
     "position_embedding": "rope",
     "rope_interleaved": True,
-    "softmax_scale": None,
     "tie_word_embeddings": False,
 }
 """What a LongCat-Flash model is in our fields, whatever its sizes."""
@@ -85,6 +85,9 @@ THEIRS: dict[str, tuple[Any, ...]] = {
 LATENT_EPS = 1e-6
 """Of the norms of their latents, whatever rms_norm_eps is (transformers 5.23)."""
 
+YARN_KEPT = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
+"""Options that a config.json of ours has under "megatron"."""
+
 _PAIRED = "input_layernorm|post_attention_layernorm|self_attn"
 
 
@@ -100,28 +103,61 @@ def from_theirs(config: Config) -> Config:
         if name in config and config[name] not in values
     ]
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        other.append(f"rope {kind}")  # Megatron's YaRN has other numbers that are no options
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 1e7))
+    if rope["rope_type"] not in ("default", "yarn"):
+        other.append(f"rope {rope['rope_type']}")
     if other:
         raise ValueError(f"no model here has {', '.join(other)}")
     pairs = config["num_layers"]
     ours = {field: config[name] for field, name in SAME_NAME.items()}
+    positions = _positions(rope, config)
     return {
         **FIXED,
         **ours,
         **{name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "megatron": config.get("megatron", {}),  # of an export
+        "megatron": config.get("megatron", {})  # of an export
+        | {name: positions[name] for name in YARN_KEPT},
         "num_hidden_layers": 2 * pairs,
         "moe_layers": list(range(1, 2 * pairs, 2)),
         "num_key_value_heads": config["num_attention_heads"],
         "head_dim": config["qk_rope_head_dim"],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": rope.get("rope_theta", config.get("rope_theta", 1e7)),
-            "partial_rotary_factor": 1.0,
-        },
+        "rope_parameters": rope_parameters(positions),
+        "softmax_scale": softmax_scale(positions),
     }
+
+
+def _positions(rope: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Megatron's options of their angles and of the scale of their scores.
+
+    Raises:
+        ValueError: YaRN with settings that Megatron's has not; KeyError: a field is missing.
+    """
+    yarn = rope["rope_type"] == "yarn"
+    mscales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}
+    options = {
+        "position_embedding_type": "rope",
+        "multi_latent_attention": True,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": 1.0,
+        "rotary_scaling_factor": rope["factor"] if yarn else 1.0,
+        "mscale": mscales["mscale"] or 1.0,
+        "mscale_all_dim": mscales["mscale_all_dim"] or 0.0,
+        **{f"yarn_{name}": rope.get(name) for name in YARN},
+        "qk_head_dim": config["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
+    }
+    if not yarn:
+        return options
+    if rope.get("original_max_position_embeddings") is None:
+        raise KeyError("original_max_position_embeddings")
+    # One without the other: transformers leaves it out of the angles, Megatron does not.
+    alone = len([value for value in mscales.values() if value]) == 1
+    factor = (rope_parameters(options) or {})["attention_factor"]
+    if alone or not rope.get("truncate", True) or rope.get("attention_factor", factor) != factor:
+        raise ValueError(f"rope_parameters {rope} cannot be said in Megatron's options")
+    return options
 
 
 def to_theirs(config: Config) -> Config:
@@ -140,7 +176,12 @@ def to_theirs(config: Config) -> Config:
     other = [f"{name} {config[name]}" for name, value in wanted.items() if config[name] != value]
     other += [f"{name} None" for name in ("q_lora_rank", "kv_lora_rank") if config[name] is None]
     rope = config["rope_parameters"] or {}
-    if rope.get("rope_type") != "default" or rope.get("partial_rotary_factor") != 1.0:
+    kept = {name: config["megatron"].get(name) or 0.0 for name in YARN_KEPT}
+    yarn = rope.get("rope_type") == "yarn"
+    # One without the other is another model in transformers.
+    alone = yarn and not kept["mscale_all_dim"] and kept["mscale"] != 1.0
+    known = rope.get("rope_type") in ("default", "yarn") and not alone
+    if not known or rope.get("partial_rotary_factor") != 1.0:
         other.append(f"rope_parameters {rope}")
     if other:
         raise ValueError(f"this model is no LongCat-Flash layer: {', '.join(other)}")
@@ -153,7 +194,12 @@ def to_theirs(config: Config) -> Config:
         # num_hidden_layers would halve it in transformers.
         "num_layers": layers // 2,
         "num_key_value_heads": config["num_attention_heads"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+        "head_dim": config["qk_rope_head_dim"],  # what transformers makes angles for
+        "rope_parameters": {
+            name: rope[name]
+            for name in ("rope_type", "rope_theta", *(("factor", *YARN) if yarn else ()))
+        }
+        | ({name: kept[name] for name in YARN_KEPT[1:]} if kept["mscale_all_dim"] else {}),
         "rope_theta": rope["rope_theta"],
         "dtype": config["dtype"],
         "megatron": config["megatron"],

@@ -90,6 +90,13 @@ def start_ranks(
     return ranks
 
 
+def logits_main() -> int:
+    """A `main`: the program of `verify` that computes Megatron's model."""
+    from megatron_scmoe.huggingface import logits
+
+    return logits.main()
+
+
 def processes_of(output: Path) -> list[int]:
     """Processes that still hold the output of a rank: itself, or what it started."""
     found = []

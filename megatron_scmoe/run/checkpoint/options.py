@@ -87,6 +87,9 @@ ARCHITECTURE = (
     "rotary_scaling_factor",
     "mscale",
     "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
 )
 
 # A run may change these on purpose; it says which.
