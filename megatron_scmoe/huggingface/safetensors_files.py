@@ -9,7 +9,6 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_scmoe.words import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 1000**3  # as transformers
-BLOCK_BYTES = 32 * 2**20  # what is converted and written at once
+BLOCK_BYTES = 2**18  # what is converted, summed and written at once, out of the core's cache
 
 DTYPES = {
     torch.float32: "F32",
@@ -70,7 +69,6 @@ class Writer:
         self._shards = shards
         self._due = iter(entry for shard in shards for entry in shard)
         self._open: tuple[str, BinaryIO] | None = None
-        self._beside = ThreadPoolExecutor(1)  # a checksum takes as long as the write
 
     def write(self, name: str, values: Tensor) -> None:
         """The next tensor, converted to the type of its entry.
@@ -82,14 +80,13 @@ class Writer:
         if entry is None or entry.name != name or entry.shape != tuple(values.shape):
             raise ValueError(f"{name} {list(values.shape)} is written where {entry} was to come")
         file = self._file(name)
-        checksum: Future[int] | None = None
+        checksum = 0
         flat = values.contiguous().view(-1)
         for block in flat.split(BLOCK_BYTES // entry.dtype.itemsize):
             data = memoryview(block.to(entry.dtype).view(torch.uint8).numpy())
-            before = 0 if checksum is None else checksum.result()
-            checksum = self._beside.submit(zlib.crc32, data, before)
+            checksum = zlib.crc32(data, checksum)
             file.write(data)
-        self.checksums[name] = 0 if checksum is None else checksum.result()
+        self.checksums[name] = checksum
 
     def close(self) -> None:
         """Write the index, if there are several files.
@@ -97,7 +94,6 @@ class Writer:
         Raises:
             ValueError: a tensor has not come.
         """
-        self._beside.shutdown()
         left = next(self._due, None)
         if left is not None:
             raise ValueError(f"{left.name} was not written")

@@ -188,9 +188,12 @@ def _mapped(path: Path, where: _StorageInfo) -> Tensor:
         if begin + saved.bytes > where.offset + where.length:
             raise ValueError("a tensor ends behind its archive")
         page = begin % mmap.ALLOCATIONGRANULARITY
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
         mapped = mmap.mmap(
-            file.fileno(), page + saved.bytes, flags, mmap.PROT_READ, offset=begin - page
+            file.fileno(),
+            page + saved.bytes,
+            mmap.MAP_PRIVATE,
+            mmap.PROT_READ,
+            offset=begin - page,
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
