@@ -224,7 +224,7 @@ class Runner:
             options=task.contender.command_line(self.scale),
         )
         self.stored(task).parent.mkdir(exist_ok=True)
-        write_whole(self.stored(task), json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        write_whole(self.stored(task), json.dumps(dataclasses.asdict(result)) + "\n")
         self._announce(result, seconds)
         return result
 
