@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_scmoe.words import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 1000**3  # as transformers
-BLOCK_BYTES = 2**18  # what is converted, summed and written at once, out of the core's cache
+BLOCK_BYTES = 32 * 2**20  # what is converted and written at once
 
 DTYPES = {
     torch.float32: "F32",
@@ -56,10 +57,13 @@ class Writer:
         self.folder = folder
         self.checksums: dict[str, int] = {}
         shards: list[list[Entry]] = [[]]
+        filled = 0
         for entry in entries:
-            if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > shard_bytes:
+            if shards[-1] and filled + entry.bytes > shard_bytes:
                 shards.append([])
+                filled = 0
             shards[-1].append(entry)
+            filled += entry.bytes
         count = len(shards)
         self._file_of = {
             entry.name: SINGLE if count == 1 else f"model-{n + 1:05d}-of-{count:05d}.safetensors"
@@ -69,6 +73,7 @@ class Writer:
         self._shards = shards
         self._due = iter(entry for shard in shards for entry in shard)
         self._open: tuple[str, BinaryIO] | None = None
+        self._beside = ThreadPoolExecutor(1)  # a checksum takes as long as the write
 
     def write(self, name: str, values: Tensor) -> None:
         """The next tensor, converted to the type of its entry.
@@ -80,13 +85,14 @@ class Writer:
         if entry is None or entry.name != name or entry.shape != tuple(values.shape):
             raise ValueError(f"{name} {list(values.shape)} is written where {entry} was to come")
         file = self._file(name)
-        checksum = 0
+        checksum: Future[int] | None = None
         flat = values.contiguous().view(-1)
         for block in flat.split(BLOCK_BYTES // entry.dtype.itemsize):
             data = memoryview(block.to(entry.dtype).view(torch.uint8).numpy())
-            checksum = zlib.crc32(data, checksum)
+            before = 0 if checksum is None else checksum.result()
+            checksum = self._beside.submit(zlib.crc32, data, before)
             file.write(data)
-        self.checksums[name] = checksum
+        self.checksums[name] = 0 if checksum is None else checksum.result()
 
     def close(self) -> None:
         """Write the index, if there are several files.
@@ -94,6 +100,7 @@ class Writer:
         Raises:
             ValueError: a tensor has not come.
         """
+        self._beside.shutdown()
         left = next(self._due, None)
         if left is not None:
             raise ValueError(f"{left.name} was not written")

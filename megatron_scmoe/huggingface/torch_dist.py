@@ -66,6 +66,7 @@ class Reader:
         self.objects = metadata.state_dict_metadata.keys() - self.stored.keys()
         self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._last: tuple[MetadataIndex, Tensor] | None = None
+        self._found: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def place(self, name: str) -> Place:
         """Where a tensor lies: layers may be an axis, routed experts always are.
@@ -95,18 +96,7 @@ class Reader:
 
     def places(self, key: str, leading: int) -> set[tuple[int, ...]]:
         """The indices of a key's `leading` dimensions, layers and experts, that are there."""
-        return {
-            index
-            for chunk in self.stored[key].chunks
-            for index in product(
-                *(
-                    range(begin, begin + length)
-                    for begin, length in zip(
-                        chunk.offsets[:leading], chunk.sizes[:leading], strict=True
-                    )
-                )
-            )
-        }
+        return set(self._chunks_at(key, leading))
 
     def read(self, place: Place) -> Tensor:
         """One tensor, whole.
@@ -142,16 +132,21 @@ class Reader:
         return max((prod(chunk.sizes) for chunk in self._chunks(place)), default=0)
 
     def _chunks(self, place: Place) -> list[ChunkStorageMetadata]:
-        return [
-            chunk
-            for chunk in self.stored[place.key].chunks
-            if all(
-                begin <= wanted < begin + length
-                for wanted, begin, length in zip(
-                    place.index, chunk.offsets, chunk.sizes, strict=False
-                )
-            )
-        ]
+        return self._chunks_at(place.key, len(place.index)).get(place.index, [])
+
+    def _chunks_at(
+        self, key: str, leading: int
+    ) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """The chunks of every index of the leading dimensions; looked for once, not per expert."""
+        found = self._found.get((key, leading))
+        if found is None:
+            found = self._found[key, leading] = {}
+            for chunk in self.stored[key].chunks:
+                sides = zip(chunk.offsets[:leading], chunk.sizes[:leading], strict=True)
+                ranges = (range(begin, begin + length) for begin, length in sides)
+                for index in product(*ranges):
+                    found.setdefault(index, []).append(chunk)
+        return found
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         """The chunk, kept until another one is asked for: it may hold several experts."""
@@ -188,12 +183,9 @@ def _mapped(path: Path, where: _StorageInfo) -> Tensor:
         if begin + saved.bytes > where.offset + where.length:
             raise ValueError("a tensor ends behind its archive")
         page = begin % mmap.ALLOCATIONGRANULARITY
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
         mapped = mmap.mmap(
-            file.fileno(),
-            page + saved.bytes,
-            mmap.MAP_PRIVATE,
-            mmap.PROT_READ,
-            offset=begin - page,
+            file.fileno(), page + saved.bytes, flags, mmap.PROT_READ, offset=begin - page
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
