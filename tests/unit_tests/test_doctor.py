@@ -87,12 +87,27 @@ def test_judgement_names_group_host_and_ratio() -> None:
     ranks = (0, 1, 2)
     measured = [links.MeasuredAllToAll(ranks, 1e-3, 2e-3)]
     hosts = {0: "a", 1: "a", 2: "b"}
-    (slow,) = links.judge(measured, [exchanges(ranks, {2: 4.0})], hosts)
+    slow, _ = links.judge(measured, [exchanges(ranks, {2: 4.0})], hosts)
     assert slow.severity == "warning"
     assert "group 0, ranks 0-2: latency 1 ms, 1.05 GB/s" in slow.seen
     assert "slowest rank 2 on b, 4.00 x the median" in slow.seen
-    (even,) = links.judge(measured, [exchanges(ranks, {2: 1.5})], hosts)
+    even, _ = links.judge(measured, [exchanges(ranks, {2: 1.5})], hosts)
     assert even.severity == "ok"
+
+
+def test_every_node_has_its_bandwidth() -> None:
+    """Between nodes, beside the one inside; of two nodes nobody can say which one is slow."""
+    mib, hosts = links.BYTES_PER_PEER, {0: "a", 1: "a", 2: "b", 3: "c"}
+    pairs = {pair: mib / 1e9 for pair in itertools.combinations(hosts, 2)} | {(0, 1): mib / 4e9}
+    (even,) = links.judge_nodes([pairs], hosts)
+    assert even.line == "bandwidth of a rank to other nodes, GB/s: a 1 (4 inside), b 1, c 1"
+    pairs |= {pair: mib / 0.2e9 for pair in pairs if 3 in pair}
+    (slow,) = links.judge_nodes([pairs], hosts)
+    assert slow.severity == "warning" and "c 0.2: look at the adapter" in slow.line
+    assert "of c, 5.00 x slower than the median" in slow.line
+    two = {rank: "a" if rank < 2 else "b" for rank in hosts}
+    assert [finding.severity for finding in links.judge_nodes([pairs], two)] == ["ok"]
+    assert links.judge_nodes([pairs], dict.fromkeys(hosts, "a")) == []
 
 
 # The machine. -----------------------------------------------------------------------------------

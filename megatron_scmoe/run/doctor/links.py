@@ -84,7 +84,7 @@ def measure(
 def judge(
     all_to_alls: list[MeasuredAllToAll], pairs: list[PairTimes], hosts: dict[int, str]
 ) -> list[Finding]:
-    """A finding for every group, a warning where a rank or a pair is slow."""
+    """A finding for every group and one of the nodes, a warning where a rank or a node is slow."""
     findings = []
     for number, exchange in enumerate(all_to_alls):
         times = next(times for times in pairs if any(exchange.ranks[0] in pair for pair in times))
@@ -102,7 +102,40 @@ def judge(
             findings.append(Finding("ok", seen))
         else:
             findings.append(Finding("warning", seen, "look at its link, GPU and other processes"))
-    return findings
+    return [*findings, *judge_nodes(pairs, hosts)]
+
+
+def judge_nodes(pairs: list[PairTimes], hosts: dict[int, str]) -> list[Finding]:
+    """What every node reaches to the others, beside what its ranks reach among themselves.
+
+    Nothing on one node. A warning names a node that is slow to all others, which takes three.
+    """
+    between: dict[str, list[float]] = {}
+    inside: dict[str, list[float]] = {}
+    for block in pairs:
+        for (one, other), seconds in block.items():
+            ends = {hosts[one], hosts[other]}
+            for host in ends:
+                (between if len(ends) == 2 else inside).setdefault(host, []).append(seconds)
+    if not between:
+        return []
+    own = {host: statistics.median_low(times) for host, times in between.items()}
+    said = ", ".join(
+        f"{host} {_gigabytes(own[host])}"
+        + (f" ({_gigabytes(statistics.median_low(inside[host]))} inside)" if host in inside else "")
+        for host in sorted(own)
+    )
+    seen = f"bandwidth of a rank to other nodes, GB/s: {said}"
+    worst = max(own, key=lambda host: own[host])
+    ratio = own[worst] / statistics.median(own.values())
+    if len(own) < 3 or ratio < SLOW:
+        return [Finding("ok", seen)]
+    remedy = f"look at the adapter and the cable of {worst}, {ratio:.2f} x slower than the median"
+    return [Finding("warning", seen, remedy)]
+
+
+def _gigabytes(seconds: float) -> str:
+    return f"{BYTES_PER_PEER / seconds / 1e9:.3g}"
 
 
 def blocks(groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
