@@ -13,19 +13,15 @@ import sys
 from pathlib import Path
 
 from megatron_scmoe import say
-from megatron_scmoe.commands.trace_report.analysis import analyse
-from megatron_scmoe.commands.trace_report.picture import draw
-from megatron_scmoe.commands.trace_report.report_text import render
-from megatron_scmoe.commands.trace_report.traces import TraceError, read_run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options.
 
     Raises:
-        TraceError: they cannot be read.
+        ValueError: they cannot be read, or the folder does not exist.
     """
-    parser = say.OneLineParser(TraceError, description="What the traces of a run say.")
+    parser = say.OneLineParser(ValueError, description="What the traces of a run say.")
     parser.add_argument("trace_dir", type=Path, help="the run's --scmoe-trace-dir")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw into this file too: .png, .svg, .pdf"
@@ -36,7 +32,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="whose unit is drawn (default: the median unit of all)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.trace_dir.is_dir():
+        raise ValueError(f"{args.trace_dir} is not a folder; give what --scmoe-trace-dir was")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +43,17 @@ def main(argv: list[str] | None = None) -> int:
     say.one_line_interrupts()
     try:
         args = parse_arguments(argv)
+    except ValueError as error:
+        say.say(say.one_line(error))
+        return 2
+
+    # These import torch, which takes seconds.
+    from megatron_scmoe.commands.trace_report.analysis import analyse
+    from megatron_scmoe.commands.trace_report.picture import draw
+    from megatron_scmoe.commands.trace_report.report_text import render
+    from megatron_scmoe.commands.trace_report.traces import TraceError, read_run
+
+    try:
         run = read_run(args.trace_dir)
         figures = analyse(run, args.rank)
         if args.picture:

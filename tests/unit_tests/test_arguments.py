@@ -169,9 +169,9 @@ def test_help_of_the_planner_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_needs_no_torch_is_refused_before_it(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
 
-    def run(*options: str) -> tuple[int, str]:
+    def run(*options: str, program: str = "pretrain_gpt_scmoe.py") -> tuple[int, str]:
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
-        command = [sys.executable, "pretrain_gpt_scmoe.py", *options]
+        command = [sys.executable, program, *options]
         done = subprocess.run(
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
         )
@@ -190,6 +190,15 @@ def test_what_needs_no_torch_is_refused_before_it(tmp_path: Path) -> None:
     assert "How long" in line and "evaluate is missing" in line and "learning rate" not in line
     for rest in (enough, ["--help-scmoe"], ["--use-checkpoint-args"], ["--yaml-cfg", "x"]):
         assert run(*rest) == (1, "torch was imported")
+
+    report = "tools/overlap_report.py"
+    code, line = run("nowhere", program=report)
+    assert (code, line) == (
+        2,
+        "overlap_report.py: error: nowhere is not a folder; give what --scmoe-trace-dir was",
+    )
+    assert run("--rank", "x", program=report)[0] == 2
+    assert run(str(tmp_path), program=report) == (1, "torch was imported")
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "7", "1e9", "nan", "text", ""])

@@ -152,8 +152,6 @@ def read_run(folder: Path) -> TracedRun:
     Raises:
         TraceError: there is no trace, one is broken, or they are not of one run.
     """
-    if not folder.is_dir():
-        raise TraceError(f"{folder} is not a folder; give what --scmoe-trace-dir was")
     paths = sorted(folder.glob("rank-*.json"))
     if not paths:
         raise TraceError(
