@@ -101,7 +101,8 @@ class GenerationPart:
         self._shape = (
             Shape(32, 64, 2, 2, 8, False, True) if tiny else Shape(512, 1024, 8, 8, 8, False, True)
         )
-        self._lengths, self._new = ((5, 2), 3) if tiny else ((48, 7, 19), 12)
+        self._lengths: tuple[int, ...] = (5, 2) if tiny else (48, 7, 19)
+        self._new = 3 if tiny else 12
         self._vocabulary = 64
 
     def compare(self, system: System) -> None:
