@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.model.routing.losses import RouterWithLosses
 from megatron_scmoe.model.variant import Variant
 
 
@@ -152,7 +152,7 @@ class _Chooser:
         return scores.gather(1, chosen), chosen
 
 
-class DistinctRouter(TopKRouter):
+class DistinctRouter(RouterWithLosses):
     """The host's router, for one expert a token, which may be told that some are taken.
 
     Its balancing losses count what it chooses among the experts that are not.
@@ -180,29 +180,11 @@ class DistinctRouter(TopKRouter):
         assert chooser.choice is not None
         return probs, routing_map, chooser.choice
 
-    def _not_taken(self, scores: Tensor, routing_map: Tensor) -> Tensor:
-        """What a loss counts, [T, E]: the best score that is not taken, of tokens that count."""
+    def for_losses(self, scores: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score that is not taken, of tokens that count."""
         taken = self.router_replay.taken
         if taken is None:
-            return routing_map
+            return scores, routing_map
         best = scores.detach().scatter(1, taken, -torch.inf).argmax(dim=1, keepdim=True)
         chosen = torch.zeros_like(routing_map).scatter(1, best, True)
-        return chosen & routing_map.any(dim=1, keepdim=True)
-
-    def _apply_aux_loss(
-        self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        routing_map = self._not_taken(scores, routing_map)
-        return super()._apply_aux_loss(probs, scores, routing_map, *others, **named)
-
-    def _apply_seq_aux_loss(
-        self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        routing_map = self._not_taken(scores, routing_map)
-        return super()._apply_seq_aux_loss(probs, scores, routing_map, *others, **named)
-
-    def _apply_global_aux_loss(
-        self, probs: Tensor, scores: Tensor, routing_map: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        routing_map = self._not_taken(scores, routing_map)
-        return super()._apply_global_aux_loss(probs, scores, routing_map, *others, **named)
+        return scores, chosen & routing_map.any(dim=1, keepdim=True)

@@ -26,17 +26,17 @@ from megatron.core.transformer.moe.moe_utils import (
     apply_random_logits,
     router_gating_linear,
 )
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.routing.losses import RouterWithLosses
 from megatron_scmoe.model.routing.options import RouterOptions
 
 INNER = 8
 """Width of the inner layer of a gate of two, times the number of experts."""
 
 
-class HeterogeneousRouter(TopKRouter):
+class HeterogeneousRouter(RouterWithLosses):
     """The host's router with eta in its losses; the last columns are those of experts at home.
 
     Args:
@@ -168,26 +168,8 @@ class HeterogeneousRouter(TopKRouter):
         shares = [self._tau * of_home] * routed + [of_home] * self._at_home
         return [math.ceil(round(share, 6)) for share in shares]  # no rounding error is a token
 
-    def _weighted(self, scores: Tensor) -> Tensor:
+    def for_losses(self, scores: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """eta_i times the scores, [T, N + H]."""
         eta = torch.ones(scores.shape[-1], dtype=scores.dtype, device=scores.device)
         eta[-self._at_home :].fill_(self._tau)
-        return scores * eta
-
-    def _apply_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        weighted = self._weighted(scores_for_aux_loss)
-        return super()._apply_aux_loss(probs, weighted, *others, **named)
-
-    def _apply_seq_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        weighted = self._weighted(scores_for_aux_loss)
-        return super()._apply_seq_aux_loss(probs, weighted, *others, **named)
-
-    def _apply_global_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, *others: Any, **named: Any
-    ) -> Tensor:
-        weighted = self._weighted(scores_for_aux_loss)
-        return super()._apply_global_aux_loss(probs, weighted, *others, **named)
+        return scores * eta, routing_map
