@@ -43,7 +43,12 @@ from megatron_scmoe.model.specs import block_config
 from megatron_scmoe.model.variant import values_help
 from megatron_scmoe.run.checkpoint.folders import check_folders
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
-from megatron_scmoe.run.checkpoint.resume import keep_batch_size, prepare_load, settle_folders
+from megatron_scmoe.run.checkpoint.resume import (
+    keep_batch_size,
+    keep_lists,
+    prepare_load,
+    settle_folders,
+)
 from megatron_scmoe.run.checkpoint.unpickle import trust_as_asked
 from megatron_scmoe.words import flag
 
@@ -124,6 +129,14 @@ def know_placement(args: Namespace) -> None:
     """
     if args.scmoe_expert_placement is not None:
         args.scmoe_placement_digest = placement.read(args.scmoe_expert_placement).digest
+
+
+def choose_router(args: Namespace) -> list[str]:
+    """Lists of partners imply the router that reads them."""
+    if args.scmoe_c2r_lists is None or args.scmoe_router != ScMoEConfig.scmoe_router:
+        return []
+    args.scmoe_router = "c2r"
+    return ["--scmoe-c2r-lists sets --scmoe-router c2r"]
 
 
 def explain_hub(args: Namespace) -> list[str]:
@@ -358,6 +371,7 @@ BEFORE: tuple[Step, ...] = (
     settle_folders,
     check_folders,
     restore_options,
+    choose_router,
     host.apply_cpu_defaults,
     complete_async_save,
     keep_batch_size,
@@ -371,6 +385,7 @@ AFTER: tuple[Step, ...] = (
     explain_hub,
     know_placement,
     prepare_load,
+    keep_lists,
 )
 
 

@@ -118,6 +118,14 @@ class ScMoEConfig:
     """Whose weights --scmoe-router longcat multiplies by --moe-router-topk-scaling-factor: those of
     experts at home too (transformers, vLLM), or not (SGLang)."""
 
+    scmoe_c2r_lists: str | None = _shown_as("FILE", None)
+    """Partners of every expert, written by tools/c2r.py lists; implies --scmoe-router c2r. Without
+    it that router goes on with the lists of the checkpoint."""
+
+    scmoe_c2r_top_t: int | None = _shown_as("T", None)
+    """Best partners of a token's first expert among which --scmoe-router c2r takes its others, from
+    K - 1 to all others; by default the checkpoint's."""
+
     scmoe_mla_scale: bool = _switch()
     """Multiply queries and keys and values of multi-latent attention by the square root of hidden
     size / rank of the latent they come from (LongCat-Flash)."""

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shortcut_position": ("none", "pos1", "pos2", "pos3"),
     "combine": ("add", "cg1", "cg2"),
     "shortcut_norm": ("own", "shared"),
-    "router": ("topk", "heterogeneous", "longcat"),
+    "router": ("topk", "heterogeneous", "longcat", "c2r"),
     "scaled_experts": ("all", "routed"),
     "dual_gating": ("none", "shared", "separate"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
@@ -60,7 +60,8 @@ class ScMoEConfig(PreTrainedConfig):
         shortcut_norm: own, or shared with the main branch, which normalises the same tensor.
         post_norm: normalise the sum of shared and routed outputs.
         router: heterogeneous (arXiv:2410.07348) and longcat (arXiv:2509.01322) differ from topk in
-            their balancing losses.
+            their balancing losses; with c2r (arXiv:2504.01337) a token's other experts are among
+            the c2r_top_t best partners of its first, which lie beside the gate's weight.
         router_tau: weight of a zero-computation expert in the heterogeneous loss.
         routed_topk: routed experts that a token is to have on average by the longcat loss; None for
             their share of all.
@@ -127,6 +128,7 @@ class ScMoEConfig(PreTrainedConfig):
     router: str = "topk"
     router_tau: float = 0.75
     routed_topk: float | None = None
+    c2r_top_t: int | None = None
     balance_groups: int = 1
     gating_residual: bool = False
     gate_layers: int = 1
@@ -231,6 +233,16 @@ class ScMoEConfig(PreTrainedConfig):
             )
         if self.expert_bias and self.scoring_func == "softmax" and not self.pre_softmax:
             raise ValueError("expert_bias needs scores in front of the selection: set pre_softmax")
+        least = max(1, self.num_experts_per_tok - 1)
+        if self.router == "c2r" and (
+            self.zero_computation_experts
+            or self.dual_gating != "none"
+            or not least <= (self.c2r_top_t or 0) < self.num_experts
+        ):
+            raise ValueError(
+                f"router c2r wants c2r_top_t in {least}..{self.num_experts - 1}, and neither "
+                "dual_gating nor zero-computation experts"
+            )
         if self.dual_gating != "none" and (
             self.num_experts_per_tok != 1
             or self.shortcut_position == "none"

@@ -168,6 +168,7 @@ NEUTRAL: Config = {
     "input_scale": 1.0,
     "scaled_experts": "all",
     "routed_topk": None,
+    "c2r_top_t": None,
     "balance_groups": None,
     "mla_scale": False,
     "n_group": None,

@@ -125,7 +125,8 @@ def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
             f"{where.name} is {list(own)} in {directory.folder}, and the model of its config.json "
             f"has {list(expected)}{field}"
         )
-    if dtype not in STORED.values():
+    is_partners = where.name.endswith(".partners")
+    if dtype not in STORED.values() or is_partners != (dtype == STORED[torch.int64]):
         raise ValueError(
             f"{where.name} is {dtype} in {directory.folder}: of quantised weights only bf16, fp16 "
             "and fp32 can be read"

@@ -345,6 +345,7 @@ class ScMoETopKRouter(nn.Module):
     """
 
     e_score_correction_bias: Tensor  # with expert_bias
+    partners: Tensor  # of every expert all others, best first, with router c2r
 
     def __init__(self, config: ScMoEConfig, is_first: bool = True) -> None:
         """is_first: whether no MoE layer stands in front."""
@@ -369,6 +370,9 @@ class ScMoETopKRouter(nn.Module):
             self.residual_weight = nn.Parameter(torch.empty(columns, columns))
         if config.expert_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(columns))
+        self.top_t = config.c2r_top_t if config.router == "c2r" else None
+        if self.top_t is not None:
+            self.register_buffer("partners", torch.zeros(columns, columns - 1, dtype=torch.int64))
 
     def forward(
         self, z: Tensor, before: Tensor | None = None, taken: Tensor | None = None
@@ -422,7 +426,16 @@ class ScMoETopKRouter(nn.Module):
             ranked = ranked.scatter(1, taken, float("-inf"))
         if self.groups and self.top_k_groups:
             ranked = self._within(ranked, self.groups, self.top_k_groups)
-        return ranked.topk(self.top_k, dim=-1).indices
+        return self.constrained(ranked).topk(self.top_k, dim=-1).indices
+
+    def constrained(self, ranked: Tensor) -> Tensor:
+        """Scores, [T, E], without the experts that are not among the best partners of a token's
+        best one (arXiv:2504.01337)."""
+        if self.top_t is None:
+            return ranked
+        own = torch.eye(len(self.partners), dtype=torch.bool, device=ranked.device)
+        allowed = own.scatter(1, self.partners[:, : self.top_t], True)
+        return ranked.masked_fill(~allowed[ranked.argmax(dim=1)], float("-inf"))
 
     def _within(self, ranked: Tensor, groups: int, best: int) -> Tensor:
         """Scores, [T, E], without the experts of groups that a token may not use: of the `best`
@@ -727,6 +740,10 @@ class ScMoEPreTrainedModel(PreTrainedModel):
                 init.normal_(weight, mean=0.0, std=std)
             if self.config.expert_bias:
                 init.zeros_(module.e_score_correction_bias)
+            if module.top_t is not None:  # those that come next; a checkpoint brings others
+                columns = len(module.partners)
+                steps = torch.arange(columns)[:, None] + torch.arange(1, columns)
+                init.copy_(module.partners, steps % columns)
         elif isinstance(module, ScMoEStackedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -829,8 +846,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """The balancing loss of pretraining, summed over layers, without its coefficient.
 
-    topk: (E + Z) sum_i f_i P_i, f_i the share of all selections that went to expert i, P_i its mean
-    score, normalised over experts; the loss's own selection knows neither expert bias nor groups.
+    topk and c2r: (E + Z) sum_i f_i P_i, f_i the share of all selections that went to expert i, P_i
+    its mean score, normalised over experts; the loss's own selection knows neither expert bias nor
+    groups.
     Mixtral's in transformers is K times as large and averages over layers.
 
     heterogeneous: the same with weight tau for zero-computation experts (arXiv:2410.07348, (7)).
@@ -857,7 +875,7 @@ def load_balancing_loss(
         taken, before = (experts if has_second else None), taken
         if config.router != "longcat":
             left = scores if before is None else scores.scatter(1, before, float("-inf"))
-            experts = left.topk(config.num_experts_per_tok, dim=-1).indices
+            experts = router.constrained(left).topk(config.num_experts_per_tok, dim=-1).indices
         counts = torch.ones_like(scores[:, :1])
         if attention_mask is not None:
             length = len(logits) // len(attention_mask)

@@ -201,6 +201,13 @@ MOE = [
         keeps_dtype=True,
     ),
     _row(
+        "mlp.router.partners",
+        "mlp.gate.partners",
+        "choices,others",
+        "partners",
+        keeps_dtype=True,
+    ),
+    _row(
         "mlp.current_router.weight",
         "mlp.current_gate.weight",
         "choices,h",
@@ -333,6 +340,7 @@ def features(config: Config) -> set[str]:
         "constants": config["constant_experts"] > 0,
         "two gate layers": config["gate_layers"] == 2,
         "gating residual": config["gating_residual"],
+        "partners": config["router"] == "c2r",
         "separate gates": config["dual_gating"] == "separate",
     }
     return {name for name, answer in asked.items() if answer}
@@ -355,6 +363,7 @@ def sizes(config: Config) -> dict[str, int]:
         "shared_ffn": config["shared_expert_intermediate_size"],
         "constants": config["constant_experts"],
         "choices": choices,
+        "others": choices - 1,
         "gate_input": INNER * choices if two else config["hidden_size"],
     }
     if config["kv_lora_rank"] is None:

@@ -30,6 +30,7 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float64: "F64",
+    torch.int64: "I64",  # partners of experts
 }
 
 

@@ -210,6 +210,7 @@ _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
     "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
 }
 
 

@@ -70,6 +70,8 @@ TYPED = {
     "scmoe_bias_decay": ("--scmoe-bias-decay cosine", "cosine"),
     "scmoe_balance_groups": ("--scmoe-balance-groups 2", 2),
     "scmoe_scaled_experts": ("--scmoe-scaled-experts routed", "routed"),
+    "scmoe_c2r_lists": ("--scmoe-c2r-lists lists.json", "lists.json"),
+    "scmoe_c2r_top_t": ("--scmoe-c2r-top-t 3", 3),
     "scmoe_mla_scale": ("--scmoe-mla-scale", True),
     "scmoe_dual_gating": ("--scmoe-dual-gating shared", "shared"),
     "scmoe_distinct_experts": ("--no-scmoe-distinct-experts", False),

@@ -78,6 +78,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 WEIGHED = {"moe_router_load_balancing_type": "aux_loss"}
 HETEROGENEOUS = {"scmoe_router": "heterogeneous", "scmoe_experts_at_home": {"zero": 1}}
 LONGCAT = {"scmoe_router": "longcat", "scmoe_experts_at_home": {"copy": 1}}
+C2R = {"scmoe_router": "c2r", "scmoe_c2r_top_t": 2}
 DUAL = {"scmoe_dual_gating": "shared", "scmoe_combine": "add"}
 ALONE: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": None,
@@ -168,6 +169,23 @@ OF_MODEL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"moe_token_dispatcher_type": "allgather"},
         {"scmoe_dispatch_copies": "rank"},
     ),
+    "--scmoe-router c2r does not work with experts at home": (
+        {},
+        {**C2R, "scmoe_experts_at_home": {"zero": 1}},
+    ),
+    "--scmoe-router c2r does not work with --moe-router-load-balancing-type sinkhorn": (
+        {"moe_router_load_balancing_type": "sinkhorn"},
+        C2R,
+    ),
+    "--scmoe-router c2r works neither with": ({"moe_router_fusion": True}, C2R),
+    "--scmoe-router c2r does not work with the replay": ({"moe_enable_routing_replay": True}, C2R),
+    "--scmoe-router c2r lets a token's experts be": ({}, {"scmoe_router": "c2r"}),
+    "--scmoe-c2r-top-t 4 is not in 1..3: a token of --moe-router-topk 1": (
+        {},
+        {**C2R, "scmoe_c2r_top_t": 4},
+    ),
+    "--scmoe-c2r-lists missing.json: ": ({}, {**C2R, "scmoe_c2r_lists": "missing.json"}),
+    "--scmoe-c2r-top-t is an option of --scmoe-router c2r": ({}, {"scmoe_c2r_top_t": 2}),
     "--scmoe-mla-scale scales": ({"multi_latent_attention": False}, {"scmoe_mla_scale": True}),
     "--scmoe-combine cg1 weighs a shared expert, and there is none": (
         {"moe_shared_expert_intermediate_size": None},

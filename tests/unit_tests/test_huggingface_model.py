@@ -522,6 +522,12 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "input_scale": 2.0,
         },
     ),
+    "C2R": (
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"scmoe_router": "c2r", "scmoe_c2r_top_t": 1},
+        {"router": "c2r", "c2r_top_t": 1, "scoring_func": "sigmoid", "expert_bias": True}
+        | {"norm_topk_prob": True},
+    ),
     "longcat": (
         {
             **MEGATRON_LATENT,
@@ -572,6 +578,9 @@ def test_equals_the_hosts_layers(case: str) -> None:
     for layer in block.layers:
         if layer.mlp.router.expert_bias is not None:
             layer.mlp.router.expert_bias.normal_(std=0.3)
+        if scmoe.get("scmoe_router") == "c2r":
+            others = [[2, 3, 1], [3, 0, 2], [0, 1, 3], [1, 2, 0]]
+            layer.mlp.router.partners.copy_(torch.tensor(others))
     states = torch.randn(SEQUENCE, BATCH, 16, dtype=torch.float64)
     wanted = run_block(block, states)
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "model.variant": {"checks.refusal"},
     "model.combine": {"checks.refusal", "model.variant"},
     "model.dispatch": {"checks.refusal", "model.variant", "overlap"},
-    "model.routing": {"checks.refusal", "model.variant"},
+    "model.routing": {"c2r", "checks.refusal", "model.variant"},
     "model.experts.grouped": {"model.names"},
     "model.experts.offload": {"model.experts", "overlap"},
     "model.experts": {"checks.refusal", "model.variant"},
@@ -71,7 +71,7 @@ ALLOWED = {
     "checks.refusal": set(),
     "run": {"host", "model.routing"},
     "run.watch": {"host", "say"},
-    "run.checkpoint": {"words", "host", "model.names", "say", "run.watch"},
+    "run.checkpoint": {"words", "host", "model.names", "model.routing", "say", "run.watch"},
     "run.doctor": {"words", "host", "run", "run.checkpoint"},
     "huggingface.logits": {
         "arguments",

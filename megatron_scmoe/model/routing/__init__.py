@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.checks.refusal import Refusal
+from megatron_scmoe.checks.refusal import Found, Refusal
+from megatron_scmoe.model.routing.collaboration import (
+    BUFFER,
+    CollaborationRouter,
+    moe_layers,
+    read_lists,
+)
 from megatron_scmoe.model.routing.heterogeneous import INNER, HeterogeneousRouter
 from megatron_scmoe.model.routing.longcat import LongCatRouter
 from megatron_scmoe.model.routing.options import RouterOptions
@@ -239,10 +245,97 @@ class LongCat(Router):
         return Fraction(options.scmoe_routed_topk / config.moe_router_topk).limit_denominator(1000)
 
 
+def _wrong_lists(config: TransformerConfig, scmoe: RouterOptions) -> Found:
+    """What is wrong with the file of --scmoe-c2r-lists, if one is given."""
+    file = scmoe.scmoe_c2r_lists
+    if file is None:
+        return False
+    try:
+        why = read_lists(file).complaint(config.num_moe_experts or 0, moe_layers(config))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+    return why is not None and {"why": why}
+
+
+class Collaboration(Router):
+    """C2R's, which takes a token's other experts from the best partners of its first"""
+
+    names_on_disk = (BUFFER,)
+    options = ("scmoe_c2r_lists", "scmoe_c2r_top_t")
+    refusals = (
+        Refusal(
+            lambda config, scmoe: scmoe.at_home,
+            "--scmoe-router c2r does not work with experts at home",
+            "drop them",
+            "its lists are of routed experts",
+        ),
+        Refusal(
+            lambda config, scmoe: (
+                config.moe_router_load_balancing_type in ("sinkhorn", "quantile_balancing")
+            ),
+            "--scmoe-router c2r does not work with --moe-router-load-balancing-type "
+            "{moe_router_load_balancing_type}",
+            "use aux_loss, seq_aux_loss or global_aux_loss",
+            "it chooses by something else than scores",
+        ),
+        Refusal(
+            lambda config, scmoe: config.moe_router_num_groups or config.moe_router_fusion,
+            "--scmoe-router c2r works neither with --moe-router-num-groups nor with "
+            "--moe-router-fusion",
+            "drop them",
+        ),
+        Refusal(
+            lambda config, scmoe: config.moe_enable_routing_replay,
+            "--scmoe-router c2r does not work with the replay of routings",
+            "set moe_enable_routing_replay to False",
+            "its rule stands in its place",
+        ),
+        Refusal(
+            lambda config, scmoe: scmoe.scmoe_c2r_top_t is None,
+            "--scmoe-router c2r lets a token's experts be the T best partners of the first one",
+            "add --scmoe-c2r-top-t",
+        ),
+        Refusal(
+            lambda config, scmoe: (
+                not (
+                    max(1, config.moe_router_topk - 1)
+                    <= scmoe.scmoe_c2r_top_t
+                    < config.num_moe_experts
+                )
+                and {
+                    "least": max(1, config.moe_router_topk - 1),
+                    "most": config.num_moe_experts - 1,
+                }
+            ),
+            "--scmoe-c2r-top-t {scmoe_c2r_top_t} is not in {least}..{most}",
+            reason="a token of --moe-router-topk {moe_router_topk} takes all but its first expert "
+            "from so many partners",
+        ),
+        Refusal(
+            _wrong_lists,
+            "--scmoe-c2r-lists {scmoe_c2r_lists}: {why}",
+            "write lists of this model with tools/c2r.py lists",
+        ),
+    )
+
+    @classmethod
+    def builder(
+        cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
+    ) -> RouterBuilder:
+        file, top_t = options.scmoe_c2r_lists, options.scmoe_c2r_top_t
+
+        def build(**arguments: Any) -> Any:
+            given = None if file is None else read_lists(file)
+            return CollaborationRouter(**arguments, top_t=top_t, given=given)
+
+        return build
+
+
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
     "heterogeneous": Heterogeneous,
     "longcat": LongCat,
+    "c2r": Collaboration,
 }
 
 

@@ -15,6 +15,8 @@ class RouterOptions(Protocol):
     scmoe_routed_topk: float | None
     scmoe_balance_groups: int | None
     scmoe_scaled_experts: Literal["all", "routed"]
+    scmoe_c2r_lists: str | None
+    scmoe_c2r_top_t: int | None
 
     @property
     def at_home(self) -> Mapping[str, int]:

@@ -5,9 +5,10 @@ from typing import Any
 
 from megatron_scmoe import words
 
-# Ours; all but the first decide which tensors there are.
+# Ours; all but the first two decide which tensors there are.
 SCMOE = (
     "scmoe_shortcut_position",
+    "scmoe_c2r_top_t",
     "scmoe_combine",
     "scmoe_router",
     "scmoe_experts_at_home",
@@ -208,6 +209,8 @@ def differences(saved: Namespace, args: Namespace, dests: tuple[str, ...]) -> li
 
 def _comparable(args: Namespace, dest: str) -> Any:
     value = getattr(args, dest)
+    if dest == "scmoe_router" and value == "c2r":
+        return "topk"  # the same weights; a run may take the rule up and drop it
     if dest == "moe_layer_freq":
         # 1 is the same model as a list of ones.
         every = range(args.num_layers or 0)

@@ -26,7 +26,7 @@ from megatron_scmoe.run.checkpoint.options import (
 from megatron_scmoe.run.checkpoint.param_schedule import follow_schedule
 from megatron_scmoe.run.checkpoint.record import machine_differences, read_record, tokenizer_digest
 
-NEW_TENSORS = SCMOE[1:]
+NEW_TENSORS = SCMOE[2:]
 # What a baseline changes when it gains a shortcut: an expert less, a shared one that is new, and
 # with a single expert the softmax in front of the choice.
 OF_A_SHORTCUT = (
@@ -144,22 +144,66 @@ def keep_batch_size(args: Namespace) -> list[str]:
     Returns:
         Notes for the user, a line each.
     """
-    folder, starts_anew = _folder(args)
-    if folder is None or starts_anew or args.global_batch_size is not None:
+    _, starts_anew = _folder(args)
+    if starts_anew or args.global_batch_size is not None:
         return []
     if args.step_batch_size_schedule is not None:
         return []
-    iteration, notes = _iteration(folder, args)
-    if not isinstance(iteration, int):
-        return notes
-    checkpoint = contents.iteration_folder(folder, iteration)
-    if not checkpoint.is_dir() or not _is_distributed(checkpoint):
-        return notes
-    size = getattr(_common_state(checkpoint).get("args"), "global_batch_size", None)
+    where, saved, notes = _saved_options(args)
+    size = getattr(saved, "global_batch_size", None)
     if size is None:
         return notes
     args.global_batch_size = size
-    return [*notes, f"--load {folder}, iteration {iteration} sets --global-batch-size {size}"]
+    return [*notes, f"{where} sets --global-batch-size {size}"]
+
+
+def keep_lists(args: Namespace) -> list[str]:
+    """Go on with the checkpoint's lists of partners where the command line names none.
+
+    Args:
+        args: parsed and validated; changed in place.
+
+    Returns:
+        Notes for the user, a line each.
+
+    Raises:
+        ValueError: there are no lists.
+    """
+    if args.scmoe_router != "c2r":
+        return []
+    where, saved, _ = _saved_options(args)
+    if getattr(saved, "scmoe_router", None) != "c2r":
+        if args.scmoe_c2r_lists is None:
+            raise ValueError(
+                "--scmoe-router c2r has no lists of partners: add --scmoe-c2r-lists, or --load a "
+                "checkpoint that was trained with them."
+            )
+        return [f"{where}: experts are chosen by --scmoe-router c2r from now on"] if saved else []
+    there = saved.scmoe_c2r_top_t
+    if args.scmoe_c2r_top_t is None:
+        args.scmoe_c2r_top_t = there
+    top_t = f"--scmoe-c2r-top-t {there} there, {args.scmoe_c2r_top_t} here"
+    if args.scmoe_c2r_lists is None:
+        return [f"{where} sets the lists of partners; {top_t}"]
+    return [
+        f"{where}: the lists of --scmoe-c2r-lists {args.scmoe_c2r_lists} take the place of the "
+        f"checkpoint's; {top_t}"
+    ]
+
+
+def _saved_options(args: Namespace) -> tuple[str, Namespace | None, list[str]]:
+    """Of the checkpoint that will be loaded: its name, its options, notes for the user."""
+    folder, _ = _folder(args)
+    if folder is None:
+        return "", None, []
+    iteration, notes = _iteration(folder, args)
+    if not isinstance(iteration, int):
+        return "", None, notes
+    checkpoint = contents.iteration_folder(folder, iteration)
+    if not checkpoint.is_dir() or not _is_distributed(checkpoint):
+        return "", None, notes
+    saved = _common_state(checkpoint).get("args")
+    return f"--load {folder}, iteration {iteration}", saved, notes
 
 
 def _folder(args: Namespace) -> tuple[Path | None, bool]:

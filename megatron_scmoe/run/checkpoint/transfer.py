@@ -3,7 +3,8 @@
 With --finetune (or --pretrained-checkpoint) the checkpoint may be one of the matching baseline
 (top-K with a shared expert, stock Megatron), or of a ScMoE model with another gate or norm. What
 only our model has keeps its initial value; nothing else may be missing. Without it too, a norm is
-found under either of its names: a baseline that came from elsewhere has one of them.
+found under either of its names: a baseline that came from elsewhere has one of them; and the
+partners of a file (--scmoe-c2r-lists) stand in place of the checkpoint's.
 """
 
 from argparse import Namespace
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megatron_scmoe.model import names
+from megatron_scmoe.model.routing.collaboration import BUFFER as PARTNERS
 from megatron_scmoe.run.checkpoint.contents import iteration_folder
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.checkpoint.unpickle import read_metadata
@@ -28,8 +30,8 @@ OTHER_STATE = ("optimizer.", "rng_state", "rerun_state", "common_state", "chaine
 
 
 def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`_load_global_dist_base_checkpoint` that finds norms under either name, and with --finetune
-    leaves what is new as it was initialised."""
+    """`_load_global_dist_base_checkpoint` that finds norms under either name, leaves partners that
+    are given, and with --finetune what is new as it was initialised."""
 
     def replacement(
         load_dir: str,
@@ -52,17 +54,22 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
         chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
         for chunk in chunks:
             _rename(sharded_state_dict[chunk], on_disk)
-        if not args.finetune:
-            return load_it(**groups)
-        kept = {chunk: _keep(sharded_state_dict[chunk], on_disk) for chunk in chunks}
-        taken = {
-            entry.key
-            for chunk in chunks
-            for entry in nested_values(sharded_state_dict[chunk])
-            if isinstance(entry, ShardedBase)
-        }
-        new = {entry.key for entries in kept.values() for entry in entries.values()}
-        _report(checkpoint, on_disk, taken, new)
+
+        def is_kept(entry: ShardedBase) -> bool:
+            if args.scmoe_c2r_lists is not None and entry.key.endswith(PARTNERS):
+                return True
+            return args.finetune and entry.key not in on_disk
+
+        kept = {chunk: _keep(sharded_state_dict[chunk], is_kept) for chunk in chunks}
+        if args.finetune:
+            taken = {
+                entry.key
+                for chunk in chunks
+                for entry in nested_values(sharded_state_dict[chunk])
+                if isinstance(entry, ShardedBase)
+            }
+            new = {entry.key for entries in kept.values() for entry in entries.values()}
+            _report(checkpoint, on_disk, taken, new)
         state_dict, *rest = load_it(**groups)
         for chunk, entries in kept.items():
             state_dict[chunk] |= {name: entry.data for name, entry in entries.items()}
@@ -82,14 +89,16 @@ def _rename(entries: dict[str, Any], on_disk: set[str]) -> None:
                 entry.key = other if other in on_disk else entry.key
 
 
-def _keep(entries: dict[str, Any], on_disk: set[str]) -> dict[str, ShardedBase]:
-    """Take what is not on disk out of a model's request."""
-    new = [
+def _keep(
+    entries: dict[str, Any], is_kept: Callable[[ShardedBase], bool]
+) -> dict[str, ShardedBase]:
+    """Take what keeps its value out of a model's request."""
+    names_kept = [
         name
         for name, entry in entries.items()
-        if isinstance(entry, ShardedBase) and entry.key not in on_disk
+        if isinstance(entry, ShardedBase) and is_kept(entry)
     ]
-    return {name: entries.pop(name) for name in new}
+    return {name: entries.pop(name) for name in names_kept}
 
 
 def _report(checkpoint: Path, on_disk: set[str], taken: set[str], new: set[str]) -> None:
