@@ -56,6 +56,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_scmoe.arguments import parse_and_validate_args, prepare
 from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
+from megatron_scmoe.run.collaboration import write_counts
 from megatron_scmoe.run.doctor.machine import start_up
 from megatron_scmoe.run.shared_folder import SharedFolderError, check_shared
 from megatron_scmoe.run.watch import watched_ranks
@@ -222,9 +223,12 @@ def main() -> None:
                 forward_step,
                 store=store or watched_store,
             )
-    except SystemExit:  # --exit-interval and --exit-duration-in-mins leave this way
+    except SystemExit as leaving:  # --exit-interval and --exit-duration-in-mins leave this way
+        if not leaving.code:
+            write_counts(args, args.curr_iteration + 1)
         torch.distributed.destroy_process_group()
         raise
+    write_counts(args, args.curr_iteration + 1)
     torch.distributed.destroy_process_group()
 
 

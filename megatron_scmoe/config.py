@@ -193,6 +193,10 @@ class ScMoEConfig:
     """Write a trace of the units for Perfetto and tools/overlap_report.py into this folder, a file
     for each rank, of the iterations from --profile-step-start to before --profile-step-end."""
 
+    scmoe_collaboration_dir: str | None = _shown_as("DIR", None)
+    """Count which experts are chosen together, over all ranks, and write it into this folder at
+    every save and at the end: what was chosen since the file before, for tools/c2r.py."""
+
     scmoe_measured_slots: list[int] | None = None
     """Slots that a run before this one has measured, two of each route: from its checkpoint, not an
     option."""

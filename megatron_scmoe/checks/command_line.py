@@ -18,7 +18,14 @@ from megatron_scmoe.words import flag
 
 EMERGING = "emerging_optimizers"
 
-FOLDERS = ("save", "load", "pretrained_checkpoint", "tensorboard_dir", "scmoe_trace_dir")
+FOLDERS = (
+    "save",
+    "load",
+    "pretrained_checkpoint",
+    "tensorboard_dir",
+    "scmoe_trace_dir",
+    "scmoe_collaboration_dir",
+)
 
 
 def _link_to_itself(args: Namespace) -> Found:
@@ -108,13 +115,28 @@ def _trace_of_nothing(args: Namespace) -> Found:
     if args.train_iters is not None and start >= args.train_iters:
         ends = f"the run ends at --train-iters {args.train_iters}"
         return {"why": f"it begins at --profile-step-start {start}, and {ends}"}
-    folder = Path(args.scmoe_trace_dir).absolute()
+    return _no_place(args.scmoe_trace_dir)
+
+
+def _no_place(name: str) -> Found:
+    """Why files cannot be put into a folder, which need not be there yet."""
+    folder = Path(name).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         return {"why": f"{there} is no folder"}
     if not os.access(there, os.W_OK | os.X_OK):
         return {"why": f"{there} is not writable"}
     return False
+
+
+def _counts_of_nothing(args: Namespace) -> Found:
+    if args.scmoe_collaboration_dir is None:
+        return False
+    if args.num_experts is None:
+        return {"why": "a model without --num-experts has no experts to count"}
+    if args.scmoe_dual_gating != "none":
+        return {"why": "two gates choose a token's experts apart"}
+    return _no_place(args.scmoe_collaboration_dir)
 
 
 # Once options of a checkpoint and of this machine are in their places.
@@ -184,6 +206,7 @@ COMPLETE = (
         "there is no CUDA device",
     ),
     Refusal(_trace_of_nothing, "--scmoe-trace-dir would stay empty", "{why}"),
+    Refusal(_counts_of_nothing, "--scmoe-collaboration-dir would stay empty", "{why}"),
     *WANDB,
 )
 

@@ -1,12 +1,14 @@
 """Which experts are chosen together, and what to make of it: C2R (arXiv:2504.01337).
 
+    python tools/c2r.py profile --load CHECKPOINTS --text book.txt --output counts.json
     python tools/c2r.py report --matrix counts.json [--ranks 4] [--picture map.svg]
     python tools/c2r.py lists --matrix counts.json --output lists.json
     python tools/c2r.py place --matrix counts.json --ranks 8 --ranks-per-node 4 --output place.json
 
-`report` prints how the experts of every layer keep together and how many ranks a token needs.
-`lists` writes what --scmoe-c2r-lists of a run reads, `place` what --scmoe-expert-placement reads.
-docs/c2r.md leads through the whole.
+`profile` runs a checkpoint over text; its options are in profile_experts.py. `report` prints how
+the experts of every layer keep together and how many ranks a token needs. `lists` writes what
+--scmoe-c2r-lists of a run reads, `place` what --scmoe-expert-placement reads. docs/c2r.md leads
+through the whole.
 
 Exit codes: 0 done; 2 options or files are wrong, in one line.
 """
@@ -36,6 +38,13 @@ SHOWN_RANKS = 8
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     say.one_line_interrupts()
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["profile"]:
+        # Takes Megatron's options, and seconds to import it.
+        from megatron_scmoe.commands import profile_experts
+
+        sys.argv[1:] = words[1:]
+        return profile_experts.main()
     try:
         args = parse_args(argv)
         run: Callable[[argparse.Namespace], None] = args.run
@@ -61,6 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         verb.set_defaults(run=run)
         options(verb)
         say.one_line_usage_errors(verb)
+    verbs.add_parser("profile", help="Count over text with a checkpoint's model.", add_help=False)
     say.one_line_usage_errors(parser)
     return parser.parse_args(argv)
 

@@ -22,17 +22,11 @@ start.replace_host_symbols()
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
-    GPTInferenceWrapper,
-)
-from megatron.core.inference.utils import InferenceMode
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import Module
 
 from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.one_pass import forward
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 
@@ -66,31 +60,6 @@ def main() -> int:
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
-
-
-def forward(model: Module, tokens: Tensor) -> Tensor | None:
-    """Logits behind every token, [b, s, v], on the last pipeline stage.
-
-    Args:
-        model: this rank's stage.
-        tokens: [b, s].
-    """
-    batch, length = tokens.shape
-    context = StaticInferenceContext(batch, length)
-    context.config.materialize_only_last_token_logits = False
-    wrapper = GPTInferenceWrapper(model, context)
-    wrapper.prep_model_for_inference()
-    device = torch.cuda.current_device()
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    positions = torch.arange(length, device=device).expand(batch, length)
-    with InferenceMode.active(), torch.inference_mode():
-        return wrapper.run_one_forward_step(
-            {
-                "tokens": tokens.to(device),
-                "position_ids": positions,
-                "attention_mask": mask[None, None],
-            }
-        )
 
 
 if __name__ == "__main__":

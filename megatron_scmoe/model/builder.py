@@ -27,6 +27,7 @@ from megatron_scmoe.model.specs import (
     with_local_replacements,
 )
 from megatron_scmoe.model.unit import ShortcutLayer
+from megatron_scmoe.overlap.measure.collaboration import watch_run
 from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
 
 
@@ -46,7 +47,10 @@ class ScMoEModelBuilder(GPTModelBuilder):
         if scmoe.enabled:
             # Not while the chunks are built: stages with embeddings wait for each other there.
             agree_on_slots(scmoe)
-        return super().build_distributed_models(*args, **kwargs)
+        models = super().build_distributed_models(*args, **kwargs)
+        if scmoe.scmoe_collaboration_dir is not None:
+            watch_run(models)
+        return models
 
     def build_model(
         self,

@@ -85,6 +85,7 @@ TYPED = {
     "scmoe_ranks_per_node": ("--scmoe-ranks-per-node 4", 4),
     "scmoe_expert_placement": ("--scmoe-expert-placement placement.json", "placement.json"),
     "scmoe_trace_dir": ("--scmoe-trace-dir traces", "traces"),
+    "scmoe_collaboration_dir": ("--scmoe-collaboration-dir counts", "counts"),
 }
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_scmoe.run.checkpoint import aside, contents
 from megatron_scmoe.run.checkpoint.record import drop_records_without_checkpoint, write_record
 from megatron_scmoe.run.checkpoint.writer import check_writer
+from megatron_scmoe.run.collaboration import write_counts
 from megatron_scmoe.run.watch import lost_peer
 
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -67,6 +68,7 @@ def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
             save_checkpoint(iteration, *args, **kwargs)
             if not options.async_save:
                 _settle_begun()
+        write_counts(options, iteration)
         _current = (folder, iteration)
 
     return replacement

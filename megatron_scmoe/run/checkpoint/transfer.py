@@ -94,9 +94,7 @@ def _keep(
 ) -> dict[str, ShardedBase]:
     """Take what keeps its value out of a model's request."""
     names_kept = [
-        name
-        for name, entry in entries.items()
-        if isinstance(entry, ShardedBase) and is_kept(entry)
+        name for name, entry in entries.items() if isinstance(entry, ShardedBase) and is_kept(entry)
     ]
     return {name: entries.pop(name) for name in names_kept}
 

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# The whole of C2R on a small model and real text, on two CPU cores or on GPUs: train, count which
+# experts are chosen together, place them, go on with lists of partners at several T, compare.
+#
+#     examples/c2r/run.sh [options of every run]
+#
+# RUN_DIR chooses where it writes, EXPERTS and TOPK the model, BEFORE and AFTER how many iterations
+# are trained without and with the lists, RANKS the expert-parallel ranks. docs/c2r.md explains it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+RUN_DIR=${RUN_DIR:-runs/c2r}
+TEXT_DIR=${TEXT_DIR:-runs/text}
+EXPERTS=${EXPERTS:-8}
+TOPK=${TOPK:-2}
+BEFORE=${BEFORE:-300}
+AFTER=${AFTER:-150}
+RANKS=${RANKS:-2}
+SHARES=${SHARES:-4} # of the experts: on how many ranks the table places them
+
+MODEL_ARGS=(
+    --scmoe-shortcut-position pos2
+    --num-layers 4
+    --moe-layer-freq '([0,1]*2)' # dense, MoE, dense, MoE
+    --hidden-size 128
+    --ffn-hidden-size 256
+    --num-attention-heads 4
+    --seq-length 128
+    --max-position-embeddings 128
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+    --untie-embeddings-and-output-weights
+    --hidden-dropout 0
+    --attention-dropout 0
+    --num-experts "$EXPERTS"
+    --moe-ffn-hidden-size 128
+    --moe-router-topk "$TOPK"
+    --moe-router-load-balancing-type aux_loss
+    --moe-aux-loss-coeff 0.01
+    --moe-token-dispatcher-type alltoall
+    --expert-model-parallel-size "$RANKS"
+)
+TRAINING_ARGS=(
+    --micro-batch-size 8
+    --global-batch-size 16
+    --lr 2e-3
+    --lr-decay-style constant
+    --lr-warmup-iters 30
+    --weight-decay 0.1
+    --adam-beta2 0.95
+    --seed 1234
+    --use-distributed-optimizer
+)
+DATA_ARGS=(
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model "$TEXT_DIR/tokenizer"
+    --train-data-path "$TEXT_DIR/train_text_document"
+    --valid-data-path "$TEXT_DIR/valid_text_document"
+    --test-data-path "$TEXT_DIR/valid_text_document"
+    --data-cache-path "$TEXT_DIR/cache"
+    --num-workers 0
+)
+LOGGING_ARGS=(--log-interval 10 --eval-interval 100000 --eval-iters 20)
+
+train() { # name, iterations, further options
+    local name=$1 iterations=$2
+    shift 2
+    mkdir -p "$RUN_DIR/$name"
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
+        "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" \
+        --train-iters "$iterations" --save "$RUN_DIR/$name/checkpoints" \
+        --save-interval "$iterations" "$@" | tee "$RUN_DIR/$name/log.txt"
+}
+
+profile() { # name
+    OMP_NUM_THREADS=1 python tools/c2r.py profile --load "$RUN_DIR/$1/checkpoints" \
+        --data-path "$TEXT_DIR/valid_text_document" --tokens "${TOKENS:-50000}" \
+        --output "$RUN_DIR/$1/counts.json" --picture "$RUN_DIR/$1/map.svg"
+}
+
+examples/text.sh "$TEXT_DIR"
+train base "$BEFORE" --scmoe-collaboration-dir "$RUN_DIR/base/while_training" "$@"
+profile base
+python tools/c2r.py lists --matrix "$RUN_DIR/base/counts.json" --output "$RUN_DIR/lists.json"
+python tools/c2r.py place --matrix "$RUN_DIR/base/counts.json" --ranks "$SHARES" \
+    --output "$RUN_DIR/placement.json"
+
+# From K - 1 on; all partners are no constraint.
+for t in $(printf '%s\n' 1 2 $((EXPERTS / 2)) $((EXPERTS - 1)) | sort -nu); do
+    [ "$t" -ge $((TOPK - 1)) ] || continue
+    train "t$t" $((BEFORE + AFTER)) --load "$RUN_DIR/base/checkpoints" \
+        --scmoe-c2r-lists "$RUN_DIR/lists.json" --scmoe-c2r-top-t "$t" \
+        --scmoe-dispatch-copies rank "$@"
+    profile "t$t"
+done
+python examples/c2r/compare.py "$RUN_DIR"
