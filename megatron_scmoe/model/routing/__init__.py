@@ -325,6 +325,7 @@ class Collaboration(Router):
         file, top_t = options.scmoe_c2r_lists, options.scmoe_c2r_top_t
 
         def build(**arguments: Any) -> Any:
+            assert top_t is not None
             given = None if file is None else read_lists(file)
             return CollaborationRouter(**arguments, top_t=top_t, given=given)
 

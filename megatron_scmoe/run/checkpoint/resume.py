@@ -172,7 +172,7 @@ def keep_lists(args: Namespace) -> list[str]:
     if args.scmoe_router != "c2r":
         return []
     where, saved, _ = _saved_options(args)
-    if getattr(saved, "scmoe_router", None) != "c2r":
+    if saved is None or getattr(saved, "scmoe_router", None) != "c2r":
         if args.scmoe_c2r_lists is None:
             raise ValueError(
                 "--scmoe-router c2r has no lists of partners: add --scmoe-c2r-lists, or --load a "
