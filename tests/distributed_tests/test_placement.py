@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_scmoe.c2r import placement
 from megatron_scmoe.c2r.placement import Placement
+from tests import deep_ep
 from tests.distributed_utils import run_distributed
 from tests.models import SEQUENCE, Case, build_block, parameters_by_expert, run_block
 
@@ -48,6 +49,14 @@ CASES: dict[str, Case] = {
         },
         host={**TWO, **AUX},
     ),
+    "pos2, DeepEP": Case(
+        host={
+            **TWO,
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "deepep",
+        }
+    ),
+    "pos2, sent once to a rank": Case(scmoe={"scmoe_dispatch_copies": "rank"}, host=TWO),
     "two gates": Case(
         scmoe={"scmoe_dual_gating": "separate", "scmoe_combine": "add"},
         host={"num_moe_experts": EXPERTS},
@@ -59,13 +68,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def placements(ranks: int) -> list[Placement]:
+def placements(ranks: int, moe_layers: tuple[int, ...] = LAYERS) -> list[Placement]:
     """Two of the model, each with another order in every layer."""
     found = []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(10 * ranks + seed)
         layers = {}
-        for layer in LAYERS:
+        for layer in moe_layers:
             order = torch.randperm(EXPERTS, generator=generator).tolist()
             each = EXPERTS // ranks
             layers[layer] = tuple(tuple(order[i : i + each]) for i in range(0, EXPERTS, each))
@@ -122,6 +131,7 @@ def trained(case: Case, ranks: int, path: Path | None) -> dict[str, Tensor]:
 
 
 def all_trained(files: dict[int, list[Path]]) -> dict[tuple[str, int, bool], dict[str, Tensor]]:
+    deep_ep.install()
     found = {}
     for ranks, (path, _) in files.items():
         for name, case in CASES.items():
@@ -130,12 +140,11 @@ def all_trained(files: dict[int, list[Path]]) -> dict[tuple[str, int, bool], dic
     return found
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
-    folder = tmp_path_factory.mktemp("placements")
+def write_placements(folder: Path, moe_layers: tuple[int, ...] = LAYERS) -> dict[int, list[Path]]:
+    """Files by the number of ranks."""
     written: dict[int, list[Path]] = {}
     for ranks in (2, 4):
-        for number, placed in enumerate(placements(ranks)):
+        for number, placed in enumerate(placements(ranks, moe_layers)):
             path = folder / f"{ranks}-{number}.json"
             placement.write(path, placed)
             written.setdefault(ranks, []).append(path)
@@ -143,8 +152,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def found(files: dict[int, list[Path]]) -> list[Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Of every rank."""
+    files = write_placements(tmp_path_factory.mktemp("placements"))
     return run_distributed(all_trained, WORLD_SIZE, files, expert_model_parallel_size=2)
 
 
@@ -210,13 +220,18 @@ def value_of(name: str, like: Tensor) -> Tensor:
     return base + torch.linspace(0, 1, like.numel(), dtype=like.dtype).view_as(like)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_checkpoints_hold_experts_by_their_own_numbers(
-    files: dict[int, list[Path]], tmp_path: Path, grouped: bool
-) -> None:
-    case = Case(host={**TWO, "moe_grouped_gemm": grouped})
+@pytest.mark.parametrize("saved", ["sequential", "grouped, layers stacked on disk"])
+def test_checkpoints_hold_experts_by_their_own_numbers(tmp_path: Path, saved: str) -> None:
+    if saved == "sequential":
+        case, files = Case(host=TWO), write_placements(tmp_path)
+    else:
+        host = {**TWO, "moe_grouped_gemm": True}
+        case = Case({"scmoe_shortcut_position": "pos1"}, host, moe_frequency=1)
+        files = write_placements(tmp_path, (1, 2, 3, 4))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
     ranks = run_distributed(
-        saved_and_loaded, WORLD_SIZE, case, files, tmp_path, expert_model_parallel_size=4
+        saved_and_loaded, WORLD_SIZE, case, files, folder, expert_model_parallel_size=4
     )
     wrong = {where: names for of_rank in ranks for where, names in of_rank.items() if names}
     assert not wrong and len(ranks[0]) == 12

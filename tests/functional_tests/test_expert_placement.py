@@ -72,6 +72,19 @@ def test_any_placement_goes_on_from_any_checkpoint(
     assert_same(curves, placed)
 
 
+def test_stock_layers_and_placed_ones_go_on_from_each_other(runs: Runs) -> None:
+    """Without a shortcut a placement makes units of stock layers, with a norm of another name."""
+    none = ["--scmoe-shortcut-position", "none"]
+    folders = [str(runs.folder / name) for name in ("of-stock", "of-units")]
+    save = ["--save-interval", str(SAVED)]
+    whole = train(runs, "EP2", None, *none, "--save", folders[0], *save)
+    load = ["--load", folders[0], "--ckpt-step", str(SAVED)]
+    there = train(runs, "EP2", 1, *none, *load, "--save", folders[1], "--save-interval", "1")
+    assert_same(there, whole)
+    load = ["--load", folders[1], "--ckpt-step", str(SAVED + 1)]
+    assert_same(train(runs, "EP2", None, *none, *load), whole)
+
+
 @pytest.mark.slow  # test_placement.py has the initial weights and the first gradients
 def test_a_run_from_scratch_is_that_without_a_placement(runs: Runs, placed: Curves) -> None:
     assert_same(placed, train(runs, "EP2", None))

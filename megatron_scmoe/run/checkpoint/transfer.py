@@ -50,10 +50,9 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
         on_disk = {
             name.split("/shard_")[0] for name in read_metadata(checkpoint).state_dict_metadata
         }
+        _rename(sharded_state_dict, on_disk)  # of the optimizer's state too
         on_disk = {name for name in on_disk if not name.startswith(OTHER_STATE)}
         chunks = [key for key in sharded_state_dict if str(key).startswith("model")]
-        for chunk in chunks:
-            _rename(sharded_state_dict[chunk], on_disk)
 
         def is_kept(entry: ShardedBase) -> bool:
             if args.scmoe_c2r_lists is not None and entry.key.endswith(PARTNERS):
@@ -80,7 +79,7 @@ def loading_related(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _rename(entries: dict[str, Any], on_disk: set[str]) -> None:
     """Ask for what has another name on disk under that."""
-    for entry in entries.values():
+    for entry in nested_values(entries):
         if not isinstance(entry, ShardedBase) or entry.key in on_disk:
             continue
         for pair in names.LOCAL_NAMES.items():  # the checkpoint may have either
