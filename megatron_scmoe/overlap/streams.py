@@ -23,8 +23,10 @@ so that `1 - blocked / in flight` is the share of the communication that was hid
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import lru_cache
+from queue import SimpleQueue
+from threading import Thread
 from time import perf_counter
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -214,10 +216,38 @@ class _Aside:
         return self._future
 
 
+class _Thread:
+    """CPU: does what it is given, in order.
+
+    An executor of the standard library would not let a process end, after an error, while an
+    exchange waits for a rank that does not come.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._given: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, run: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._given.put((run, done))
+        return done
+
+    def _work(self) -> None:
+        while True:
+            run, done = self._given.get()
+            try:
+                run()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+            # Until the next one comes they would hold what was exchanged.
+            del run, done
+
+
 @lru_cache
-def _thread(name: str) -> ThreadPoolExecutor:
-    """One thread for each name: what it is given is done in order."""
-    return ThreadPoolExecutor(1, thread_name_prefix=name)
+def _thread(name: str) -> _Thread:
+    """One for each name."""
+    return _Thread(name)
 
 
 class _Here:

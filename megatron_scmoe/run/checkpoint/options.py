@@ -151,6 +151,7 @@ TIMES = (
     "moe_permute_fusion",
     "moe_token_dispatcher_type",
     "scmoe_dispatch_copies",
+    "scmoe_ranks_per_node",
     "scmoe_expert_placement",
     "moe_flex_dispatcher_backend",
     "moe_flex_dispatcher_num_sms",
