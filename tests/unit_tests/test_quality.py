@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from examples.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from megatron_scmoe.words import write_whole
+from tools.benchmarks.provenance import REPOSITORY
 from tools.quality import __main__ as program
 from tools.quality import claims, report, runs
 from tools.quality.contenders import BY_NAME, CONTENDERS
-from tools.quality.corpus import Text
+from tools.quality.corpus import SPLITS, Text
 from tools.quality.papers import ORDERINGS
 from tools.quality.runs import Log, Result, Runner, Task, chosen_rate, rate_tasks, seed_tasks
 from tools.quality.scales import SCALES
@@ -201,19 +206,42 @@ def test_kinds_of_tokens() -> None:
     ]
 
 
+def write_text(folder: Path) -> None:
+    """What corpus.write leaves: the license, in both splits."""
+    license = (REPOSITORY / "LICENSE").read_text()
+    tokenizer = train_tokenizer(iter([license]), SCALE.vocabulary)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for split in SPLITS:
+        prefix = folder / f"{split}_text_document"
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for paragraph in license.split("\n\n"):
+            if ids := tokenizer.encode(paragraph).ids:
+                builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+    counts = {"python_version": "3.12.1", "train_bytes": 10**4, "valid_bytes": 10**4}
+    write_whole(folder / "corpus.json", json.dumps(counts))
+    write_whole(folder / "complete", "")
+
+
 @pytest.mark.slow
 def test_a_contender_is_trained_and_studied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole program with one row, from text to pictures; the second time nothing runs."""
+    """The whole program with one row, from its run to the pictures; again, nothing runs."""
     only = replace(BY_NAME["moepp-0.75"], main=False)
+    programs = program._program
+
+    def without_sizes(*words: str) -> str:
+        return "{}" if words[0] == "tools.quality.sizes" else programs(*words)
+
+    monkeypatch.setattr(program, "_program", without_sizes)
     monkeypatch.setattr(program, "CONTENDERS", (only,))
     monkeypatch.setattr(runs, "CONTENDERS", (only,))
     monkeypatch.setattr(sys, "argv", ["quality", "--scale", "smoke", "--output", str(tmp_path)])
+    write_text(tmp_path / "text")
     assert program.main() == 0
     printed = capsys.readouterr().out
     assert "[1/1] moepp-0.75 seed 1" in printed and "FFN experts of a token" in printed
     assert (tmp_path / "held_out.png").stat().st_size > 1000
-    monkeypatch.setattr(program, "_program", lambda *words: "{}")
     assert program.main() == 0
     assert "[1/1]" not in capsys.readouterr().out

@@ -18,10 +18,9 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,20 @@ class Experts:
         self._rows: dict[int, Tensor] = {}
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
-        for number, module in enumerate(m for m in model.modules() if isinstance(m, TopKRouter)):
-            module.register_forward_hook(partial(self._meet, number, num_experts))
+        routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        for number, router in enumerate(routers):
+            # Not a hook: a router of ours is asked for its logits too, by another method.
+            router.routing = self._watched(number, num_experts, router.routing)
 
-    def _meet(
-        self, number: int, num_experts: int, module: Module, inputs: Any, output: Any
-    ) -> None:
-        """output[1]: the map, [T, E + H]."""
-        self._rows[number] = output[1][:, :num_experts].sum(dim=1).float()
+    def _watched(self, number: int, num_experts: int, routing: Callable) -> Callable:
+        """The host's `routing`, whose second output is the map, [T, E + H]."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = routing(*args, **kwargs)
+            self._rows[number] = output[1][:, :num_experts].sum(dim=1).float()
+            return output
+
+        return watched
 
     def end_pass(self, kinds: Sequence[str]) -> None:
         """Kinds of the tokens in the order of the rows, [T]."""
@@ -136,7 +141,9 @@ def kind(entry: str, before: str, after: str) -> str:
     return "keyword" if keyword.iskeyword(bare) else "word"
 
 
-def study(model: Module, num_experts: int, tokens: np.ndarray, entries: list[str]) -> dict:
+def study(
+    model: Module, num_experts: int, tokens: np.ndarray, entries: list[str]
+) -> dict[str, Any]:
     """Run over the text; tokens is [sequences, s]."""
     blocks, experts = Blocks(model), Experts(model, num_experts)
     length = tokens.shape[1]
