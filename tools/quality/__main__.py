@@ -20,7 +20,7 @@ from megatron_scmoe.say import one_line, say
 from megatron_scmoe.words import read_json, write_whole
 from tools.benchmarks.provenance import REPOSITORY
 from tools.quality import corpus, plots, report
-from tools.quality.contenders import CONTENDERS, Contender
+from tools.quality.contenders import BY_NAME, CONTENDERS, LISTS, Contender
 from tools.quality.runs import (
     Result,
     RunError,
@@ -82,6 +82,8 @@ def run_all(runner: Runner, jobs: int) -> None:
     scale = runner.scale
     for main in (True, False):
         group = [each for each in CONTENDERS if each.main == main]
+        if any(LISTS in each.options for each in group):
+            find_partners(runner)
         tasks = [rate_tasks(each, scale) for each in group]
         found = iter(runner.all([task for some in tasks for task in some], jobs))
         by_contender = []
@@ -90,6 +92,29 @@ def run_all(runner: Runner, jobs: int) -> None:
             by_contender.append(seed_tasks(contender, scale, rate))
         # Seed by seed, so that an early end leaves whole comparisons.
         runner.all([task for seed in zip(*by_contender, strict=True) for task in seed], jobs)
+
+
+def find_partners(runner: Runner) -> None:
+    """Partners of every expert (C2R) from the model that top-2's first seed has left.
+
+    Raises:
+        ValueError: that model is gone.
+    """
+    if runner.partners.exists():
+        return
+    (first, *_) = seed_tasks(BY_NAME["top2"], runner.scale, 0)
+    checkpoint = runner.checkpoint(first)
+    if not checkpoint.exists():
+        raise ValueError(
+            f"{checkpoint} is gone, from which C2R's partners are made: remove "
+            f"{runner.stored(first)}, and that run is repeated."
+        )
+    runner.partners.parent.mkdir(exist_ok=True)
+    counts = str(runner.partners.with_name("counts.json"))
+    text = str(runner.folder / "text" / "train.jsonl")
+    c2r = "megatron_scmoe.commands.c2r"
+    _program(c2r, "profile", "--load", str(checkpoint), "--text", text, "--output", counts)
+    _program(c2r, "lists", "--matrix", counts, "--output", str(runner.partners))
 
 
 def train(folder: Path, name: str, scale: Scale, jobs: int) -> None:

@@ -18,6 +18,8 @@ SHARED = f"{TOP1} --moe-shared-expert-intermediate-size F"
 POS2 = f"{SHARED} --scmoe-shortcut-position pos2"
 DGMOE = f"{PAIRS} {BALANCED} --scmoe-preset dgmoe"
 MOEPP = f"{EVERY} --scmoe-preset moepp"
+LISTS = "LISTS"
+"""Stands for the file of partners (C2R), made from the model of top-2's first seed."""
 KINDS = ("zero", "copy", "constant")
 LATENT = (
     "--q-lora-rank A --kv-lora-rank B --qk-head-dim D --qk-pos-emb-head-dim P --v-head-dim D "
@@ -162,6 +164,17 @@ CONTENDERS = (
         f"--moe-router-bias-update-rate 0.05 {LATENT}",
         "scmoe2",
         "experts of a token, on average; its attention is latent",
+    ),
+    *(
+        Contender(
+            f"c2r-{number}",
+            f"C2R, T = {number}",
+            f"{PAIRS} {BALANCED} --moe-router-topk 2 --scmoe-c2r-lists {LISTS} "
+            f"--scmoe-c2r-top-t {number}",
+            "top2",
+            "FLOPs, parameters; partners from a trained top-2",
+        )
+        for number in (2, 4)
     ),
     Contender(
         "top1-wide",

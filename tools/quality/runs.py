@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_scmoe.words import read_json, write_whole
 from tools.benchmarks.provenance import REPOSITORY, describe
-from tools.quality.contenders import CONTENDERS, Contender
+from tools.quality.contenders import CONTENDERS, LISTS, Contender
 from tools.quality.corpus import Text
 from tools.quality.scales import Scale
 
@@ -159,7 +159,10 @@ class Runner:
         return [
             *("python", "pretrain_gpt_scmoe.py"),
             *self.scale.model_options(),
-            *task.contender.command_line(self.scale),
+            *(
+                str(self.partners) if word == LISTS else word
+                for word in task.contender.command_line(self.scale)
+            ),
             *self.scale.schedule(
                 task.iterations, task.rate, task.seed, task.evaluation(self.scale)
             ),
@@ -169,6 +172,10 @@ class Runner:
 
     def _saving(self, task: Task) -> list[str]:
         return ["--save", str(self.checkpoint(task)), "--save-interval", str(task.iterations)]
+
+    @property
+    def partners(self) -> Path:
+        return self.folder / "c2r" / "lists.json"
 
     def checkpoint(self, task: Task) -> Path:
         return self.folder / "logs" / task.name / "checkpoint"

@@ -15,7 +15,7 @@ from io import StringIO
 
 from megatron_scmoe import arguments
 from megatron_scmoe.planner.size import model_size
-from tools.quality.contenders import CONTENDERS
+from tools.quality.contenders import CONTENDERS, LISTS
 from tools.quality.scales import SCALES, Scale
 
 
@@ -23,9 +23,13 @@ def sizes(scale: Scale) -> dict[str, dict[str, int]]:
     """By contender: parameters, those a token meets, FLOPs of a token's forward pass."""
     found = {}
     for each in CONTENDERS:
+        own = each.command_line(scale)
+        if LISTS in own:  # which partners there are changes no size
+            at = own.index(LISTS)
+            del own[at - 1 : at + 3]  # --scmoe-c2r-lists FILE --scmoe-c2r-top-t T
         sys.argv[1:] = [
             *scale.model_options(),
-            *each.command_line(scale),
+            *own,
             *scale.schedule(20, scale.rates[0], 1, 1),
             *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(scale.vocabulary)),
         ]
