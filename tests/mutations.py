@@ -423,8 +423,8 @@ MUTATIONS = (
     # MoE++.
     Mutation(
         "megatron_scmoe/model/routing/heterogeneous.py",
-        "eta[-self._at_home :] = self._tau",
-        "eta[: self._at_home] = self._tau",
+        "eta[-self._at_home :].fill_(self._tau)",
+        "eta[: self._at_home].fill_(self._tau)",
         f"{UNIT}moepp.py -k loss",
     ),
     Mutation(
@@ -451,6 +451,25 @@ MUTATIONS = (
         "(config.hidden_size / rank) ** 0.5",
         "(config.hidden_size / rank) ** 0.25",
         f"{UNIT}longcat.py -k transformers",
+    ),
+    # C2R.
+    Mutation(
+        "megatron_scmoe/model/routing/collaboration.py",
+        "own.scatter(1, self.partners[:, : self._top_t], True)",
+        "own.scatter(1, self.partners[:, 1 : self._top_t + 1], True)",
+        f"{UNIT}c2r_router.py -k rule",
+    ),
+    Mutation(
+        "megatron_scmoe/model/routing/collaboration.py",
+        "return scores, of_rule & routing_map.any(dim=1, keepdim=True)",
+        "return scores, routing_map",
+        f"{UNIT}c2r_router.py -k balancing",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/measure/collaboration.py",
+        "chosen = chosen & counts[:, None]",
+        "counts = counts | True",
+        f"{UNIT}collaboration_counts.py -k padding",
     ),
     # What is refused, and what is said.
     Mutation(

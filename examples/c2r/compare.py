@@ -2,8 +2,8 @@
 
     python examples/c2r/compare.py RUN_DIR [--json FILE]
 
-Copies are the different ranks among a token's experts, over held-out text: experts in order, and at
-the placement that was made from the counts before any list.
+Copies are the different ranks among a token's experts, over held-out text: experts in order, at the
+placement that was made from the counts before any list, and at one that is made from the run's own.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_scmoe.c2r import collaboration, placement
+from megatron_scmoe.c2r.place import Chosen, place
+from megatron_scmoe.c2r.placement import rank_of
 from megatron_scmoe.c2r.statistics import contiguous
 from megatron_scmoe.words import markdown_table, write_whole
 
@@ -40,15 +42,17 @@ def row(folder: Path, placed: placement.Placement) -> dict[str, float]:
         (
             layer.distinct(contiguous(counts.experts, placed.ranks)),
             layer.distinct(placed.rank_of(number)),
+            layer.distinct(rank_of(place(Chosen.of_counts(layer), placed.ranks, placed.ranks))),
             layer.chosen.max() / layer.chosen.mean(),
         )
         for number, layer in counts.layers.items()
     ]
-    in_order, together, load = np.mean(of_layers, axis=0)
+    in_order, before, anew, load = np.mean(of_layers, axis=0)
     return {
         "validation loss": validation_loss((folder / "log.txt").read_text()),
         "copies, experts in order": float(in_order),
-        "copies, placed": float(together),
+        "copies, placed": float(before),
+        "copies, placed anew": float(anew),
         "busiest expert / mean": float(load),
     }
 
@@ -60,7 +64,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     args = parser.parse_args()
     placed = placement.read(args.run_dir / "placement.json")
-    folders = [args.run_dir / "base", *args.run_dir.glob("t[0-9]*")]
+    folders = [
+        args.run_dir / "base",
+        *(path.parent for path in args.run_dir.glob("t*/counts.json")),
+    ]
     folders.sort(key=lambda folder: int(folder.name.removeprefix("t").replace("base", "0")))
     rows = {folder.name: row(folder, placed) for folder in folders}
     header = ["run", *next(iter(rows.values()))]

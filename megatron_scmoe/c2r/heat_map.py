@@ -11,6 +11,7 @@ from megatron_scmoe.c2r.collaboration import Collaboration, LayerCounts
 
 SIDE, GAP, MARGIN = 220, 40, 24  # pixels
 ACROSS = 4
+TITLE = 2 * MARGIN + 520  # room for it
 LIGHT, DARK = np.array([247, 251, 255]), np.array([8, 48, 107])
 
 
@@ -22,7 +23,7 @@ def heat_map(counts: Collaboration, orders: dict[int, np.ndarray] | None = None)
     """
     rows = -(-len(counts.layers) // ACROSS)
     across = min(len(counts.layers), ACROSS)
-    width = 2 * MARGIN + across * (SIDE + GAP) - GAP
+    width = max(2 * MARGIN + across * (SIDE + GAP) - GAP, TITLE)
     height = 2 * MARGIN + rows * (SIDE + GAP)
     title = (
         f"Row: an expert. Column: its partners; the darker, the more of its pairs "
