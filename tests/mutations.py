@@ -125,8 +125,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/model/routing/dual.py",
-        "return chosen & routing_map.any(dim=1, keepdim=True)",
-        "return routing_map",
+        "return scores, chosen & routing_map.any(dim=1, keepdim=True)",
+        "return scores, routing_map",
         f"{UNIT}dual_gating.py -k losses",
     ),
     Mutation(
