@@ -11,7 +11,8 @@ TOLERANCE = 1e-6
 SAVED, ENDS = 3, 6
 EXPERTS, MOE_LAYERS = 8, (2, 4, 6, 8)
 OPTIONS = f"{EXPERT_BIAS} {DISTRIBUTED} --scmoe-shortcut-position pos2".split()
-RANKS = {"EP2": 2, "EP4xDP2": 4, "TP2xEP2": 2, "PP2xEP2xDP2": 2}
+RANKS = {"EP2": 2, "EP4": 4, "TP2xEP2": 2}
+AT = CHECKPOINT_LAYOUTS | {"EP4": Layout("EP 4", 4, "--expert-model-parallel-size 4")}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,8 @@ def train(runs: Runs, layout: str, step: int | None, *options: str) -> Curves:
             layers[layer] = tuple(tuple(order[i : i + each]) for i in range(0, EXPERTS, each))
         placement.write(path, Placement(EXPERTS, ranks, ranks, layers))
         own += ["--scmoe-expert-placement", str(path)]
-    at: Layout = CHECKPOINT_LAYOUTS[layout]
     name = f"{layout} {step} {len(options)}"
-    return runs.train(at, name, *OPTIONS, "--train-iters", str(ENDS), *own)
+    return runs.train(AT[layout], name, *OPTIONS, "--train-iters", str(ENDS), *own)
 
 
 def assert_same(curves: Curves, others: Curves) -> None:
@@ -55,11 +55,8 @@ def assert_same(curves: Curves, others: Curves) -> None:
     ("layout", "step"),
     [
         ("EP2", None),
-        pytest.param("EP2", 3, marks=pytest.mark.slow),
-        pytest.param("EP4xDP2", 5, marks=pytest.mark.slow),
         pytest.param("TP2xEP2", 3, marks=pytest.mark.slow),
-        pytest.param("PP2xEP2xDP2", 7, marks=pytest.mark.slow),
-        pytest.param("1", None, marks=pytest.mark.slow),
+        pytest.param("EP4", 5, marks=pytest.mark.slow),
     ],
 )
 def test_any_placement_goes_on_from_any_checkpoint(
@@ -72,6 +69,7 @@ def test_any_placement_goes_on_from_any_checkpoint(
     assert_same(curves, placed)
 
 
+@pytest.mark.slow
 def test_stock_layers_and_placed_ones_go_on_from_each_other(runs: Runs) -> None:
     """Without a shortcut a placement makes units of stock layers, with a norm of another name."""
     none = ["--scmoe-shortcut-position", "none"]
@@ -83,8 +81,3 @@ def test_stock_layers_and_placed_ones_go_on_from_each_other(runs: Runs) -> None:
     assert_same(there, whole)
     load = ["--load", folders[1], "--ckpt-step", str(SAVED + 1)]
     assert_same(train(runs, "EP2", None, *none, *load), whole)
-
-
-@pytest.mark.slow  # test_placement.py has the initial weights and the first gradients
-def test_a_run_from_scratch_is_that_without_a_placement(runs: Runs, placed: Curves) -> None:
-    assert_same(placed, train(runs, "EP2", None))
