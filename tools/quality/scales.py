@@ -117,7 +117,7 @@ SCALES = {
         eval_iterations=240,
     ),
     # One H100, by estimate: 350 M tokens of 111 MFLOP, forward and backward, are six minutes at a
-    # tenth of its peak; 158 starts of 20 s, twelve at a time, four and a half beside. Never run.
+    # tenth of its peak; 166 starts of 20 s, twelve at a time, four and a half beside. Never run.
     "gpu": Scale(
         hidden_size=384,
         ffn_hidden_size=768,
