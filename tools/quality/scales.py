@@ -32,7 +32,7 @@ class Scale:
     """Of the shorter runs that choose a learning rate."""
     eval_iterations: int
     """Batches of held-out text behind a run."""
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """The learning rates that everybody may choose from."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Of weights and data order; the main contenders have all of them, the others the first."""
