@@ -120,4 +120,5 @@ cat <<END
 To Hugging Face and back (docs/huggingface.md; pip install 'megatron-scmoe[hf]'):
     python tools/convert_checkpoint.py export --load $RUN_DIR/checkpoints --output $RUN_DIR/hf
     python tools/convert_checkpoint.py import --input $RUN_DIR/hf --save $RUN_DIR/imported
+Both, and what users do in between: examples/huggingface/run.sh
 END

@@ -22,8 +22,6 @@ with say.user_errors():
     start.replace_host_symbols()
 
 import json
-import logging
-import warnings
 from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -39,7 +37,7 @@ from megatron_scmoe.checks import generation
 from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.inference.generation import Continuation, Limits, Speed, generate
 from megatron_scmoe.inference.kept import DynamicKept, Keeps, StaticKept
-from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.inference.offload import cache_size, fetch_line, offload_of, plan_offload
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
@@ -98,9 +96,7 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
 
 def main() -> int:
     """Generate and return the exit code."""
-    start.one_rank_by_itself()
-    logging.disable(logging.WARNING)  # what the host logs is not asked for
-    warnings.simplefilter("ignore")
+    begin()
     with say.user_errors():
         args = parse(add_options)
         refuse(generation.TYPED, args)
@@ -118,9 +114,7 @@ def main() -> int:
             print(plan.line(), file=sys.stderr)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     with watched_ranks(timeout, (CheckpointError,)) as store:
-        with redirect_stdout(StringIO()):
-            join_job(store)
-            model = load_model(config)
+        model = join_and_load(config, store)
         everywhere = [prompts]
         torch.distributed.broadcast_object_list(everywhere)
         writer = TextWriter(args, tokenizer, texts)

@@ -8,9 +8,7 @@ that the command line adds.
 Shapes: b samples, s tokens, v vocabulary with its padding
 """
 
-import logging
 import sys
-import warnings
 from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -25,7 +23,7 @@ from megatron.core import parallel_state as mpu
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.arguments import add_scmoe_args, parse
-from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.inference.one_pass import forward
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
@@ -42,17 +40,13 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
 
 def main() -> int:
     """Write the logits and return the exit code."""
-    start.one_rank_by_itself()
-    logging.disable(logging.WARNING)  # what the host logs is not asked for
-    warnings.simplefilter("ignore")
+    begin()
     with say.user_errors():
         args = parse(add_options)
         with redirect_stdout(StringIO()):
             config, _ = prepare_generation(args, own=("bf16", "fp16"))
     with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:
-        with redirect_stdout(StringIO()):
-            join_job(store)
-            model = load_model(config)
+        model = join_and_load(config, store)
         logits = forward(model, load_file(args.tokens)["tokens"])
         writes = mpu.get_tensor_model_parallel_rank() == mpu.get_data_parallel_rank() == 0
         if logits is not None and writes:

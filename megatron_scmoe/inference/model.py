@@ -4,8 +4,12 @@ Model and tokenizer are those of the checkpoint's record; the layout is the comm
 layout the checkpoint was trained at.
 """
 
+import logging
 import sys
+import warnings
 from argparse import Namespace
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,9 +19,18 @@ from megatron.training.initialize import initialize_megatron
 from torch.distributed import Store
 from torch.nn import Module
 
+from megatron_scmoe import start
 from megatron_scmoe.arguments import model_config_from_args, typed_options, validate
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.run.checkpoint.adopt import adopt_model
+
+
+def begin() -> None:
+    """What a program does first: it is one rank where no launcher started it, and what the host
+    logs was not asked for."""
+    start.one_rank_by_itself()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def prepare_generation(
@@ -54,6 +67,17 @@ def prepare_generation(
     args.sequence_parallel = False
     set_global_variables(args)
     return model_config_from_args(args), get_tokenizer()
+
+
+def join_and_load(config: ScMoEModelConfig, store: Store | None) -> Module:
+    """Meet the other ranks and load this one's stage, without the host's words.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    with redirect_stdout(StringIO()):
+        join_job(store)
+        return load_model(config)
 
 
 def join_job(store: Store | None) -> None:

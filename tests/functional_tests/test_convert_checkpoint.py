@@ -6,6 +6,7 @@ attention, both norms, every combine, experts at home, two gates, a gate of two 
 between gates, a padded vocabulary. Models of others: test_dialects.py.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,6 +31,12 @@ from megatron_scmoe.run.checkpoint.options import SCMOE
 from tests.functional_tests.forked import launch_forked
 from tests.functional_tests.test_checkpoints import succeeded
 from tests.limits import PROCESS_S
+
+FINETUNE = Path(__file__).parents[2] / "examples" / "huggingface" / "finetune.py"
+spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
+assert spec is not None and spec.loader is not None
+finetune = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(finetune)
 
 RUN = (
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 "
@@ -472,28 +480,45 @@ def test_both_models_give_the_same_logits(
     assert found[0] < verify.LARGEST_DIFFERENCE < found[1] < 0.2
 
 
+def counting_tokenizer(folder: Path) -> None:
+    """Add a tokenizer whose ids are the host's NullTokenizer's: a number is its own token."""
+    words = tokenizers.models.WordLevel({str(n): n for n in range(61)}, unk_token="60")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.usefixtures("forked_logits")
 def test_a_fine_tuned_model_comes_back_and_pretraining_goes_on(
-    exported: Path, data_prefix: Path, tmp_path: Path
+    directory: Path, data_prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Out, text, full fine-tuning, `save_pretrained`, in: the same logits, and the loss goes on."""
-    pytest.importorskip("transformers")
-    from megatron_scmoe.huggingface.modeling_scmoe import ScMoEForCausalLM
-
-    model = ScMoEForCausalLM.from_pretrained(exported)
-    start = torch.tensor([[3, 4, 5]])
-    assert model.generate(start, max_new_tokens=5, do_sample=False).shape == (1, 8)
-    # The documents of the corpus count upwards.
-    tokens = (torch.arange(32)[None] + torch.arange(0, 60, 4)[:, None]) % 60
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        losses.append(model(tokens, labels=tokens).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < 0.6 * losses[0]
-    model.save_pretrained(tmp_path / "tuned")
+    """examples/huggingface: out, text, adapters, all weights, in; the loss goes on where it was."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    counting_tokenizer(directory)
+    write = transformers.pipeline("text-generation", str(directory), trust_remote_code=True)
+    written = write("3 4 5", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert written.startswith("3 4 5") and len(written.split()) == 7
+    # As the documents of the corpus.
+    rows = [" ".join(str((start + n) % 60) for n in range(100)) for start in range(0, 60, 4)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    size = ["--sequence-length", "32", "--batch-size", "15", "--input", str(text)]
+    steps: dict[str, list[float]] = {}
+    for name, source, options in (
+        ("adapters", directory, ["--lora", "--lr", "3e-2", "--steps", "6"]),
+        ("tuned", tmp_path / "adapters", ["--lr", "2e-2", "--steps", "14"]),
+    ):
+        places = ["--model", str(source), "--output", str(tmp_path / name)]
+        capsys.readouterr()
+        assert finetune.main([*places, *size, *options]) == 0
+        losses = re.findall(r"loss ([\d.]+) -> ([\d.]+) in", capsys.readouterr().out)[0]
+        steps[name] = [float(loss) for loss in losses]
+    assert steps["adapters"][1] < steps["adapters"][0]
+    assert steps["tuned"][0] == pytest.approx(steps["adapters"][1], rel=0.15)
+    assert steps["tuned"][1] < 0.8 * steps["adapters"][0]
     load.load(tmp_path / "tuned", tmp_path / "checkpoints")
     found = verify.compare_logits(tmp_path / "checkpoints", tmp_path / "tuned")
     assert found.same, found.text()
@@ -506,4 +531,4 @@ def test_a_fine_tuned_model_comes_back_and_pretraining_goes_on(
             *("--load", str(tmp_path / "checkpoints"), "--finetune"),
         )
     )
-    assert run.log[1]["lm loss"] == pytest.approx(losses[-1].item(), rel=0.25)
+    assert run.log[1]["lm loss"] == pytest.approx(steps["tuned"][1], rel=0.25)
