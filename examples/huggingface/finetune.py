@@ -61,7 +61,7 @@ def fine_tune(args: argparse.Namespace) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     most = args.steps * args.batch_size
     samples = read_sequences(args.input, tokenizer, args.sequence_length, most)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=torch.float32
     )
     if args.lora:
@@ -70,7 +70,7 @@ def fine_tune(args: argparse.Namespace) -> list[float]:
         adapters = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, adapters)
         model.print_trainable_parameters()
-    trainer = Trainer(
+    trainer: Any = Trainer(
         model=model,
         args=TrainingArguments(
             str(args.output / "trainer"),

@@ -22,8 +22,6 @@ with say.user_errors():
     start.replace_host_symbols()
 
 import json
-import logging
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -41,7 +39,7 @@ from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.c2r import collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.commands.c2r import report
-from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.inference.one_pass import forward
 from megatron_scmoe.overlap.measure.collaboration import Collector
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
@@ -67,9 +65,7 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
 
 def main() -> int:
     """Count, write, print the report, and return the exit code."""
-    start.one_rank_by_itself()
-    logging.disable(logging.WARNING)  # what the host logs is not asked for
-    warnings.simplefilter("ignore")
+    begin()
     with say.user_errors():
         args = parse(add_options)
         refuse_options(args)
@@ -78,9 +74,7 @@ def main() -> int:
         samples = cut(tokens_of(args, tokenizer), args.seq_length, args.tokens)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     with watched_ranks(timeout, (CheckpointError, OSError)) as store:
-        with redirect_stdout(StringIO()):
-            join_job(store)
-            model = load_model(config)
+        model = join_and_load(config, store)
         counts = count(model, samples)
         if counts is not None:
             counts.provenance = {
@@ -181,8 +175,8 @@ def count(model: torch.nn.Module, samples: torch.Tensor) -> collaboration.Collab
     ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     batch = max(1, PASS_TOKENS // samples.shape[1])
     speaks = mpu.get_tensor_model_parallel_rank() == 0  # the others see the same tokens
-    for begin in range(0, len(samples), ranks * batch):
-        own = samples[begin : begin + ranks * batch][rank * batch :][:batch]
+    for at in range(0, len(samples), ranks * batch):
+        own = samples[at : at + ranks * batch][rank * batch :][:batch]
         is_counted = speaks and len(own) > 0
         forward(model, own if len(own) else samples[:1], last_only=True)
     return collector.gather()

@@ -311,6 +311,9 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     ),
     "--optimizer muon needs the package": Typed(COMPLETE, "--optimizer muon"),
     "--optimizer-cpu-offload has nothing": Typed(COMPLETE, "--optimizer-cpu-offload"),
+    "--scmoe-collaboration-dir would stay empty": Typed(
+        COMPLETE, f"{POS2} --scmoe-collaboration-dir /dev/null"
+    ),
     "--scmoe-trace-dir would stay empty: it begins at": Typed(
         COMPLETE, f"{POS2} --scmoe-trace-dir a --profile-step-start 1"
     ),

@@ -130,6 +130,7 @@ ALLOWED = {
         "model.experts.offload",
         "planner",
         "run.checkpoint",
+        "start",
         "words",
     },
     "start": {"host", "planner", "run", "run.checkpoint"},

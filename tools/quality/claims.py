@@ -15,7 +15,6 @@ start.replace_host_symbols()
 import json
 import keyword
 import sys
-import warnings
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from torch.nn import Module
 from torch.nn.functional import cosine_similarity
 
 from megatron_scmoe.arguments import add_scmoe_args, parse
-from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 from megatron_scmoe.words import write_whole
@@ -173,8 +172,7 @@ def add_options(parser: ArgumentParser) -> ArgumentParser:
 
 
 def main() -> int:
-    start.one_rank_by_itself()
-    warnings.simplefilter("ignore")
+    begin()
     with say.user_errors(), redirect_stdout(StringIO()):
         args = parse(add_options)
         config, _ = prepare_generation(args)
@@ -183,9 +181,7 @@ def main() -> int:
     entries = [entry for entry, _ in sorted(vocabulary["vocab"].items(), key=lambda item: item[1])]
     tokens = text[: args.sequences * args.seq_length].reshape(-1, args.seq_length)
     with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:
-        with redirect_stdout(StringIO()):
-            join_job(store)
-            model = load_model(config)
+        model = join_and_load(config, store)
         found = study(model, args.num_experts or 0, tokens, entries)
         write_whole(args.found, json.dumps(found, indent=1) + "\n")
     torch.distributed.destroy_process_group()
