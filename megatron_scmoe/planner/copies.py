@@ -54,7 +54,9 @@ def copies_of(args: Namespace, config: TransformerConfig, topk: int) -> Copies:
     local = (args.scmoe_ranks_per_node or 1) // config.expert_tensor_parallel_size
     local = max(1, min(ranks, local))
     nodes = max(ranks // local, 1)
-    if args.collaboration is not None and topk == config.moe_router_topk:
+    # The planner's option; the doctor asks for a run, which has none.
+    counted = getattr(args, "collaboration", None) is not None
+    if counted and topk == config.moe_router_topk:
         return _counted(args, config, ranks, local, topk * share)
     return Copies(
         topk * share,

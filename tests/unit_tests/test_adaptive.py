@@ -238,7 +238,12 @@ def test_trace_is_chromes_format(tmp_path: Path) -> None:
     assert path.name == "rank-00003.json"
     trace = json.loads(path.read_text())
     slots = {"10": [1, 1], "11": [2, 1]}
-    assert trace["otherData"] == {"scmoe_shortcut_position": "pos2", "expert_slots": slots}
+    assert trace["otherData"] == {
+        "scmoe_shortcut_position": "pos2",
+        "expert_slots": slots,
+        "expert_rows": {"10": 0, "11": 0},
+        "copies_per_token": {"10": None, "11": None},
+    }
     lanes = {
         event["tid"]: event["args"]["name"]
         for event in trace["traceEvents"]

@@ -195,6 +195,6 @@ def test_a_full_disk_ends_the_traces_and_not_the_training(
     monkeypatch.setattr(tracker, "_write_trace", full)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     for iteration in (8, 9):
-        tracker._trace_if_possible(iteration, [])
+        tracker._trace_if_possible(iteration, [], {})
     (line,) = capsys.readouterr().out.splitlines()
     assert line == "WARNING: no more traces of rank 1: [Errno 28] No space left on device"

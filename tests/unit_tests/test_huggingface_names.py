@@ -50,6 +50,7 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
         "tie_word_embeddings": False,
         "gate_layers": 2,
         "dual_gating": "separate",
+        "router": "c2r",
         **dict.fromkeys(
             (
                 "qk_layernorm",

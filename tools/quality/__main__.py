@@ -25,6 +25,7 @@ from tools.quality.runs import (
     Result,
     RunError,
     Runner,
+    alone,
     chosen_rate,
     number_of_runs,
     rate_tasks,
@@ -154,7 +155,7 @@ def study(runner: Runner, contender: Contender) -> None:
 def _program(*words: str) -> str:
     """Output of a module of ours, in a process of its own: the host is imported there."""
     command = [sys.executable, "-W", "ignore", "-m", *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, env=alone(), check=True, capture_output=True, text=True).stdout
 
 
 def publish(folder: Path, name: str, scale: Scale) -> None:

@@ -198,7 +198,7 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, *words[1:]],
                 cwd=REPOSITORY,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=alone(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -289,3 +289,10 @@ class Log:
             elif match := VALIDATION.search(line):
                 log.validation = float(match[1])
         return log
+
+
+def alone() -> dict[str, str]:
+    """The environment of one rank with one thread, whatever job this process is a rank of."""
+    of_a_job = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    own = {name: value for name, value in os.environ.items() if name not in of_a_job}
+    return own | {"OMP_NUM_THREADS": "1"}
