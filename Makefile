@@ -1,5 +1,5 @@
 # make setup     .venv with the pinned packages
-# make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, three to five minutes
+# make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, about five minutes
 # make test      lint, types, and the tests on 1 to 8 gloo ranks that see every kind of mistake
 # make test-all  the same with the slow tests, which .ci/run calls
 # make test-gpu  what only a GPU can show, on a machine with one: docs/gpu.md
