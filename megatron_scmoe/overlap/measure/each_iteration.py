@@ -134,9 +134,8 @@ class UnitTracker(MoEMetricsTracker):
         copies = copies_per_token(means, get_args().scmoe_dispatch_copies)
         if totals.in_flight > 0 and copies is not None:
             means["copies-per-token"] = copies
-        self._trace_if_possible(
-            iteration, records, means
-        )  # with the slots that the iteration ran with
+        # With the slots that the iteration ran with.
+        self._trace_if_possible(iteration, records, means)
         # Those without overlap are no part of what the run shows.
         alone = (
             self._first is not None and self._first.phase is ALONE and not self._traced(iteration)
