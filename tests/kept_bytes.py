@@ -29,7 +29,7 @@ class KeptBytes:
     @contextmanager
     def measure(self) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: _Kept(self, tensor.detach()), lambda kept: kept.tensor
+            lambda tensor: _SavedTensor(self, tensor.detach()), lambda kept: kept.tensor
         ):
             yield
 
@@ -87,7 +87,7 @@ class Alive(TorchDispatchMode):
         return found
 
 
-class _Kept:
+class _SavedTensor:
     """A saved tensor; autograd drops it when its backward step is done."""
 
     def __init__(self, counter: KeptBytes, tensor: Tensor) -> None:

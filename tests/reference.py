@@ -112,7 +112,7 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
-class Routing:
+class OracleRouting:
     """weights: what multiplies each expert's output, zero where not routed, (T, E)
     map: which experts each token really visits, bool, (T, E)"""
 
@@ -136,7 +136,7 @@ class UnitTrace:
     tap: Tensor
     routed_input: Tensor
     logits: Tensor
-    routing: Routing
+    routing: OracleRouting
     attention_output: Tensor
     shared_input: Tensor
     shared_output: Tensor | None
@@ -144,7 +144,7 @@ class UnitTrace:
     output: Tensor
     selection: list[list[int]] | None = None
     current_logits: Tensor | None = None
-    current_routing: Routing | None = None
+    current_routing: OracleRouting | None = None
 
 
 # ---------------------------------------------------------------------------- parameters
@@ -339,7 +339,7 @@ def reference_route(
     tokens: Tensor,
     config: ReferenceConfig,
     expert_bias: Tensor | None = None,
-) -> Routing:
+) -> OracleRouting:
     """G of (2)-(4), no noise, then the capacity rule.
 
     router_weight: (E, h); tokens: (T, h); expert_bias: (E,)
@@ -352,7 +352,7 @@ def route_logits(
     config: ReferenceConfig,
     expert_bias: Tensor | None = None,
     taken: list[list[int]] | None = None,
-) -> Routing:
+) -> OracleRouting:
     """`reference_route` from the logits (T, E) on; taken: as for `gate`."""
     num_tokens, num_experts = logits.shape
     weights, selection = gate(logits, config, expert_bias, taken)
@@ -364,7 +364,7 @@ def route_logits(
             row[e] = weights[t, rank]
             routing_map[t, e] = True
         rows.append(torch.stack(row))
-    return drop_over_capacity(Routing(torch.stack(rows), routing_map), config)
+    return drop_over_capacity(OracleRouting(torch.stack(rows), routing_map), config)
 
 
 def gate(
@@ -433,7 +433,7 @@ def expert_capacity(num_tokens: int, config: ReferenceConfig) -> int:
     return math.ceil(assignments / config.num_moe_experts * config.moe_expert_capacity_factor)
 
 
-def drop_over_capacity(routing: Routing, config: ReferenceConfig) -> Routing:
+def drop_over_capacity(routing: OracleRouting, config: ReferenceConfig) -> OracleRouting:
     """Keep at most `expert_capacity` tokens per expert; a dropped assignment gets weight zero.
 
     The weights that stay are not renormalised.
@@ -455,7 +455,9 @@ def drop_over_capacity(routing: Routing, config: ReferenceConfig) -> Routing:
                 queue.sort(key=routing.weights[:, e].tolist().__getitem__, reverse=True)
         for t in queue[:capacity]:
             kept[t, e] = routing.map[t, e]
-    return Routing(torch.where(kept, routing.weights, torch.zeros_like(routing.weights)), kept)
+    return OracleRouting(
+        torch.where(kept, routing.weights, torch.zeros_like(routing.weights)), kept
+    )
 
 
 def load_balancing_loss(
@@ -498,7 +500,7 @@ def z_loss(logits: Tensor, coeff: float) -> Tensor:
 
 
 def routed_experts(
-    params: Parameters, tokens: Tensor, routing: Routing, config: ReferenceConfig
+    params: Parameters, tokens: Tensor, routing: OracleRouting, config: ReferenceConfig
 ) -> Tensor:
     """sum_i G(z)_i E_i(z), one token and one expert at a time, (1). tokens: (T, h) -> (T, h)"""
     outputs = []

@@ -77,7 +77,7 @@ class Chosen:
         return visits / max(float(self.counts.sum()), 1.0)
 
 
-class Cost(NamedTuple):
+class PlacementCost(NamedTuple):
     """What is to be small, the first before the second."""
 
     overload: float
@@ -88,12 +88,12 @@ class Cost(NamedTuple):
     """Copies of a token, by ranks."""
 
 
-def cost(chosen: Chosen, ranks: Ranks, ranks_per_node: int, max_imbalance: float) -> Cost:
+def cost(chosen: Chosen, ranks: Ranks, ranks_per_node: int, max_imbalance: float) -> PlacementCost:
     """Of a placement."""
     rank = rank_of(ranks)
     of_rank = np.bincount(rank, chosen.load)
     overload = float(_beyond(of_rank, of_rank, max_imbalance).sum())
-    return Cost(overload, chosen.copies(rank // ranks_per_node), chosen.copies(rank))
+    return PlacementCost(overload, chosen.copies(rank // ranks_per_node), chosen.copies(rank))
 
 
 def place(
@@ -113,7 +113,7 @@ def place(
     for _ in range(max(_STARTS // experts - 2, 0)):
         starts.append(_cut(generator.permutation(experts).tolist(), ranks))
 
-    def rank_cost(found: Ranks) -> Cost:
+    def rank_cost(found: Ranks) -> PlacementCost:
         return cost(chosen, found, *limits)
 
     # The published one stands first: of equal ones it is taken.

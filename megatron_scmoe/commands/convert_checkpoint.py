@@ -24,7 +24,7 @@ from megatron_scmoe.huggingface.export import DTYPES, export
 from megatron_scmoe.huggingface.inspect import inspect
 from megatron_scmoe.huggingface.load import load
 from megatron_scmoe.huggingface.safetensors_files import SHARD_BYTES
-from megatron_scmoe.huggingface.upcycle import Plan, upcycle
+from megatron_scmoe.huggingface.upcycle import Upcycling, upcycle
 from megatron_scmoe.huggingface.verify import compare_logits, compare_tensors, why_not
 
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.verb == "import":
             load(args.input, args.save, args.dtype)
         elif args.verb == "upcycle":
-            plan = Plan(args.position, args.num_experts, args.topk, args.granularity)
+            plan = Upcycling(args.position, args.num_experts, args.topk, args.granularity)
             upcycle(args.input, args.save, plan, args.dtype)
             if why_not(args.save) is None:
                 return run_logits(args.save, args.input, None)

@@ -44,7 +44,7 @@ from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.planner.cluster import PRESETS, Cluster, Preset
 from megatron_scmoe.planner.measured import Measurement
-from megatron_scmoe.planner.plan import Source, make_plan
+from megatron_scmoe.planner.plan import TimesFrom, make_plan
 from megatron_scmoe.planner.plan_text import as_json, as_text
 from megatron_scmoe.planner.times import is_paired
 from megatron_scmoe.words import flag
@@ -181,7 +181,7 @@ def _apply_preset(args: Namespace) -> None:
             setattr(args, f"cluster_{name}", getattr(preset, name))
 
 
-def source_from_args(args: Namespace) -> Source:
+def source_from_args(args: Namespace) -> TimesFrom:
     """Where times come from.
 
     Raises:
@@ -215,7 +215,7 @@ def source_from_args(args: Namespace) -> Source:
                 f"{args.cluster_flops_efficiency}: positive, and the second at most 1."
             )
         flops = args.cluster_tflops * TERA * args.cluster_flops_efficiency
-    return Source(cluster, flops, measurement)
+    return TimesFrom(cluster, flops, measurement)
 
 
 def main() -> int:

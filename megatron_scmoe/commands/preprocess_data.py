@@ -58,7 +58,7 @@ from megatron_scmoe.commands.preprocess.host_tokenizer import (
     load_tokenizer,
 )
 from megatron_scmoe.commands.preprocess.interrupt import Interrupted, InterruptGuard
-from megatron_scmoe.commands.preprocess.job import Job
+from megatron_scmoe.commands.preprocess.job import PreprocessJob
 from megatron_scmoe.commands.preprocess.names import blend_names, output_names
 from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentences import check_nltk, load_splitter
@@ -300,7 +300,7 @@ def preprocess(args: argparse.Namespace, guard: InterruptGuard) -> None:
         OutputFolder(prefix, folder.path) as output,
         Progress(sum(file.stat().st_size for file in files), args.log_interval, sys.stderr) as bar,
     ):
-        job = Job(args, encoder, output, bar, folder.progress)
+        job = PreprocessJob(args, encoder, output, bar, folder.progress)
         lines = read_batches(files, args.json_keys, job.place)
         first = list(itertools.islice(lines, 1))
         slow_because = _choose_engine(args, encoder, first)

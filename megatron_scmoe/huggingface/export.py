@@ -23,7 +23,7 @@ from megatron_scmoe.huggingface.config import from_record
 from megatron_scmoe.huggingface.layouts import LAYOUTS, is_zero_centered
 from megatron_scmoe.huggingface.names import Config, Tensor
 from megatron_scmoe.huggingface.safetensors_files import BLOCK_BYTES, Entry
-from megatron_scmoe.huggingface.torch_dist import Place, Reader
+from megatron_scmoe.huggingface.torch_dist import Address, TorchDistReader
 from megatron_scmoe.run.checkpoint import contents
 from megatron_scmoe.run.checkpoint.record import read_record
 from megatron_scmoe.words import size
@@ -35,12 +35,12 @@ MODELLING = ("configuration_scmoe.py", "modeling_scmoe.py")
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint and what it is."""
 
     folder: Path
     iteration: int
-    reader: Reader
+    reader: TorchDistReader
     config: Config
     record: dict[str, Any]
 
@@ -66,7 +66,7 @@ class Counts:
         return {name: f"{value:08x}" for name, value in found.items()}
 
 
-def open_checkpoint(load: Path, step: int | None = None) -> Source:
+def open_checkpoint(load: Path, step: int | None = None) -> SourceCheckpoint:
     """Find an iteration, read its record, and see that it is whole.
 
     Raises:
@@ -101,17 +101,17 @@ def open_checkpoint(load: Path, step: int | None = None) -> Source:
     except KeyError as error:
         raise ValueError(f"{checkpoint}.json does not say what {error.args[0]} is") from error
     config = tokenizer.complete(config, record)
-    return Source(load, iteration, Reader(checkpoint), config, record)
+    return SourceCheckpoint(load, iteration, TorchDistReader(checkpoint), config, record)
 
 
-def locate(source: Source) -> tuple[list[tuple[Tensor, Place]], list[str]]:
+def locate(source: SourceCheckpoint) -> tuple[list[tuple[Tensor, Address]], list[str]]:
     """Where every tensor of the model lies, and the keys that are left on purpose.
 
     Raises:
         ValueError: the checkpoint lacks tensors, has others, or some of another shape.
     """
     reader, config = source.reader, source.config
-    found: list[tuple[Tensor, Place]] = []
+    found: list[tuple[Tensor, Address]] = []
     missing = []
     for tensor in names.tensors(config):
         place = _place(reader, tensor.megatron)
@@ -151,7 +151,7 @@ def locate(source: Source) -> tuple[list[tuple[Tensor, Place]], list[str]]:
     return found, sorted(left)
 
 
-def _place(reader: Reader, name: str) -> Place | None:
+def _place(reader: TorchDistReader, name: str) -> Address | None:
     """The norm in front of a MoE has a dense layer's name in stock Megatron's local spec."""
     stock = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
     for candidate in (name, stock):
@@ -162,7 +162,7 @@ def _place(reader: Reader, name: str) -> Place | None:
     return None
 
 
-def _shape(tensor: Tensor, source: Source) -> tuple[int, ...]:
+def _shape(tensor: Tensor, source: SourceCheckpoint) -> tuple[int, ...]:
     """Of Megatron's tensor: its parts one behind the other, the vocabulary padded."""
     rows = sum(shape[0] for _, shape in tensor.parts)
     if tensor.row.layout == "vocabulary":
@@ -224,7 +224,7 @@ def export(
         "at a time"
     )
     with whole_folder(output, counts.bytes) as folder:
-        writer = safetensors_files.Writer(folder, entries, shard_bytes)
+        writer = safetensors_files.SafetensorsWriter(folder, entries, shard_bytes)
         padding: dict[str, torch.Tensor] = {}
         with progress(counts.bytes, "export") as bar:
             for tensor, place in located:
@@ -262,7 +262,7 @@ def parts_of(
         yield name, values.view(shape)
 
 
-def peak_bytes(reader: Reader, places: list[Place]) -> int:
+def peak_bytes(reader: TorchDistReader, places: list[Address]) -> int:
     """The most that tensors take at a time: one, whole, beside the chunk or the part that is
     copied, and a block that is converted."""
     most = 0
@@ -305,7 +305,9 @@ def _dtype(tensor: Tensor, own: torch.dtype, asked: str | None, config: Config) 
     return own if asked is None or tensor.row.keeps_dtype else DTYPES[asked]
 
 
-def _dtype_name(asked: str | None, reader: Reader, located: list[tuple[Tensor, Place]]) -> str:
+def _dtype_name(
+    asked: str | None, reader: TorchDistReader, located: list[tuple[Tensor, Address]]
+) -> str:
     """Of the embedding, which is the first."""
     dtype = DTYPES[asked] if asked else reader.dtype(located[0][1])
     return str(dtype).removeprefix("torch.")
@@ -319,7 +321,7 @@ def _write_padding(folder: Path, padding: dict[str, torch.Tensor]) -> None:
         save_file(padding, folder / PADDING)
 
 
-def _write_texts(folder: Path, source: Source, config: Config, counts: Counts) -> None:
+def _write_texts(folder: Path, source: SourceCheckpoint, config: Config, counts: Counts) -> None:
     ids = {name: config[name] for name in tokenizer.IDS if config.get(name) is not None}
     texts = {
         "config.json": config,

@@ -15,7 +15,7 @@ Parts = list[Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """Both directions; each gives back what the other took."""
 
     split: Callable[[Tensor, list[int], Config], Parts]
@@ -69,8 +69,8 @@ def is_zero_centered(config: Config) -> bool:
 
 
 LAYOUTS = {
-    "joined": Layout(_split, _join),
-    "qkv": Layout(_split_qkv, _join_qkv),
-    "vocabulary": Layout(_split_vocabulary, _join),
-    "norm": Layout(_split_norm, _join_norm),
+    "joined": Packing(_split, _join),
+    "qkv": Packing(_split_qkv, _join_qkv),
+    "vocabulary": Packing(_split_vocabulary, _join),
+    "norm": Packing(_split_norm, _join_norm),
 }

@@ -21,8 +21,8 @@ from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_f
 from megatron_scmoe.huggingface.layouts import LAYOUTS
 from megatron_scmoe.huggingface.names import Config, Tensor
 from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
-from megatron_scmoe.huggingface.safetensors_files import Reader
-from megatron_scmoe.huggingface.torch_dist import Writer
+from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
+from megatron_scmoe.huggingface.torch_dist import TorchDistWriter
 from megatron_scmoe.run.checkpoint import contents
 from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.record import SCHEMA, record_path, tokenizer_digest
@@ -41,7 +41,7 @@ class Directory:
     """A Hugging Face directory and what it is."""
 
     folder: Path
-    reader: Reader
+    reader: SafetensorsReader
     dialect: Dialect
     config: Config
     """In ours."""
@@ -65,7 +65,7 @@ def open_directory(folder: Path) -> Directory:
         raise ValueError(f"{path} lacks {error.args[0]}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Directory(folder, Reader(folder), dialect, config)
+    return Directory(folder, SafetensorsReader(folder), dialect, config)
 
 
 def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
@@ -169,7 +169,7 @@ def write(
     bytes_each = DTYPES[dtype].itemsize if dtype else 4
     padding = _padding(folder)
     with whole_folder(save, total * (bytes_each if dtype else 2)) as partial:
-        writer = Writer(
+        writer = TorchDistWriter(
             contents.iteration_folder(partial, iteration), stacked, config["num_experts"]
         )
         with progress(total, "import", "") as bar:
@@ -222,7 +222,7 @@ def _join(
     return LAYOUTS[tensor.row.layout].join(parts, directory.config)
 
 
-def read(reader: Reader, where: Where, shape: tuple[int, ...]) -> torch.Tensor:
+def read(reader: SafetensorsReader, where: Where, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of ours out of a dialect's files."""
     if where.name is None:
         seed = torch.Generator().manual_seed(shape[0])

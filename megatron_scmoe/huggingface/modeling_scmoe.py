@@ -325,7 +325,7 @@ class ScMoEMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Route(NamedTuple):
+class GateChoice(NamedTuple):
     """What one gate has chosen."""
 
     z: Tensor
@@ -597,7 +597,7 @@ class ScMoESparseMoeBlock(nn.Module):
             return [self.gate]
         return [self.gate, self.gate if self.current_gate is None else self.current_gate]
 
-    def choose(self, x: Tensor, tap: Tensor, before: Tensor | None = None) -> list[Route]:
+    def choose(self, x: Tensor, tap: Tensor, before: Tensor | None = None) -> list[GateChoice]:
         """What each gate chooses.
 
         Args:
@@ -608,11 +608,11 @@ class ScMoESparseMoeBlock(nn.Module):
         first, *further = self.routers
         z = tap if self.shortcut_layernorm is None else self.shortcut_layernorm(tap)
         z, current = z.flatten(0, 1), x.flatten(0, 1)
-        route = Route(z, *first(z, before))
+        route = GateChoice(z, *first(z, before))
         taken = route.experts if self.has_distinct_experts else None
-        return [route, *(Route(current, *router(current, None, taken)) for router in further)]
+        return [route, *(GateChoice(current, *router(current, None, taken)) for router in further)]
 
-    def forward(self, x: Tensor, routes: list[Route]) -> Tensor:
+    def forward(self, x: Tensor, routes: list[GateChoice]) -> Tensor:
         """From what the shared expert reads, [b, s, h], and what was chosen, to [b, s, h]."""
         first, *further = [self.routed(route).view(x.shape) for route in routes]
         output = sum(further, first)
@@ -629,7 +629,7 @@ class ScMoESparseMoeBlock(nn.Module):
             shared, routed = of_shared * shared, of_routed * routed
         return shared + routed
 
-    def routed(self, route: Route) -> Tensor:
+    def routed(self, route: GateChoice) -> Tensor:
         """sum_i G(z)_i E_i(z), [T, h], over experts of every kind.
 
         To the module `experts`, which a server replaces by a kernel of its own, a zero-computation

@@ -18,7 +18,7 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A tensor of the Hugging Face directory."""
 
     name: str
@@ -26,11 +26,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One tensor of Megatron's and the parts that it holds, along its first dimension."""
 
     megatron: str
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     layout: str = "joined"
     """How the parts lie in it, a key of layouts.LAYOUTS."""
     needs: tuple[str, ...] = ()
@@ -46,16 +46,16 @@ def _row(
     needs: str = "",
     layout: str = "joined",
     keeps_dtype: bool = False,
-) -> Row:
+) -> TensorRow:
     """Parts by blanks, their shapes by blanks, dimensions by commas, needs by commas."""
     names = parts.split()
     dimensions = [tuple(shape.split(",")) for shape in shapes.split()]
-    tensors = tuple(Part(*pair) for pair in zip(names, dimensions, strict=True))
+    tensors = tuple(TensorPart(*pair) for pair in zip(names, dimensions, strict=True))
     conditions = tuple(filter(None, needs.split(",")))
-    return Row(megatron, tensors, layout, conditions, keeps_dtype)
+    return TensorRow(megatron, tensors, layout, conditions, keeps_dtype)
 
 
-def _norm(megatron: str, hugging_face: str, size: str = "h", needs: str = "") -> list[Row]:
+def _norm(megatron: str, hugging_face: str, size: str = "h", needs: str = "") -> list[TensorRow]:
     """Weight and bias; `{}` in Megatron's name is where the kind stands."""
     bias = ",".join(filter(None, (needs, "layernorm")))
     return [
@@ -64,7 +64,9 @@ def _norm(megatron: str, hugging_face: str, size: str = "h", needs: str = "") ->
     ]
 
 
-def _mlp(megatron: str, hugging_face: str, size: str, needs: str = "", bias: str = "") -> list[Row]:
+def _mlp(
+    megatron: str, hugging_face: str, size: str, needs: str = "", bias: str = ""
+) -> list[TensorRow]:
     """Both linear layers, gated or not; their biases with `bias`. Names end where those begin."""
 
     def all_of(*conditions: str) -> str:
@@ -271,7 +273,7 @@ class Tensor:
 
     megatron: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
-    row: Row
+    row: TensorRow
     layer: int | None
     expert: int | None
 
@@ -297,7 +299,7 @@ def tensors(config: Config) -> Iterator[Tensor]:
 def _of_rows(
     megatron: str,
     hugging_face: str,
-    rows: list[Row],
+    rows: list[TensorRow],
     have: set[str],
     size: dict[str, int],
     layer: int | None = None,
@@ -314,7 +316,7 @@ def _of_rows(
         yield Tensor(prefixes[0] + row.megatron, parts, row, layer, expert)
 
 
-def _holds(row: Row, have: set[str]) -> bool:
+def _holds(row: TensorRow, have: set[str]) -> bool:
     return all((need.removeprefix("no ") in have) != need.startswith("no ") for need in row.needs)
 
 

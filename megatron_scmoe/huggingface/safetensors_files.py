@@ -47,7 +47,7 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Writer:
+class SafetensorsWriter:
     """Shards of a folder, in the order of the entries.
 
     Raises:
@@ -139,7 +139,7 @@ def _header(entries: Iterable[Entry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class Reader:
+class SafetensorsReader:
     """All tensors of a folder, whatever file they lie in.
 
     Raises:

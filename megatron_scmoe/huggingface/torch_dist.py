@@ -41,14 +41,14 @@ DATA_FILE = "__0_0.distcp"
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     """A tensor of names.py on disk: a key, and indices into its leading dimensions."""
 
     key: str
     index: tuple[int, ...]
 
 
-class Reader:
+class TorchDistReader:
     """Tensors of one iteration by the names of names.py.
 
     Raises:
@@ -68,7 +68,7 @@ class Reader:
         self._last: tuple[MetadataIndex, Tensor] | None = None
         self._found: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> Address:
         """Where a tensor lies: layers may be an axis, routed experts always are.
 
         Raises:
@@ -86,19 +86,19 @@ class Reader:
                 name, index = stacked, (int(layer[1]), *index)
         if name not in self.stored:
             raise KeyError(name)
-        return Place(name, index)
+        return Address(name, index)
 
-    def shape(self, place: Place) -> tuple[int, ...]:
+    def shape(self, place: Address) -> tuple[int, ...]:
         return tuple(self.stored[place.key].size[len(place.index) :])
 
-    def dtype(self, place: Place) -> torch.dtype:
+    def dtype(self, place: Address) -> torch.dtype:
         return self.stored[place.key].properties.dtype
 
     def places(self, key: str, leading: int) -> set[tuple[int, ...]]:
         """The indices of a key's `leading` dimensions, layers and experts, that are there."""
         return set(self._chunks_at(key, leading))
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: Address) -> Tensor:
         """One tensor, whole.
 
         Raises:
@@ -127,11 +127,11 @@ class Reader:
             raise ValueError(f"{self.folder}: not all of {place.key} is there")
         return found
 
-    def largest_chunk(self, place: Place) -> int:
+    def largest_chunk(self, place: Address) -> int:
         """Elements that are read at once for a tensor."""
         return max((prod(chunk.sizes) for chunk in self._chunks(place)), default=0)
 
-    def _chunks(self, place: Place) -> list[ChunkStorageMetadata]:
+    def _chunks(self, place: Address) -> list[ChunkStorageMetadata]:
         return self._chunks_at(place.key, len(place.index)).get(place.index, [])
 
     def _chunks_at(
@@ -241,7 +241,7 @@ def _saved(
     return _Saved(*storage, offset, size, stride)
 
 
-class Writer:
+class TorchDistWriter:
     """A checkpoint as a single rank would write it; every chunk is whole experts or a tensor.
 
     Args:

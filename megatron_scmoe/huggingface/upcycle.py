@@ -18,14 +18,14 @@ from typing import Any
 from megatron_scmoe.huggingface import load
 from megatron_scmoe.huggingface.dialects import Dialect, Where, baseline
 from megatron_scmoe.huggingface.names import Config
-from megatron_scmoe.huggingface.safetensors_files import Reader
+from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
 from megatron_scmoe.words import read_json
 
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Upcycling:
     """What the dense model becomes."""
 
     position: str = "pos2"
@@ -36,7 +36,7 @@ class Plan:
 
 
 def upcycle(
-    folder: Path, save: Path, plan: Plan, dtype: str | None = None, say: Any = print
+    folder: Path, save: Path, plan: Upcycling, dtype: str | None = None, say: Any = print
 ) -> None:
     """Write a dense directory as a checkpoint of a ScMoE model.
 
@@ -66,10 +66,10 @@ def upcycle(
         return _where(name, plan)
 
     dialect = Dialect(lambda config: config, where)
-    load.write(load.Directory(folder, Reader(folder), dialect, config), save, dtype, say)
+    load.write(load.Directory(folder, SafetensorsReader(folder), dialect, config), save, dtype, say)
 
 
-def _config(theirs: Config, plan: Plan) -> Config:
+def _config(theirs: Config, plan: Upcycling) -> Config:
     """Of the model that it becomes, in ours.
 
     Raises:
@@ -107,7 +107,7 @@ def _config(theirs: Config, plan: Plan) -> Config:
     }
 
 
-def _where(name: str, plan: Plan) -> Where:
+def _where(name: str, plan: Upcycling) -> Where:
     """A tensor of ours in the dense files."""
     if name.endswith("mlp.gate.weight"):
         return Where(None, std=0.02)

@@ -89,7 +89,7 @@ def compare_tensors(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Agreement:
     """What two models say about the same tokens."""
 
     difference: float
@@ -125,7 +125,7 @@ def compare_logits(
     ranks: int = 1,
     options: list[str] | None = None,
     dtype: str = "fp32",
-) -> Comparison:
+) -> Agreement:
     """Compute both models on a text.
 
     Args:
@@ -200,7 +200,9 @@ def _logits_there(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return model(tokens).logits.float()
 
 
-def _logits_here(source: export.Source, tokens: Tensor, ranks: int, options: list[str]) -> Tensor:
+def _logits_here(
+    source: export.SourceCheckpoint, tokens: Tensor, ranks: int, options: list[str]
+) -> Tensor:
     """Of Megatron's model, [1, s, v]."""
     from safetensors.torch import load_file, save_file
 
@@ -226,18 +228,18 @@ def run_program(options: list[str], ranks: int) -> tuple[int, str]:
     return run.returncode, run.stderr
 
 
-def _is_rounded(source: export.Source, folder: Path) -> bool:
+def _is_rounded(source: export.SourceCheckpoint, folder: Path) -> bool:
     own = source.reader.dtype(source.reader.place("embedding.word_embeddings.weight"))
     there = getattr(torch, read_json(folder / "config.json").get("dtype") or "float32")
     return torch.promote_types(own, there) != there
 
 
-def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool, dtype: str) -> Comparison:
+def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool, dtype: str) -> Agreement:
     own, other = (
         torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:]).exp().item()
         for logits in (here, there)
     )
-    return Comparison(
+    return Agreement(
         (here - there).abs().max().item(),
         int((here.argmax(-1) != there.argmax(-1)).sum()),
         tokens.numel(),

@@ -23,7 +23,7 @@ from megatron_scmoe.model.routing import ROUTERS
 
 
 @dataclass(frozen=True)
-class Copies:
+class TokenRows:
     """Rows of a token, mean."""
 
     experts: float
@@ -37,7 +37,7 @@ class Copies:
     """Whether a run counted them; else sets of experts are taken to be equally likely."""
 
 
-def copies_of(args: Namespace, config: TransformerConfig, topk: int) -> Copies:
+def copies_of(args: Namespace, config: TransformerConfig, topk: int) -> TokenRows:
     """What a token of the model has.
 
     Args:
@@ -58,7 +58,7 @@ def copies_of(args: Namespace, config: TransformerConfig, topk: int) -> Copies:
     counted = getattr(args, "collaboration", None) is not None
     if counted and topk == config.moe_router_topk:
         return _counted(args, config, ranks, local, topk * share)
-    return Copies(
+    return TokenRows(
         topk * share,
         expected(ranks, experts, topk * share),
         expected(nodes, experts, topk * share),
@@ -78,7 +78,7 @@ def expected(groups: int, experts: int, chosen: float) -> float:
 
 def _counted(
     args: Namespace, config: TransformerConfig, ranks: int, ranks_per_node: int, chosen: float
-) -> Copies:
+) -> TokenRows:
     counts = collaboration.read(args.collaboration)
     if counts.experts != config.num_moe_experts:
         raise ValueError(
@@ -104,4 +104,4 @@ def _counted(
         )
 
     nodes = max(ranks // ranks_per_node, 1)
-    return Copies(chosen, mean(ranks), mean(nodes), ranks_per_node, counted=True)
+    return TokenRows(chosen, mean(ranks), mean(nodes), ranks_per_node, counted=True)

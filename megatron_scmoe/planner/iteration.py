@@ -39,7 +39,7 @@ class Overlap(NamedTuple):
     parameters: bool
 
 
-class Traffic(NamedTuple):
+class GradientTraffic(NamedTuple):
     """What data parallelism sends in an iteration: one rank, mean over pipeline stages."""
 
     sent: float
@@ -82,7 +82,7 @@ class Iteration(NamedTuple):
 class Racer(NamedTuple):
     """A model in an iteration."""
 
-    traffic: Traffic
+    traffic: GradientTraffic
     waiting: Iteration
     """Without overlap of data parallelism's traffic."""
     overlapped: Iteration
@@ -163,7 +163,9 @@ def stock(config: ScMoEModelConfig, shared_expert: bool) -> ScMoEModelConfig:
     return without
 
 
-def traffic(args: Namespace, size: ModelSize, training: Training, cluster: Cluster) -> Traffic:
+def traffic(
+    args: Namespace, size: ModelSize, training: Training, cluster: Cluster
+) -> GradientTraffic:
     """What data parallelism sends.
 
     Raises:
@@ -182,7 +184,7 @@ def traffic(args: Namespace, size: ModelSize, training: Training, cluster: Clust
         gradients, parameters = gradients + own[0], parameters + own[1]
         last += sum(own) * min(1.0, bucket / held if held else 1.0)
     total = gradients + parameters
-    return Traffic(sent, gradients, parameters, last / total if total else 0.0)
+    return GradientTraffic(sent, gradients, parameters, last / total if total else 0.0)
 
 
 def rings(args: Namespace, size: ModelSize) -> list[tuple[float, int, int]]:
@@ -213,7 +215,7 @@ def _bucket_parameters(args: Namespace, parameters: int) -> float:
     return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
-def exposed_seconds(traffic: Traffic, work: Work, units: float, overlap: Overlap) -> float:
+def exposed_seconds(traffic: GradientTraffic, work: Work, units: float, overlap: Overlap) -> float:
     """What compute waits for.
 
     Args:

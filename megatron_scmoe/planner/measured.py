@@ -63,7 +63,7 @@ class MeasuredRun(NamedTuple):
         return f"{self.position} slot {self.slots}" + ("" if self.overlap else ", no overlap")
 
 
-class Comparison(NamedTuple):
+class CheckedPrediction(NamedTuple):
     """A prediction beside what was measured, in seconds."""
 
     name: str
@@ -130,13 +130,15 @@ class Measurement:
         )
 
 
-def compare(model: Model, topk: int, runs: tuple[MeasuredRun, ...]) -> list[Comparison]:
+def compare(model: Model, topk: int, runs: tuple[MeasuredRun, ...]) -> list[CheckedPrediction]:
     """Predict every measured run.
 
     Args:
         model: times of the parts, with top-`topk`.
     """
-    return [Comparison(run.name, _run_seconds(model, topk, run), run.seconds) for run in runs]
+    return [
+        CheckedPrediction(run.name, _run_seconds(model, topk, run), run.seconds) for run in runs
+    ]
 
 
 def _run_seconds(model: Model, topk: int, run: MeasuredRun) -> float:

@@ -13,7 +13,7 @@ from megatron_scmoe.model.specs import unit_class
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.iteration import Race, race
-from megatron_scmoe.planner.measured import Comparison, Measurement, compare
+from megatron_scmoe.planner.measured import CheckedPrediction, Measurement, compare
 from megatron_scmoe.planner.memory import RankMemory, Training, memory_of_ranks, training_from_args
 from megatron_scmoe.planner.predict import (
     Model,
@@ -38,7 +38,7 @@ EXTRAPOLATED_GPUS = tuple(64 * 2**power for power in range(7))
 
 
 @dataclass(frozen=True)
-class Source:
+class TimesFrom:
     """What times are made of.
 
     Attributes:
@@ -104,7 +104,7 @@ class Plan:
     """Positions that the model cannot have, and why."""
     degrees: list[Degree]
     """EP 1, 2, 4, ...; empty without a cluster."""
-    comparisons: list[Comparison]
+    comparisons: list[CheckedPrediction]
     parameters: int
     memory: RankMemory
     """Of the pipeline stage that needs most."""
@@ -139,7 +139,7 @@ class Plan:
 def make_plan(
     args: Namespace,
     config: ScMoEModelConfig,
-    source: Source,
+    source: TimesFrom,
     extrapolate: bool = False,
 ) -> Plan:
     """Predict.
@@ -221,7 +221,7 @@ def _refused_positions(config: ScMoEModelConfig) -> dict[str, str]:
 
 
 def _degree(
-    args: Namespace, config: ScMoEModelConfig, source: Source, positions: list[str], ranks: int
+    args: Namespace, config: ScMoEModelConfig, source: TimesFrom, positions: list[str], ranks: int
 ) -> Degree:
     assert source.cluster is not None
     wider = changed(config, expert_model_parallel_size=ranks)
@@ -237,7 +237,7 @@ def _degree(
 
 
 def _degrees(
-    args: Namespace, config: ScMoEModelConfig, source: Source, positions: list[str]
+    args: Namespace, config: ScMoEModelConfig, source: TimesFrom, positions: list[str]
 ) -> Iterator[Degree]:
     if source.cluster is None:
         return
@@ -253,7 +253,7 @@ def _larger(
     args: Namespace,
     config: ScMoEModelConfig,
     training: Training,
-    source: Source,
+    source: TimesFrom,
     positions: list[str],
 ) -> Iterator[Larger]:
     """One expert parallel group over all GPUs of a pipeline stage, experts of a rank kept."""

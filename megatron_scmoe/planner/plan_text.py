@@ -14,7 +14,7 @@ from megatron_scmoe.planner.copies import copies_of
 from megatron_scmoe.planner.iteration import Race, Racer
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
-from megatron_scmoe.planner.plan import LARGEST_EP, Plan, Source
+from megatron_scmoe.planner.plan import LARGEST_EP, Plan, TimesFrom
 from megatron_scmoe.planner.predict import Model, Prediction
 from megatron_scmoe.planner.times import exchange_bytes, tokens_per_rank
 from megatron_scmoe.planner.twin import what_the_flag_changes
@@ -26,7 +26,7 @@ LARGE_BUCKET = 0.5
 
 
 def as_text(
-    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
+    args: Namespace, config: TransformerConfig, source: TimesFrom, plan: Plan, notes: Sequence[str]
 ) -> str:
     """Tables to read."""
     parts = [
@@ -47,7 +47,7 @@ def as_text(
 
 
 def as_json(
-    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
+    args: Namespace, config: TransformerConfig, source: TimesFrom, plan: Plan, notes: Sequence[str]
 ) -> dict[str, Any]:
     """The same numbers; seconds and bytes."""
     forward, backward = plan.model.passes[0], plan.model.passes[-1]
@@ -116,7 +116,7 @@ def communication_share(model: Model) -> float:
 
 
 def assumptions(
-    args: Namespace, config: TransformerConfig, source: Source, plan: Plan, notes: Sequence[str]
+    args: Namespace, config: TransformerConfig, source: TimesFrom, plan: Plan, notes: Sequence[str]
 ) -> list[str]:
     """One line each."""
     lines = list(notes)
@@ -423,7 +423,7 @@ def _larger_table(plan: Plan) -> str:
     )
 
 
-def _comparison_table(source: Source, plan: Plan) -> str:
+def _comparison_table(source: TimesFrom, plan: Plan) -> str:
     if not plan.comparisons:
         return ""
     rows = [

@@ -35,7 +35,7 @@ ALONE = {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": 
 
 
 @dataclass(frozen=True)
-class Model:
+class CopiesModel:
     """What differs from a dropless model at Pos-2."""
 
     topk: int = 3
@@ -50,42 +50,42 @@ class Model:
 
 
 MODELS = {
-    "top-1": Model(1, bitwise=ONCE),
-    "top-2": Model(2, bitwise=ONCE),
-    "one expert on each rank": Model(
+    "top-1": CopiesModel(1, bitwise=ONCE),
+    "top-2": CopiesModel(2, bitwise=ONCE),
+    "one expert on each rank": CopiesModel(
         4,
         bitwise=("rank",),  # a node sums two of the four first
         selection=[[2 * rank + (token + rank) % 2 for rank in range(4)] for token in range(TOKENS)],
     ),
-    "top-5, grouped experts": Model(5, host={"moe_grouped_gemm": True}),
-    "every expert": Model(8),
-    "all to one rank": Model(2, bitwise=ONCE, selection=[[2, 3]] * TOKENS),
-    "capacity": Model(host={"moe_expert_capacity_factor": 1.0}),
-    "padded to capacity": Model(
+    "top-5, grouped experts": CopiesModel(5, host={"moe_grouped_gemm": True}),
+    "every expert": CopiesModel(8),
+    "all to one rank": CopiesModel(2, bitwise=ONCE, selection=[[2, 3]] * TOKENS),
+    "capacity": CopiesModel(host={"moe_expert_capacity_factor": 1.0}),
+    "padded to capacity": CopiesModel(
         host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
     ),
-    "padded for quantisation": Model(multiple=4),
-    "three chunks": Model(scmoe={"scmoe_num_chunks": 3}),
-    "more chunks than tokens": Model(scmoe={"scmoe_num_chunks": TOKENS + 2}),
-    "full recompute": Model(host=RECOMPUTE_ALL),
-    "selective recompute": Model(host=RECOMPUTE_SOME, scmoe={"scmoe_num_chunks": 2}),
-    "experts at home": Model(
+    "padded for quantisation": CopiesModel(multiple=4),
+    "three chunks": CopiesModel(scmoe={"scmoe_num_chunks": 3}),
+    "more chunks than tokens": CopiesModel(scmoe={"scmoe_num_chunks": TOKENS + 2}),
+    "full recompute": CopiesModel(host=RECOMPUTE_ALL),
+    "selective recompute": CopiesModel(host=RECOMPUTE_SOME, scmoe={"scmoe_num_chunks": 2}),
+    "experts at home": CopiesModel(
         scmoe={"scmoe_experts_at_home": {"zero": 2, "copy": 3}},
     ),
-    "two gates": Model(
+    "two gates": CopiesModel(
         1,
         bitwise=ONCE,
         host=ALONE,
         scmoe={"scmoe_dual_gating": "separate", "scmoe_combine": "add"},
     ),
-    "without a shortcut": Model(
+    "without a shortcut": CopiesModel(
         host=ALONE, scmoe={"scmoe_shortcut_position": "none", "scmoe_combine": "add"}
     ),
-    "bf16": Model(2, host={"params_dtype": torch.bfloat16, "bf16": True}),
+    "bf16": CopiesModel(2, host={"params_dtype": torch.bfloat16, "bf16": True}),
 }
 
 
-def build(model: Model, copies: str, overlap: bool = True) -> TransformerBlock:
+def build(model: CopiesModel, copies: str, overlap: bool = True) -> TransformerBlock:
     """Two units with random weights of order one, the same for all ways of sending."""
     case = Case(
         scmoe={
@@ -158,7 +158,7 @@ def train(block: TransformerBlock) -> dict[str, Any]:
     return {"output": output.detach(), "input": batch.grad, **gradients}
 
 
-def compare(model: Model) -> dict[str, dict[str, Any]]:
+def compare(model: CopiesModel) -> dict[str, dict[str, Any]]:
     """Every way of sending once against a row for every expert."""
     alltoall.get_align_size_for_quantization = (  # type: ignore[attr-defined]
         lambda _: model.multiple

@@ -40,7 +40,7 @@ BF16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16"
 
 
 @dataclass
-class Layout:
+class GroupSizes:
     """Sizes of the process groups, and what else the config and the run need to know."""
 
     ranks: int
@@ -51,7 +51,7 @@ class Layout:
     tied: bool = True
 
 
-def model_config(layout: Layout, **host: Any) -> ScMoEModelConfig:
+def model_config(layout: GroupSizes, **host: Any) -> ScMoEModelConfig:
     fp32 = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     case = Case(layout.scmoe, {**fp32, **layout.sizes, **layout.host, **host}, 2, NUM_LAYERS)
     return ScMoEModelConfig(
@@ -64,7 +64,7 @@ def model_config(layout: Layout, **host: Any) -> ScMoEModelConfig:
     )
 
 
-def expected(layout: Layout, model: ScMoEModelConfig) -> list[RankMemory]:
+def expected(layout: GroupSizes, model: ScMoEModelConfig) -> list[RankMemory]:
     size = model_size(model, SEQUENCE, BATCH)
     in_fp32 = model.transformer.params_dtype == torch.float32
     training = Training(
@@ -76,25 +76,25 @@ def expected(layout: Layout, model: ScMoEModelConfig) -> list[RankMemory]:
 # Weights, gradients, optimizer. -----------------------------------------------------------------
 
 STATES = {
-    "EP 2": Layout(2, EP2),
-    "EP 2, data parallel 2, distributed optimizer": Layout(
+    "EP 2": GroupSizes(2, EP2),
+    "EP 2, data parallel 2, distributed optimizer": GroupSizes(
         4, EP2, training={"optimizer_instances": 1}
     ),
-    "PP 2, 2 + 6 layers, distributed optimizer, bf16": Layout(
+    "PP 2, 2 + 6 layers, distributed optimizer, bf16": GroupSizes(
         4, PP2, SHORT_FIRST | BF16, {"scmoe_combine": "cg2"}, {"optimizer_instances": 1}
     ),
-    "PP 2, interleaved, untied": Layout(2, PP2, INTERLEAVED, tied=False),
-    "TP 2, expert TP 1, EP 2, bf16": Layout(
+    "PP 2, interleaved, untied": GroupSizes(2, PP2, INTERLEAVED, tied=False),
+    "TP 2, expert TP 1, EP 2, bf16": GroupSizes(
         2, {**TP2, **EP2, "expert_tensor_parallel_size": 1}, SP | BF16, {"scmoe_post_norm": True}
     ),
-    "TP 2, expert TP 2, PP 2": Layout(4, {**TP2, **PP2, "expert_tensor_parallel_size": 2}, SP),
-    "EP 2, PP 2, stock": Layout(
+    "TP 2, expert TP 2, PP 2": GroupSizes(4, {**TP2, **PP2, "expert_tensor_parallel_size": 2}, SP),
+    "EP 2, PP 2, stock": GroupSizes(
         4, {**EP2, **PP2}, SHORT_FIRST, {"scmoe_shortcut_position": "none"}
     ),
 }
 
 
-def held(layout: Layout) -> tuple[int, int, int]:
+def held(layout: GroupSizes) -> tuple[int, int, int]:
     """Pipeline rank, parameters, and bytes of weights, gradients and optimizer state, of this rank
     after one step."""
     model = model_config(layout)
@@ -172,15 +172,15 @@ WIDE = {
 }
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 ACTIVATIONS = {
-    "PP 2, 2 + 6 layers": Layout(2, PP2, SHORT_FIRST),
-    "PP 2, interleaved": Layout(2, PP2, INTERLEAVED),
-    "PP 2, three micro-batches for four stages": Layout(
+    "PP 2, 2 + 6 layers": GroupSizes(2, PP2, SHORT_FIRST),
+    "PP 2, interleaved": GroupSizes(2, PP2, INTERLEAVED),
+    "PP 2, three micro-batches for four stages": GroupSizes(
         4, {"pipeline_model_parallel_size": 4}, training={"num_microbatches": 3}
     ),
-    "TP 2, EP 2": Layout(2, {**TP2, **EP2, "expert_tensor_parallel_size": 1}, SP),
-    "expert TP 2": Layout(2, {"expert_tensor_parallel_size": 2}),
-    "PP 2, full recomputation": Layout(2, PP2, FULL | {"recompute_method": "uniform"}),
-    "PP 2, block recomputation": Layout(2, PP2, FULL | {"recompute_method": "block"}),
+    "TP 2, EP 2": GroupSizes(2, {**TP2, **EP2, "expert_tensor_parallel_size": 1}, SP),
+    "expert TP 2": GroupSizes(2, {"expert_tensor_parallel_size": 2}),
+    "PP 2, full recomputation": GroupSizes(2, PP2, FULL | {"recompute_method": "uniform"}),
+    "PP 2, block recomputation": GroupSizes(2, PP2, FULL | {"recompute_method": "block"}),
 }
 
 
@@ -191,7 +191,7 @@ def forward_step(batches, model):
     return output, partial(lambda losses: (losses.mean(), {}))
 
 
-def peak(layout: Layout) -> tuple[int, int]:
+def peak(layout: GroupSizes) -> tuple[int, int]:
     """Pipeline rank, and most bytes kept at any time of one step."""
     model = model_config(layout, **WIDE)
     groups = ProcessGroupCollection.use_mpu_process_groups()

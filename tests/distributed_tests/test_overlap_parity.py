@@ -32,7 +32,7 @@ RECOMPUTE_SOME = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class ParityModel:
     """What differs from a dropless top-1 model; the routing is the same on every rank."""
 
     routing: str = "skewed"
@@ -42,27 +42,29 @@ class Variant:
 
 
 VARIANTS = {
-    "balanced": Variant("balanced"),
-    "skewed": Variant("skewed"),
-    "skewed, top-2": Variant("skewed", topk=2),
-    "an empty expert, top-2": Variant("empty_expert", topk=2),
-    "all to one": Variant("all_to_one"),
-    "all to two": Variant("all_to_one", topk=2),
-    "capacity": Variant(topk=2, host={"moe_expert_capacity_factor": 1.0}),
-    "padded to capacity": Variant(
+    "balanced": ParityModel("balanced"),
+    "skewed": ParityModel("skewed"),
+    "skewed, top-2": ParityModel("skewed", topk=2),
+    "an empty expert, top-2": ParityModel("empty_expert", topk=2),
+    "all to one": ParityModel("all_to_one"),
+    "all to two": ParityModel("all_to_one", topk=2),
+    "capacity": ParityModel(topk=2, host={"moe_expert_capacity_factor": 1.0}),
+    "padded to capacity": ParityModel(
         topk=2,
         host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
     ),
-    "full recompute": Variant(topk=2, host=RECOMPUTE_ALL),
-    "selective recompute": Variant(topk=2, host=RECOMPUTE_SOME),
-    "shared norm, cg2": Variant(scmoe={"scmoe_shortcut_norm": "shared", "scmoe_combine": "cg2"}),
-    "shared norm, selective recompute": Variant(
+    "full recompute": ParityModel(topk=2, host=RECOMPUTE_ALL),
+    "selective recompute": ParityModel(topk=2, host=RECOMPUTE_SOME),
+    "shared norm, cg2": ParityModel(
+        scmoe={"scmoe_shortcut_norm": "shared", "scmoe_combine": "cg2"}
+    ),
+    "shared norm, selective recompute": ParityModel(
         host=RECOMPUTE_SOME, scmoe={"scmoe_shortcut_norm": "shared"}
     ),
-    "post norm, add": Variant(scmoe={"scmoe_post_norm": True, "scmoe_combine": "add"}),
-    "allgather": Variant(topk=2, host={"moe_token_dispatcher_type": "allgather"}),
-    "three chunks": Variant(topk=2, scmoe={"scmoe_num_chunks": 3}),
-    "allgather, three chunks": Variant(
+    "post norm, add": ParityModel(scmoe={"scmoe_post_norm": True, "scmoe_combine": "add"}),
+    "allgather": ParityModel(topk=2, host={"moe_token_dispatcher_type": "allgather"}),
+    "three chunks": ParityModel(topk=2, scmoe={"scmoe_num_chunks": 3}),
+    "allgather, three chunks": ParityModel(
         topk=2,
         host={"moe_token_dispatcher_type": "allgather"},
         scmoe={"scmoe_num_chunks": 3},
@@ -123,7 +125,7 @@ def build(key: Key, overlap: bool) -> TransformerBlock:
     return block
 
 
-def _plan_routing(moe: ScMoELayer, variant: Variant, generator: torch.Generator) -> None:
+def _plan_routing(moe: ScMoELayer, variant: ParityModel, generator: torch.Generator) -> None:
     selection = plan_selection(variant.routing, SEQUENCE * BATCH, NUM_EXPERTS, variant.topk)
     planned = planned_logits(selection, NUM_EXPERTS, generator).view(SEQUENCE, BATCH, NUM_EXPERTS)
     gating = moe.router.gating

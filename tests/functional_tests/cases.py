@@ -54,7 +54,7 @@ class CaseError(Exception):
 
 
 @dataclass(frozen=True)
-class Case:
+class GoldenCase:
     """What a model_config.yaml says, on one platform."""
 
     name: str
@@ -109,7 +109,9 @@ def all_cases() -> list[str]:
 # One case. --------------------------------------------------------------------------------------
 
 
-def train(case: Case, folder: Path, data: Path, launch: Launch, second: bool = False) -> Curves:
+def train(
+    case: GoldenCase, folder: Path, data: Path, launch: Launch, second: bool = False
+) -> Curves:
     """The curves of a run in full float32.
 
     Raises:
@@ -124,7 +126,7 @@ def train(case: Case, folder: Path, data: Path, launch: Launch, second: bool = F
     return {tag: read_scalars(events, tag) for tag in CURVES} if is_first_node() else {}
 
 
-def goes_on(case: Case, whole: Curves, folder: Path, data: Path, launch: Launch) -> None:
+def goes_on(case: GoldenCase, whole: Curves, folder: Path, data: Path, launch: Launch) -> None:
     """Lose the last checkpoint of a run and go on from the one in its middle.
 
     Raises:
@@ -160,7 +162,7 @@ def compare(losses: dict[int, float], golden: dict[int, float], limit: float, wh
         raise CaseError(f"{where}: loss {losses[step]} at step {step}, not {golden[step]}")
 
 
-def judge(case: Case, lane: str, folder: Path, data: Path, launch: Launch) -> Curves:
+def judge(case: GoldenCase, lane: str, folder: Path, data: Path, launch: Launch) -> Curves:
     """Run a case by the rules of a lane.
 
     Returns:
@@ -180,12 +182,12 @@ def judge(case: Case, lane: str, folder: Path, data: Path, launch: Launch) -> Cu
     return curves
 
 
-def compare_with_golden(case: Case, curves: Curves) -> None:
+def compare_with_golden(case: GoldenCase, curves: Curves) -> None:
     """Raise CaseError where the losses are not the recorded ones."""
     compare(curves[LOSS], read_golden(case), GOLDEN_TOLERANCE, "golden values")
 
 
-def read_golden(case: Case) -> dict[int, float]:
+def read_golden(case: GoldenCase) -> dict[int, float]:
     """The recorded losses by step.
 
     Raises:
@@ -199,7 +201,7 @@ def read_golden(case: Case) -> dict[int, float]:
     }
 
 
-def write_golden(case: Case, losses: dict[int, float]) -> None:
+def write_golden(case: GoldenCase, losses: dict[int, float]) -> None:
     """In Megatron-LM's form."""
     steps = sorted(losses)
     interval = steps[1] - steps[0] if len(steps) > 1 else 1
@@ -247,7 +249,7 @@ def by_torchrun(ranks: int) -> Launch:
 
 
 @dataclass
-class Outcome:
+class CaseOutcome:
     """How a case went."""
 
     case: str
@@ -263,10 +265,10 @@ class Outcome:
 
 
 def attempt(
-    case: Case, lane: str, folder: Path, data: Path, launch: Launch, record: bool
-) -> Outcome:
+    case: GoldenCase, lane: str, folder: Path, data: Path, launch: Launch, record: bool
+) -> CaseOutcome:
     """Judge or record a case, whatever happens in it."""
-    outcome = Outcome(case.name)
+    outcome = CaseOutcome(case.name)
     start = time.monotonic()
     try:
         if record:
@@ -282,7 +284,7 @@ def attempt(
     return outcome
 
 
-def junit(outcomes: list[Outcome], suite: str) -> bytes:
+def junit(outcomes: list[CaseOutcome], suite: str) -> bytes:
     """The report that CI systems read."""
     failures = sum(bool(outcome.error) for outcome in outcomes)
     counts = {"tests": len(outcomes), "failures": failures, "errors": 0}
@@ -329,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         data = write_text(output) if is_first_node() else output / "license"
         outcomes = []
         for name in args.cases:
-            case = Case(name, args.platform)
+            case = GoldenCase(name, args.platform)
             folder = output / name
             outcomes.append(attempt(case, args.lane, folder, data, launch, args.record))
             print(" ".join(outcomes[-1].row), flush=True)

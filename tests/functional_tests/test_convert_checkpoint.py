@@ -434,10 +434,10 @@ def test_nothing_whole_is_replaced(
 def export_and_die(load: Path, output: Path) -> None:
     """In a process of its own, when all tensors are written."""
 
-    def die(writer: safetensors_files.Writer) -> None:
+    def die(writer: safetensors_files.SafetensorsWriter) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    safetensors_files.Writer.close = die  # type: ignore[method-assign]
+    safetensors_files.SafetensorsWriter.close = die  # type: ignore[method-assign]
     export.export(load, output)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from . import stock_pretrain
-from .cases import CURVES, Case, Curves, all_cases, compare_with_golden, forked, judge
+from .cases import CURVES, Curves, GoldenCase, all_cases, compare_with_golden, forked, judge
 from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE, read_scalars
 from .text import write_text
 
-SCMOE = Case("pos2_alltoall")
+SCMOE = GoldenCase("pos2_alltoall")
 POSITION = "--scmoe-shortcut-position=pos2"
 # Of positions and dispatchers a part, which sees the same mistakes; `resume` is a test below.
 BY_COMMAND_ONLY = {"pos1_allgather", "pos2_allgather", "pos3_alltoall", "resume"}
@@ -56,7 +56,7 @@ def test_golden_loss(overlapped_run: Curves) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_case(name: str, text_prefix: Path, tmp_path: Path) -> None:
-    judge(Case(name), "approximate", tmp_path, text_prefix, forked(2))
+    judge(GoldenCase(name), "approximate", tmp_path, text_prefix, forked(2))
 
 
 def test_overlap_changes_no_bit(overlapped_run: Curves, text_prefix: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tools.benchmarks.goals import judge
 from tools.benchmarks.paper_shapes import communication_share, operator_times
 from tools.benchmarks.provenance import as_markdown
 from tools.benchmarks.step_log import StepReader, TrainingStep
-from tools.benchmarks.turns import Turn, hidden_share, spread, summarize
+from tools.benchmarks.turns import TimedTurn, hidden_share, spread, summarize
 
 # What the last rank of a run prints, shortened.
 LOG = """\
@@ -238,9 +238,9 @@ def test_a_share_below_that_of_the_unlimited_link_is_refused() -> None:
 # From launches to tables. -------------------------------------------------------------------------
 
 
-def turn(contender: str, limited: bool, repetition: int, seconds: float) -> Turn:
+def turn(contender: str, limited: bool, repetition: int, seconds: float) -> TimedTurn:
     in_flight = [] if contender in ("top2", "shared") else [0.4, 0.4]
-    return Turn(
+    return TimedTurn(
         contender=contender,
         share=0.6,
         limited=limited,
@@ -278,7 +278,7 @@ def test_a_turn_has_what_its_steps_say() -> None:
     stock = {"elapsed time per iteration (ms)": 800.0}
     shortcut = stock | {"a2a (ms)": 91.5, "a2a exposed (ms)": 0.5}
     one, other = (
-        Turn.of(
+        TimedTurn.of(
             "pos2", 0.6, True, 3, [TrainingStep(number, fields, timers, slots) for number in (7, 8)]
         )
         for fields, slots in ((shortcut, "1,3"), (stock, None))
@@ -307,7 +307,7 @@ def test_goals() -> None:
 def test_goals_where_the_communication_fits() -> None:
     """Against the same run without a limit, and not at all beyond a share of 50 %."""
 
-    def reached(turns: list[Turn]) -> dict[str, bool]:
+    def reached(turns: list[TimedTurn]) -> dict[str, bool]:
         rows = summarize([replace(one, share=0.3) for one in turns], ROWS)
         return {goal.claim: goal.reached for goal in judge(rows)}
 

@@ -12,10 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_scmoe.commands import plan_overlap
 from tests.functional_tests import cases
-from tests.functional_tests.cases import Case, CaseError, attempt, judge, junit
+from tests.functional_tests.cases import CaseError, GoldenCase, attempt, judge, junit
 from tests.functional_tests.launch import Run
 
-SCMOE, RESUME, RESHARD = map(Case, ("pos2_alltoall", "resume", "reshard"))
+SCMOE, RESUME, RESHARD = map(GoldenCase, ("pos2_alltoall", "resume", "reshard"))
 
 
 class Trainer:
@@ -56,7 +56,7 @@ class Trainer:
     ],
 )
 def test_a_second_run_is_judged(
-    case: Case, lane: str, factor: float, expected: str | None, tmp_path: Path
+    case: GoldenCase, lane: str, factor: float, expected: str | None, tmp_path: Path
 ) -> None:
     if expected is None:
         judge(case, lane, tmp_path, tmp_path, Trainer(factor))
@@ -83,7 +83,12 @@ def test_a_run_that_fails_and_one_without_golden_values(tmp_path: Path) -> None:
         record=False,
     )
     never_run = attempt(
-        Case("pos2_alltoall", "h100"), "approximate", tmp_path, tmp_path, Trainer(), record=False
+        GoldenCase("pos2_alltoall", "h100"),
+        "approximate",
+        tmp_path,
+        tmp_path,
+        Trainer(),
+        record=False,
     )
     assert failing.row[1:3] == ("FAILED", "-")
     assert failing.row[4] == "exit code 2: error: no such option"
@@ -116,8 +121,8 @@ def test_the_planner_takes_every_case_on_a_node_of_eight(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What would be refused on H100s is found without one."""
-    case = Case(name, "h100")
-    assert Case(name).golden.exists()
+    case = GoldenCase(name, "h100")
+    assert GoldenCase(name).golden.exists()
     cluster = ["--cluster-preset", "h100-infiniband", "--cluster-nodes", "1"]
     for second in {False, case.reshards}:
         options = case.options(tmp_path, tmp_path, second)

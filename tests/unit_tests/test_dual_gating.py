@@ -29,7 +29,7 @@ from tests.routing_cases import CASES, plan_selection, planned_logits
 from tests.unit_tests.test_layer import (
     FLOAT32_SCORES,
     SHAPE,
-    Result,
+    Computed,
     assert_bitwise,
     assert_close,
     assert_equals_oracle,
@@ -193,7 +193,7 @@ def test_both_gates_have_their_losses(gates: str, loss: str) -> None:
         else:
             total = total + z_loss(logits, 0.2)
     tensors = {"input": hidden_states, **flatten([unit], final)}
-    expected = Result(output.detach(), gradients(total, tensors))
+    expected = Computed(output.detach(), gradients(total, tensors))
     assert_close(actual, expected, 1e-10 if loss == "z" else FLOAT32_SCORES)
     assert taken != [[int(row.argmax())] for row in trace.current_logits[valid]]
 

@@ -413,7 +413,7 @@ def test_checks_of_transformer_engine(
     blocks = transformer_engine.Blocks(results, CPU)
     built = blocks._build
 
-    def build_local(case: transformer_engine.Case, **scmoe: Any) -> Any:
+    def build_local(case: transformer_engine.BlockCase, **scmoe: Any) -> Any:
         host = {name: value for name, value in case.host.items() if name in LOCAL_OPTIONS}
         return built(replace(case, host=host), **scmoe)
 

@@ -52,7 +52,7 @@ Layers = list[dict[str, Tensor]]
 
 
 @dataclass
-class Result:
+class Computed:
     """What two computations of the same block are compared by."""
 
     output: Tensor
@@ -102,7 +102,7 @@ def make_block(case: Case, parameters: dict[str, Tensor]) -> TransformerBlock:
     return block
 
 
-def run(block: TransformerBlock, padding_mask: Tensor | None = None) -> Result:
+def run(block: TransformerBlock, padding_mask: Tensor | None = None) -> Computed:
     """Output and gradients of a block, through .backward() as in training."""
     hidden_states = random_tensor(1).requires_grad_()
     block.zero_grad()
@@ -111,24 +111,24 @@ def run(block: TransformerBlock, padding_mask: Tensor | None = None) -> Result:
     tensors = {"input": hidden_states, **dict(parameters_by_expert(block))}
     # The host leaves None for an expert that no token visited.
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in tensors.items()}
-    return Result(output.detach(), {name: grad.clone() for name, grad in grads.items()})
+    return Computed(output.detach(), {name: grad.clone() for name, grad in grads.items()})
 
 
-def run_case(case: Case) -> Result:
+def run_case(case: Case) -> Computed:
     return run(make_block(case, flatten(*random_layers(case))))
 
 
-def run_oracle(case: Case, layers: Layers, final: dict[str, Tensor]) -> Result:
+def run_oracle(case: Case, layers: Layers, final: dict[str, Tensor]) -> Computed:
     hidden_states = random_tensor(1).requires_grad_()
     output = reference_block(
         layers, hidden_states, case.reference_config(), case.moe_frequency, final
     )
     loss = (output * random_tensor(2)).sum()
     grads = gradients(loss, {"input": hidden_states, **flatten(layers, final)})
-    return Result(output.detach(), grads)
+    return Computed(output.detach(), grads)
 
 
-def assert_close(actual: Result, expected: Result, tolerance: float = TOLERANCE) -> None:
+def assert_close(actual: Computed, expected: Computed, tolerance: float = TOLERANCE) -> None:
     assert actual.gradients.keys() == expected.gradients.keys()
     options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(actual.output, expected.output, **options)
@@ -138,7 +138,7 @@ def assert_close(actual: Result, expected: Result, tolerance: float = TOLERANCE)
         )
 
 
-def assert_bitwise(actual: Result, expected: Result) -> None:
+def assert_bitwise(actual: Computed, expected: Computed) -> None:
     assert torch.equal(actual.output, expected.output)
     differing = [
         n for n, g in expected.gradients.items() if not torch.equal(g, actual.gradients[n])
@@ -279,7 +279,7 @@ def fresh_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
 
 
-def run_oracle_with_losses(case: Case, valid: Tensor) -> Result:
+def run_oracle_with_losses(case: Case, valid: Tensor) -> Computed:
     """The losses of the tokens in `valid`, [T], are part of what is differentiated."""
     config, host = case.reference_config(), case.host
     (unit,), final = random_layers(case)
@@ -293,7 +293,7 @@ def run_oracle_with_losses(case: Case, valid: Tensor) -> Result:
     if "moe_z_loss_coeff" in host:
         loss = loss + z_loss(logits, host["moe_z_loss_coeff"])
     tensors = {"input": hidden_states, **flatten([unit], final)}
-    return Result(output.detach(), gradients(loss, tensors))
+    return Computed(output.detach(), gradients(loss, tensors))
 
 
 @pytest.mark.parametrize("position", POSITIONS)

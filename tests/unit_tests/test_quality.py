@@ -20,10 +20,18 @@ from tools.quality import claims, report, runs
 from tools.quality.contenders import BY_NAME, CONTENDERS
 from tools.quality.corpus import SPLITS, Text
 from tools.quality.papers import ORDERINGS
-from tools.quality.runs import Log, Result, Runner, Task, chosen_rate, rate_tasks, seed_tasks
+from tools.quality.runs import (
+    PlannedRun,
+    RunQueue,
+    RunResult,
+    TrainingLog,
+    chosen_rate,
+    rate_tasks,
+    seed_tasks,
+)
 from tools.quality.scales import SCALES
 from tools.quality.sizes import sizes
-from tools.quality.statistics import Comparison, student
+from tools.quality.statistics import PairedSeeds, student
 
 SCALE = SCALES["smoke"]
 LOG = """\
@@ -34,24 +42,24 @@ lm loss: 6.125821E+00 | expert slots: 1,1 | gates agree: 76.8% (77% 77%) | dropp
 """
 
 
-def result(name: str, seed: int, loss: float, **others: Any) -> Result:
+def result(name: str, seed: int, loss: float, **others: Any) -> RunResult:
     options = BY_NAME[name].command_line(SCALE)
     machine = {"processor": "a processor", "cores": 2}
     known = dict(losses=[(8, loss + 1)], extras={}, seconds=1.0, command="python", commit="abc")
     known |= dict(machine=machine, digest="d", options=options) | others
-    return Result(name, seed, SCALE.rates[0], loss, **known)
+    return RunResult(name, seed, SCALE.rates[0], loss, **known)
 
 
-def keep(folder: Path, one: Result, name: str) -> Path:
+def keep(folder: Path, one: RunResult, name: str) -> Path:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     path = folder / "runs" / f"{name}.json"
     write_whole(path, json.dumps(vars(one)))
     return path
 
 
-def runner(folder: Path) -> Runner:
+def runner(folder: Path) -> RunQueue:
     text = Text(folder / "text", "d", {"train": 10**6, "valid": 10**5})
-    return Runner(folder, SCALE, text, lambda result, seconds: None)
+    return RunQueue(folder, SCALE, text, lambda result, seconds: None)
 
 
 def test_students_distribution() -> None:
@@ -66,7 +74,7 @@ def test_students_distribution() -> None:
 def test_verdicts_over_seeds() -> None:
     def verdict(*pairs: tuple[float, float]) -> str:
         one, other = (dict(enumerate(losses)) for losses in zip(*pairs, strict=True))
-        return Comparison.of(one, other).verdict
+        return PairedSeeds.of(one, other).verdict
 
     assert verdict((5.0, 5.1), (5.2, 5.31), (5.1, 5.2)) == "better"
     assert verdict((5.1, 5.0), (5.31, 5.2), (5.2, 5.1)) == "worse"
@@ -74,8 +82,8 @@ def test_verdicts_over_seeds() -> None:
     assert verdict((5.0, 5.0), (5.2, 5.2)) == "no difference"
     assert verdict((5.0, 5.1)) == "one seed"
     # Only seeds that both have count.
-    assert Comparison.of({1: 5.0}, {2: 5.1}).verdict == "not run"
-    assert Comparison.of({1: 5.0, 2: 4.0}, {2: 4.5}).differences == (-0.5,)
+    assert PairedSeeds.of({1: 5.0}, {2: 5.1}).verdict == "not run"
+    assert PairedSeeds.of({1: 5.0, 2: 4.0}, {2: 4.5}).differences == (-0.5,)
 
 
 def test_everybody_is_compared_with_somebody() -> None:
@@ -104,7 +112,7 @@ def test_equal_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_run_has_printed(tmp_path: Path) -> None:
     write_whole(tmp_path / "log.txt", LOG)
-    log = Log.read(tmp_path / "log.txt")
+    log = TrainingLog.read(tmp_path / "log.txt")
     assert log.losses == [(7, 6.2), (8, 6.125821)]
     assert log.validation == 6.087632
     assert log.extras == {"gates agree": [0.7, 0.768], "dropped": [0.138]}
@@ -125,7 +133,7 @@ def test_the_rate_of_the_least_loss_is_taken() -> None:
 
 
 def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Task(BY_NAME["top2"], 1, SCALE.rates[0], SCALE.iterations)
+    task = PlannedRun(BY_NAME["top2"], 1, SCALE.rates[0], SCALE.iterations)
     stored = keep(tmp_path, result("top2", 1, 5.0), task.name)
     one = runner(tmp_path)
     monkeypatch.setattr(runs.subprocess, "Popen", None)

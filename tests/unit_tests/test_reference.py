@@ -17,7 +17,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from tests import reference as ref
-from tests.reference import ReferenceConfig, Routing
+from tests.reference import OracleRouting, ReferenceConfig
 from tests.routing_cases import CASES, plan_selection, routing_case, with_routing
 
 CONFIG = ReferenceConfig(
@@ -251,7 +251,7 @@ def test_capacity_by_hand(policy: str, factor: float, kept: list[int]) -> None:
         moe_token_drop_policy=policy,
     )
     weights = WEIGHTS.clone().requires_grad_()
-    dropped = ref.drop_over_capacity(Routing(weights, WEIGHTS > 0), config)
+    dropped = ref.drop_over_capacity(OracleRouting(weights, WEIGHTS > 0), config)
     assert dropped.map[:, 0].nonzero().flatten().tolist() == kept
     assert dropped.map[:, 1].nonzero().flatten().tolist() == [2]
     assert torch.equal(dropped.weights, WEIGHTS * dropped.map)
@@ -262,7 +262,7 @@ def test_capacity_by_hand(policy: str, factor: float, kept: list[int]) -> None:
 def test_equal_weights_keep_the_earliest_token() -> None:
     config = replace(CONFIG, num_moe_experts=2, moe_router_topk=1, moe_expert_capacity_factor=0.5)
     weights = torch.tensor([[0.5, 0], [0.5, 0], [0.9, 0], [0.5, 0], [0.5, 0], [0.5, 0]])
-    dropped = ref.drop_over_capacity(Routing(weights, weights > 0), config)
+    dropped = ref.drop_over_capacity(OracleRouting(weights, weights > 0), config)
     assert dropped.map[:, 0].nonzero().flatten().tolist() == [0, 2]
 
 
@@ -356,7 +356,7 @@ def routing_config(
 
 def host_route(
     module: ModuleType, logits: Tensor, config: ReferenceConfig, expert_bias: Tensor | None = None
-) -> Routing:
+) -> OracleRouting:
     """What TopKRouter.routing does without auxiliary losses."""
     weights, routing_map = module.topk_routing_with_score_function(
         logits,
@@ -374,10 +374,10 @@ def host_route(
             config.moe_expert_capacity_factor,
             config.moe_token_drop_policy,
         )
-    return Routing(weights, routing_map)
+    return OracleRouting(weights, routing_map)
 
 
-def assert_same_routing(logits: Tensor, got: Routing, want: Routing) -> None:
+def assert_same_routing(logits: Tensor, got: OracleRouting, want: OracleRouting) -> None:
     """Same map, same weights, same gradient of a random function of the weights."""
     assert torch.equal(got.map, want.map)
     assert_exact(got.weights, want.weights)
@@ -491,7 +491,7 @@ def test_routed_experts_are_the_weighted_sum_of_all_experts() -> None:
 def test_a_dropped_assignment_contributes_nothing() -> None:
     params, _ = unit(CONFIG)
     tokens = random(3, 16)
-    nowhere = Routing(torch.ones(3, 4).double(), torch.zeros(3, 4, dtype=torch.bool))
+    nowhere = OracleRouting(torch.ones(3, 4).double(), torch.zeros(3, 4, dtype=torch.bool))
     got = ref.routed_experts(params, tokens, nowhere, CONFIG)
     assert torch.equal(got, torch.zeros(3, 16).double())
 

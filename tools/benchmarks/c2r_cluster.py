@@ -33,7 +33,7 @@ from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
 from tools.benchmarks.overlap_cluster import ITERATIONS, SCRIPT, add_sizes
 from tools.benchmarks.provenance import describe
 from tools.benchmarks.real_text import write_text
-from tools.benchmarks.turns import Row, Turn, summarize
+from tools.benchmarks.turns import TimedTurn, TurnsRow, summarize
 
 RANKS = 2
 """Of a host."""
@@ -105,7 +105,7 @@ def _placed(rows: list[Contender], placement: str | None) -> list[Contender]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class C2RBench:
     """What all runs share."""
 
     hosts: TwoHosts
@@ -141,9 +141,11 @@ class Bench:
             print(f"  {row.name}: {found[row.name]}", flush=True)
         return found
 
-    def time(self, rows: list[Contender], mbit: float, repetitions: int, steps: int) -> list[Row]:
+    def time(
+        self, rows: list[Contender], mbit: float, repetitions: int, steps: int
+    ) -> list[TurnsRow]:
         """All contenders in turns, as overlap_cluster has them, without a limit too."""
-        turns: list[Turn] = []
+        turns: list[TimedTurn] = []
         with ExitStack() as alive:
             jobs = []
             self.hosts.limit(mbit * 1e6)
@@ -160,7 +162,7 @@ class Bench:
                         self.hosts.limit(rate)
                         job.take(1)  # stood still, or the link changed meanwhile
                         limited, taken = rate is not None, job.take(steps)
-                        turns.append(Turn.of(row.name, mbit, limited, repetition, taken))
+                        turns.append(TimedTurn.of(row.name, mbit, limited, repetition, taken))
                     job.pause()
                     self.hosts.limit(mbit * 1e6)
                 print(f"  {repetition + 1}/{repetitions}", flush=True)
@@ -181,7 +183,7 @@ def bytes_table(found: dict[str, dict[str, float]]) -> str:
     )
 
 
-def times_table(found: list[Row]) -> str:
+def times_table(found: list[TurnsRow]) -> str:
     """Stock Megatron's step over each one's."""
     rows = [
         [
@@ -232,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
     with two_hosts() as hosts:
         prefix = write_text(folder / "text")
         options = shlex.split(args.megatron_options)
-        bench = Bench(hosts, sizes, prefix, folder, options, balanced=not args.bytes)
+        bench = C2RBench(hosts, sizes, prefix, folder, options, balanced=not args.bytes)
         for topk in args.topk:
             print(f"== top-{topk}", flush=True)
             if args.bytes:

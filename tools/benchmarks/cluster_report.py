@@ -11,7 +11,7 @@ from megatron_scmoe.words import markdown_table
 from tools.benchmarks.calibration import LayerTime
 from tools.benchmarks.goals import Goal
 from tools.benchmarks.provenance import as_markdown
-from tools.benchmarks.turns import Ratio, Row, Turn
+from tools.benchmarks.turns import Ratio, TimedTurn, TurnsRow
 
 
 def write_report(
@@ -20,8 +20,8 @@ def write_report(
     settings: dict[str, Any],
     unlimited: LayerTime,
     links: dict[float, LayerTime],
-    turns: list[Turn],
-    rows: list[Row],
+    turns: list[TimedTurn],
+    rows: list[TurnsRow],
     goals: list[Goal],
 ) -> tuple[Path, Path]:
     """Write overlap_cluster.md and .json; returns their paths."""
@@ -64,7 +64,7 @@ def as_tables(
     settings: dict[str, Any],
     unlimited: LayerTime,
     links: dict[float, LayerTime],
-    rows: list[Row],
+    rows: list[TurnsRow],
     goals: list[Goal],
 ) -> str:
     """The whole report."""
@@ -107,7 +107,7 @@ def link_table(unlimited: LayerTime, links: dict[float, LayerTime]) -> list[str]
     return markdown_table(head, body)
 
 
-def row_table(rows: list[Row]) -> list[str]:
+def row_table(rows: list[TurnsRow]) -> list[str]:
     """Speeds are baseline's time over one's own; `/ unlimited` is time over time, 1 is ideal.
 
     Ratios are the median over repetitions, with their quartiles.

@@ -77,7 +77,7 @@ class Sizes:
         return ["--moe-shared-expert-intermediate-size", size, "--moe-shared-expert-gate"]
 
 
-class Layout(Protocol):
+class MoELayers(Protocol):
     """Where a model has MoE layers."""
 
     @property
@@ -112,7 +112,7 @@ class Contender:
         return run | {"slot": self.slot, "overlap": True}
 
 
-def contenders(layout: Layout) -> list[Contender]:
+def contenders(layout: MoELayers) -> list[Contender]:
     """Two experts a token: everybody that this layout allows, baselines first."""
     return [
         Contender("top2", "none", 2, False),
@@ -124,7 +124,7 @@ def contenders(layout: Layout) -> list[Contender]:
     ]
 
 
-def wider_contenders(layout: Layout) -> list[Contender]:
+def wider_contenders(layout: MoELayers) -> list[Contender]:
     """Three experts a token."""
     positions = positions_of(layout)
     last = "pos2" if "pos2" in positions else positions[0]
@@ -134,7 +134,7 @@ def wider_contenders(layout: Layout) -> list[Contender]:
     ]
 
 
-def positions_of(layout: Layout) -> tuple[str, ...]:
+def positions_of(layout: MoELayers) -> tuple[str, ...]:
     """Shortcut positions that this layout allows; some need a dense layer in front."""
     return tuple(
         name for name, at in POSITIONS.items() if not (layout.moe_every_layer and at.is_pair)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_scmoe.overlap.schedule import POSITIONS
-from tools.benchmarks.turns import Row
+from tools.benchmarks.turns import TurnsRow
 
 # Communication share of the top-2 MoE layer: training and inference speed against top-2, best
 # position (arXiv:2404.05019v3, table 1, Pos-3; table 2, LLaMA2-MoE).
@@ -25,7 +25,7 @@ class Goal:
     reached: bool
 
 
-def judge(rows: list[Row]) -> list[Goal]:
+def judge(rows: list[TurnsRow]) -> list[Goal]:
     """All claims that these rows can answer."""
     goals: list[Goal] = []
     for share in dict.fromkeys(row.share for row in rows):
@@ -39,7 +39,7 @@ def judge(rows: list[Row]) -> list[Goal]:
     return goals
 
 
-def _paper(share: float, positions: list[Row]) -> Iterable[Goal]:
+def _paper(share: float, positions: list[TurnsRow]) -> Iterable[Goal]:
     for kind, wanted in zip(("training", "inference"), PAPER[share], strict=True):
         speeds = {
             row.contender: (row.speed if kind == "training" else row.inference_speed).median
@@ -53,7 +53,7 @@ def _paper(share: float, positions: list[Row]) -> Iterable[Goal]:
         )
 
 
-def _fits(share: float, positions: list[Row]) -> Iterable[Goal]:
+def _fits(share: float, positions: list[TurnsRow]) -> Iterable[Goal]:
     if share > FITTING_SHARE:
         return
     for row in positions:
@@ -72,7 +72,9 @@ def _fits(share: float, positions: list[Row]) -> Iterable[Goal]:
         )
 
 
-def _against_shared(share: float, positions: list[Row], link: dict[str, Row]) -> Iterable[Goal]:
+def _against_shared(
+    share: float, positions: list[TurnsRow], link: dict[str, TurnsRow]
+) -> Iterable[Goal]:
     if "shared" not in link:
         return
     for row in positions:
@@ -84,7 +86,7 @@ def _against_shared(share: float, positions: list[Row], link: dict[str, Row]) ->
         )
 
 
-def _adaptive(share: float, positions: list[Row], link: dict[str, Row]) -> Iterable[Goal]:
+def _adaptive(share: float, positions: list[TurnsRow], link: dict[str, TurnsRow]) -> Iterable[Goal]:
     for row in positions:
         fixed = {
             name: other.speed.median

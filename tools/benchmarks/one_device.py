@@ -59,7 +59,7 @@ from tools.benchmarks.provenance import as_markdown, describe
 
 
 @dataclass
-class Result:
+class BlockTimes:
     """One contender on one link; seconds of every step."""
 
     share: float
@@ -124,11 +124,11 @@ class Bench:
             found[share] = Link(sent / (other * share / (1 - share)), self.ranks)
         return found
 
-    def run(self, links: dict[float, Link], repetitions: int) -> list[Result]:
+    def run(self, links: dict[float, Link], repetitions: int) -> list[BlockTimes]:
         """Everybody on every link, in turns."""
         blocks = {contender: self.build(contender) for contender in contenders(self.shape)}
         results = [
-            Result(share, contender.name, slots, chosen)
+            BlockTimes(share, contender.name, slots, chosen)
             for share, link in links.items()
             for contender, block in blocks.items()
             for slots, chosen in self._slots(contender, block, link)
@@ -169,7 +169,7 @@ class Bench:
         unit.recorder.records_steps = False
         return choose_slots(*times), times
 
-    def measure(self, result: Result, block: Any, link: Link, repetition: int) -> None:
+    def measure(self, result: BlockTimes, block: Any, link: Link, repetition: int) -> None:
         """Add a turn to the result; `repetition` counts from 0."""
         unit = unit_of(block)
         if result.slots is not None:
@@ -278,7 +278,7 @@ def measure_experts(bench: Bench, topk: int) -> dict[str, dict[str, float]]:
 def as_tables(
     head: list[str],
     links: dict[float, Link],
-    results: list[Result],
+    results: list[BlockTimes],
     experts: dict[str, dict[str, float]],
     bitwise: dict[str, bool],
 ) -> str:
@@ -307,7 +307,7 @@ def as_tables(
     return "\n".join([*lines, ""])
 
 
-def _shown(mine: list[Result]) -> Iterator[tuple[str, Result]]:
+def _shown(mine: list[BlockTimes]) -> Iterator[tuple[str, BlockTimes]]:
     """Stock layers; of each position the chosen slots and the best fixed one."""
     for name in dict.fromkeys(result.contender for result in mine):
         *fixed, last = (result for result in mine if result.contender == name)
@@ -317,7 +317,10 @@ def _shown(mine: list[Result]) -> Iterator[tuple[str, Result]]:
 
 
 def _row(
-    name: str, result: Result, top2: Result, unlimited: dict[tuple[str, Slots | None], Result]
+    name: str,
+    result: BlockTimes,
+    top2: BlockTimes,
+    unlimited: dict[tuple[str, Slots | None], BlockTimes],
 ) -> tuple[str, ...]:
     training, inference = result.seconds
     free = unlimited.get((result.contender, result.slots))

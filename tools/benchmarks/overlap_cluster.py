@@ -38,7 +38,7 @@ from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
 from tools.benchmarks.provenance import describe
 from tools.benchmarks.real_text import write_text
 from tools.benchmarks.step_log import TrainingStep
-from tools.benchmarks.turns import Turn, summarize
+from tools.benchmarks.turns import TimedTurn, summarize
 
 SCRIPT = ["pretrain_gpt_scmoe.py"]
 METER = ["-m", "tools.benchmarks.meter_moe_layer"]
@@ -113,9 +113,9 @@ class TwoHostBench:
 
     def measure(
         self, rows: list[Contender], share: float, link: LayerTime, settings: Settings
-    ) -> list[Turn]:
+    ) -> list[TimedTurn]:
         """All contenders on one link."""
-        turns: list[Turn] = []
+        turns: list[TimedTurn] = []
         with ExitStack() as alive:
             jobs: list[tuple[Contender, Job]] = []
             self.hosts.limit(link.rate)
@@ -133,7 +133,7 @@ class TwoHostBench:
                         self.hosts.limit(rate)
                         job.take(1)  # stood still, or the link changed meanwhile
                         steps = job.take(settings.steps)
-                        turns.append(Turn.of(row.name, share, limited, repetition, steps))
+                        turns.append(TimedTurn.of(row.name, share, limited, repetition, steps))
                     job.pause()
                     self.hosts.limit(link.rate)
                 print(f"  {repetition + 1}/{settings.repetitions}", flush=True)
@@ -281,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
         bench = TwoHostBench(hosts, sizes, prefix, folder, shlex.split(args.megatron_options))
         print("== rates of the link", flush=True)
         unlimited, links = bench.calibrate(rows[0], settings)
-        turns: list[Turn] = []
+        turns: list[TimedTurn] = []
         for share, link in links.items():
             print(f"== {link_name(share, link)}: {len(rows)} runs", flush=True)
             turns += bench.measure(rows, share, link, settings)

@@ -25,7 +25,7 @@ REPETITIONS = 12
 DROPPED = 2
 
 
-class Cost(NamedTuple):
+class ExchangeCost(NamedTuple):
     """One exchange; times in seconds."""
 
     in_flight: float
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
     """How often one of them gave its core up and came back."""
 
 
-def exchange(megabytes: float, compute: Callable[[], None]) -> Cost:
+def exchange(megabytes: float, compute: Callable[[], None]) -> ExchangeCost:
     """Send half of a buffer to the other rank while `compute` runs."""
     rows = torch.randn(int(megabytes * 2**20 / 4 / HIDDEN), HIDDEN)
     received = torch.empty_like(rows)
@@ -50,7 +50,7 @@ def exchange(megabytes: float, compute: Callable[[], None]) -> Cost:
     work.wait()
     waited = time.perf_counter()
     compute_cpu = time.thread_time() - thread
-    return Cost(
+    return ExchangeCost(
         in_flight=(completed[0] if completed else waited) - started,
         compute_cpu=compute_cpu,
         transport_cpu=time.process_time() - process - compute_cpu,
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for name, beside in (("alone", lambda: None), ("beside compute", compute)):
         costs = [exchange(args.megabytes, beside) for _ in range(REPETITIONS)][DROPPED:]
-        median = Cost(*(statistics.median(column) for column in zip(*costs, strict=True)))
+        median = ExchangeCost(*(statistics.median(column) for column in zip(*costs, strict=True)))
         if dist.get_rank() == 0:
             print(
                 f"{name}: in flight {median.in_flight * 1e3:.1f} ms, CPU of transport "

@@ -10,7 +10,7 @@ from tools.benchmarks.step_log import TrainingStep
 
 
 @dataclass(frozen=True)
-class Turn:
+class TimedTurn:
     """A few steps of a contender that ran one after the other; seconds, one entry a step."""
 
     contender: str
@@ -35,7 +35,7 @@ class Turn:
     @classmethod
     def of(
         cls, contender: str, share: float, limited: bool, repetition: int, steps: list[TrainingStep]
-    ) -> "Turn":
+    ) -> "TimedTurn":
         return cls(
             contender,
             share,
@@ -65,7 +65,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Row:
+class TurnsRow:
     """One contender on one link."""
 
     contender: str
@@ -90,7 +90,7 @@ class Row:
     """Where the experts ran, forward and backward."""
 
 
-def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
+def summarize(turns: list[TimedTurn], rows: list[Contender]) -> list[TurnsRow]:
     """Link by link, contenders in the order of the table.
 
     Ratios are taken between turns of the same repetition, which ran shortly after one another.
@@ -115,7 +115,7 @@ def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
             mine = [by_key[(*here, repetition)] for repetition in repetitions]
             all_steps = [second for one in mine for second in one.train]
             table.append(
-                Row(
+                TurnsRow(
                     contender=contender.name,
                     share=share,
                     baseline=contender.baseline,
@@ -135,15 +135,15 @@ def summarize(turns: list[Turn], rows: list[Contender]) -> list[Row]:
     return table
 
 
-def train(turn: Turn) -> list[float]:
+def train(turn: TimedTurn) -> list[float]:
     return turn.train
 
 
-def layers(turn: Turn) -> list[float]:
+def layers(turn: TimedTurn) -> list[float]:
     return turn.layers
 
 
-def inference(turn: Turn) -> list[float]:
+def inference(turn: TimedTurn) -> list[float]:
     return turn.inference
 
 
@@ -161,7 +161,7 @@ def spread(values: list[float]) -> float:
     return (high - low) / median
 
 
-def hidden_share(turns: list[Turn]) -> float | None:
+def hidden_share(turns: list[TimedTurn]) -> float | None:
     """1 - exposed / in flight over all measured steps; None where nothing was reported."""
     exchange = math.fsum(second for one in turns for second in one.exchange)
     exposed = math.fsum(second for one in turns for second in one.exposed)

@@ -41,7 +41,7 @@ TOPK = 2
 
 
 @dataclass
-class Arm:
+class MeteredLayer:
     """One layer and what was measured of it."""
 
     name: str
@@ -57,7 +57,7 @@ class Arm:
     """Routed experts of a token."""
 
 
-def arms(shape: Shape) -> list[Arm]:
+def arms(shape: Shape) -> list[MeteredLayer]:
     """The layer of routed experts, and one for every tau."""
     plain = Contender("moe", "none", TOPK, shared_expert=False)
 
@@ -73,12 +73,14 @@ def arms(shape: Shape) -> list[Arm]:
 
     with_home = layer(KINDS)
     return [
-        Arm("routed experts alone", None, layer({})),
-        *(Arm(f"MoE++, tau {tau:g}", tau, with_home) for tau in TAUS),
+        MeteredLayer("routed experts alone", None, layer({})),
+        *(MeteredLayer(f"MoE++, tau {tau:g}", tau, with_home) for tau in TAUS),
     ]
 
 
-def draw(arm: Arm, experts: int, tokens: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(
+    arm: MeteredLayer, experts: int, tokens: int, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Weights and map, [T, N + H]: K experts of every token."""
     at_home = sum(KINDS.values()) if arm.tau is not None else 0
     wanted = torch.ones(experts + at_home)
@@ -102,7 +104,7 @@ def forward(moe: ScMoELayer, z: Tensor, routing: Routing) -> Tensor:
     return tokens.output()
 
 
-def turn(arm: Arm, z: Tensor, grad: Tensor, routing: Routing, steps: int) -> None:
+def turn(arm: MeteredLayer, z: Tensor, grad: Tensor, routing: Routing, steps: int) -> None:
     """Some steps of one arm, after one that does not count."""
     for step in range(-1, steps):
         with torch.no_grad():
@@ -117,7 +119,7 @@ def turn(arm: Arm, z: Tensor, grad: Tensor, routing: Routing, steps: int) -> Non
             arm.bytes = sum(exchange.bytes for exchange in exchanges)
 
 
-def measure(args: argparse.Namespace) -> list[Arm]:
+def measure(args: argparse.Namespace) -> list[MeteredLayer]:
     """All arms in turns."""
     heads = args.hidden_size // 64 or 1
     shape = Shape(
@@ -140,7 +142,7 @@ def measure(args: argparse.Namespace) -> list[Arm]:
     return found
 
 
-def report(found: list[Arm]) -> tuple[str, list[dict[str, Any]]]:
+def report(found: list[MeteredLayer]) -> tuple[str, list[dict[str, Any]]]:
     """The table, and its numbers."""
     base = found[0]
     median = {

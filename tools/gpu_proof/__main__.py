@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from tools.benchmarks.provenance import describe
-from tools.gpu_proof.parts import PACKAGE, PARTS, Part, read_part
+from tools.gpu_proof.parts import PACKAGE, PARTS, ProofPart, read_part
 from tools.gpu_proof.processes import adopt_orphans, kill_descendants
 from tools.gpu_proof.results import FINDINGS, ProofFinding, Results, read_findings
 from tools.gpu_proof.summary import write_summary
@@ -56,7 +56,7 @@ class Proof:
         self.seconds: dict[str, float] = {}
         """By part."""
 
-    def run(self, name: str, part: Part | None) -> None:
+    def run(self, name: str, part: ProofPart | None) -> None:
         results = Results(name, self._folder, echo=False)
         left = self._deadline - time.time()
         if part is None:
@@ -68,7 +68,7 @@ class Proof:
             self._run(part, min(limit_s, left), results)
         self._show()
 
-    def _run(self, part: Part, limit_s: float, results: Results) -> None:
+    def _run(self, part: ProofPart, limit_s: float, results: Results) -> None:
         began = time.time()
         deadline = began + limit_s
         what = [part.module, part.name, str(self._folder), self._device, str(deadline)]

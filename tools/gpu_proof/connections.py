@@ -42,7 +42,7 @@ from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
-from tools.benchmarks.one_device import Bench, Result, unit_of
+from tools.benchmarks.one_device import Bench, BlockTimes, unit_of
 from tools.benchmarks.paper_shapes import SHAPES, Inputs
 from tools.gpu_proof import timing
 from tools.gpu_proof.kernels import (
@@ -131,16 +131,18 @@ class HiddenPart:
 
     def _measure(
         self, name: str, block: Any, share: float
-    ) -> tuple[Result, tuple[UnitTimes, UnitTimes]]:
+    ) -> tuple[BlockTimes, tuple[UnitTimes, UnitTimes]]:
         """At the slots that a run would choose, and the times behind the choice."""
         link = self._links[share]
         slots, times = self._bench.choose(block, link, self._contenders[name])
-        result = Result(share, name, slots, True)
+        result = BlockTimes(share, name, slots, True)
         for repetition in range(REPETITIONS):
             self._bench.measure(result, block, link, repetition)
         return result, times
 
-    def _training(self, result: Result, free: Result, times: tuple[UnitTimes, UnitTimes]) -> None:
+    def _training(
+        self, result: BlockTimes, free: BlockTimes, times: tuple[UnitTimes, UnitTimes]
+    ) -> None:
         assert result.slots is not None
         name = f"{result.contender}, {result.share:.0%}, {self._at}: training"
         expected = unavoidable_share(times, result.slots)
@@ -160,7 +162,7 @@ class HiddenPart:
         passed = values["exposed_share"] <= MOST_EXPOSED
         judge(self._results, self._device, name, passed, note, **values)
 
-    def _prefill(self, result: Result, block: Any, times: tuple[UnitTimes, UnitTimes]) -> None:
+    def _prefill(self, result: BlockTimes, block: Any, times: tuple[UnitTimes, UnitTimes]) -> None:
         assert result.slots is not None
         name = f"{result.contender}, {result.share:.0%}, {self._at}: prefill"
         link = self._links[result.share]

@@ -15,7 +15,7 @@ PARTS = ("right", "ranks", "main_job", "transformer_engine", "hidden", "fast", "
 
 
 @dataclass(frozen=True)
-class Part:
+class ProofPart:
     """A module with `LIMIT_S`, `CORRECTNESS` and `run(results, device, seconds)`."""
 
     name: str
@@ -27,7 +27,7 @@ class Part:
     """Whether `make test-gpu` runs it."""
 
 
-def read_part(name: str, package: str = PACKAGE) -> Part | None:
+def read_part(name: str, package: str = PACKAGE) -> ProofPart | None:
     """None where there is no such module yet.
 
     Raises:
@@ -44,7 +44,7 @@ def read_part(name: str, package: str = PACKAGE) -> Part | None:
     except KeyError as missing:
         raise ValueError(f"{module} has no constant {missing.args[0]}") from None
     shows = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Part(name, module, shows, limit_s, correctness)
+    return ProofPart(name, module, shows, limit_s, correctness)
 
 
 def _constants(node: ast.stmt) -> list[tuple[str, Any]]:

@@ -84,7 +84,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class LayerPair:
     """A pair of layers, top-2."""
 
     name: str
@@ -130,7 +130,7 @@ BALANCED = {
 IN_ORDER = {"moe_expert_capacity_factor": 1.1, "moe_token_drop_policy": "position"}
 NEW_SYSTEMS = [
     *(
-        Variant(
+        LayerPair(
             f"two gates, {weights} weights, {position}",
             position,
             {"scmoe_dual_gating": weights, "scmoe_combine": "add"},
@@ -138,7 +138,7 @@ NEW_SYSTEMS = [
         )
         for weights, position in (("shared", "pos2"), ("separate", "pos1"), ("separate", "pos3"))
     ),
-    Variant(
+    LayerPair(
         "experts at home",
         scmoe={
             "scmoe_router": "heterogeneous",
@@ -148,7 +148,7 @@ NEW_SYSTEMS = [
         },
         host={**BALANCED, **IN_ORDER},
     ),
-    Variant(
+    LayerPair(
         "LongCat",
         scmoe={
             "scmoe_router": "longcat",
@@ -160,13 +160,13 @@ NEW_SYSTEMS = [
         rounding=3,
     ),
 ]
-CHUNKS = Variant("3 chunks", scmoe={"scmoe_num_chunks": 3})
+CHUNKS = LayerPair("3 chunks", scmoe={"scmoe_num_chunks": 3})
 OTHERS = [
-    Variant("post-norm", scmoe={"scmoe_post_norm": True}),
+    LayerPair("post-norm", scmoe={"scmoe_post_norm": True}),
     CHUNKS,
-    Variant("all-gather", host={"moe_token_dispatcher_type": "allgather"}),
-    Variant("dropping", host={"moe_expert_capacity_factor": 1.0}, any_precision=False),
-    Variant(
+    LayerPair("all-gather", host={"moe_token_dispatcher_type": "allgather"}),
+    LayerPair("dropping", host={"moe_expert_capacity_factor": 1.0}, any_precision=False),
+    LayerPair(
         "padded to capacity",
         host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
         any_precision=False,
@@ -175,7 +175,7 @@ OTHERS = [
 ]
 UNITS = [
     *(
-        Variant(
+        LayerPair(
             f"{position} {combine} {norm}",
             position,
             {"scmoe_combine": combine, "scmoe_shortcut_norm": norm},
@@ -532,7 +532,7 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
     size = SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for position in POSITIONS:
-        variant = Variant(position, position)
+        variant = LayerPair(position, position)
         block = variant.build(size, dtype)
         unit = unit_of(block)
         expected = step(block, size, dtype, micro_batches=2)
@@ -566,7 +566,7 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
             output = block(hidden_states=batch.hidden_states, **batch.attention)
         results.check(f"{name}: evaluation", torch.equal(output, expected["output 0"]))
         for kind, options in (("full", FULL), ("selective", SELECTIVE)):
-            recomputed = Variant(position, position, host=options).build(size, dtype)
+            recomputed = LayerPair(position, position, host=options).build(size, dtype)
             same = _same(step(recomputed, size, dtype, micro_batches=2), expected)
             results.check(f"{name}: {kind} recomputation", same)
     for variant in (CHUNKS, *NEW_SYSTEMS):
@@ -636,7 +636,7 @@ def check_pressure(results: Results, device: torch.device) -> None:
     steps = PRESSURE_STEPS if device.type == "cuda" else 3
     losses, free = [], []
     for overlap in (True, False):
-        block = Variant("pos2").build(size, dtype, scmoe_overlap=overlap)
+        block = LayerPair("pos2").build(size, dtype, scmoe_overlap=overlap)
         found, left = _train_in_little_memory(block, size, dtype, steps)
         losses.append(found)
         free.append(left)
@@ -709,7 +709,7 @@ def measure_reserved(results: Results, device: torch.device) -> None:
     size = Size(Shape(1024, 4096, 16, 16, 8, False, True), length=2048)
     reserved = {}
     for travels in (False, True):
-        block = Variant("pos2").build(size, torch.bfloat16)
+        block = LayerPair("pos2").build(size, torch.bfloat16)
         with mock.patch.object(PerTensor, "moves", lambda _, travels=travels: travels):
             for _ in range(2):
                 torch.cuda.empty_cache()
@@ -757,7 +757,7 @@ def run_sanitized() -> None:
         return work
 
     size = SIZES["cuda"]
-    variants = [*(Variant(position, position) for position in POSITIONS), *OTHERS]
+    variants = [*(LayerPair(position, position) for position in POSITIONS), *OTHERS]
     with (
         one_rank(torch.device("cuda")),
         _everything_travels(),

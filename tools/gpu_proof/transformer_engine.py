@@ -69,7 +69,7 @@ SHARED_NORM = {"scmoe_shortcut_norm": "shared"}
 
 
 @dataclass(frozen=True)
-class Case:
+class BlockCase:
     """A block to compare."""
 
     name: str
@@ -80,12 +80,12 @@ class Case:
 
 
 LINEAR = "a linear layer of Transformer Engine"
-LOCAL_CASE = Case("grouped experts of the local spec", "pos2", GROUPED)
+LOCAL_CASE = BlockCase("grouped experts of the local spec", "pos2", GROUPED)
 CASES = (
-    *(Case(f"local and Transformer Engine, {at}", at, WITH_TE) for at in POSITIONS),
-    *(Case(f"shared norm, not fused, {at}", at, WITH_TE, SHARED_NORM) for at in POSITIONS),
-    Case("grouped GEMM of Transformer Engine", "pos2", GROUPED_TE),
-    Case("fused permutation", "pos2", {**GROUPED_TE, "moe_permute_fusion": True}, topk=2),
+    *(BlockCase(f"local and Transformer Engine, {at}", at, WITH_TE) for at in POSITIONS),
+    *(BlockCase(f"shared norm, not fused, {at}", at, WITH_TE, SHARED_NORM) for at in POSITIONS),
+    BlockCase("grouped GEMM of Transformer Engine", "pos2", GROUPED_TE),
+    BlockCase("fused permutation", "pos2", {**GROUPED_TE, "moe_permute_fusion": True}, topk=2),
 )
 
 
@@ -141,7 +141,7 @@ class Blocks:
         self._inputs = Inputs.draw(self._shape, *((16, 2) if tiny else (128, 2)))
         self.reference = cache(self._reference)
 
-    def check(self, case: Case) -> None:
+    def check(self, case: BlockCase) -> None:
         """Compare one block with the local spec in float32."""
         reference = self.reference(case.position, case.topk, bool(case.scmoe))
         found = self._errors(case, reference)
@@ -165,7 +165,7 @@ class Blocks:
         reference = self.reference("pos2", 1, False)
         for name, padded in (("padded by the experts", False), ("padded by the router", True)):
             host = {**FP8, "moe_router_padding_for_quantization": padded}
-            found = self._errors(Case("", "pos2", host), reference)
+            found = self._errors(BlockCase("", "pos2", host), reference)
             output, gradient = found["output"], found["gradient of the input"]
             finite = all(map(math.isfinite, found.values()))
             self._results.check(
@@ -195,7 +195,7 @@ class Blocks:
             two_runs_at_slot_4_difference_share=noise,
         )
 
-    def _build(self, case: Case, **scmoe: Any) -> Any:
+    def _build(self, case: BlockCase, **scmoe: Any) -> Any:
         contender = Contender(
             "", case.position, case.topk, True, POSITIONS[case.position].default_slot
         )
@@ -205,7 +205,7 @@ class Blocks:
 
     def _reference(self, position: str, topk: int, shared_norm: bool) -> Reference:
         scmoe = SHARED_NORM if shared_norm else {}
-        in_float32 = Case("", position, {}, scmoe, topk)
+        in_float32 = BlockCase("", position, {}, scmoe, topk)
         block, exact = self._build(in_float32), self._build(in_float32)
         with torch.no_grad():
             for parameter in block.parameters():
@@ -213,10 +213,10 @@ class Blocks:
         copy_weights(block, exact)
         expected = outcome(exact, self._inputs)
         reference = Reference(block, expected, {})
-        rounded = self._errors(Case("", position, BFLOAT16, scmoe, topk), reference)
+        rounded = self._errors(BlockCase("", position, BFLOAT16, scmoe, topk), reference)
         return Reference(block, expected, rounded)
 
-    def _errors(self, case: Case, reference: Reference) -> dict[str, float]:
+    def _errors(self, case: BlockCase, reference: Reference) -> dict[str, float]:
         block = self._build(case)
         copy_weights(reference.block, block)
         return errors(outcome(block, self._inputs), reference.expected)
@@ -224,7 +224,7 @@ class Blocks:
     def _losses(self, backward_slot: int) -> list[float]:
         """Of a few steps of gradient descent towards a random output."""
         slots = f"{POSITIONS['pos1'].default_slot},{backward_slot}"
-        block = self._build(Case("", "pos1", DELAYED), scmoe_expert_slot=slots)
+        block = self._build(BlockCase("", "pos1", DELAYED), scmoe_expert_slot=slots)
         copy_weights(self.reference("pos1", 1, False).block, block)
         optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
         hidden_states = self._inputs.hidden_states.detach().bfloat16()

@@ -20,11 +20,11 @@ from megatron_scmoe.say import one_line, say
 from megatron_scmoe.words import read_json, write_whole
 from tools.benchmarks.provenance import REPOSITORY
 from tools.quality import corpus, plots, report
-from tools.quality.contenders import BY_NAME, CONTENDERS, LISTS, Contender
+from tools.quality.contenders import BY_NAME, CONTENDERS, LISTS, QualityContender
 from tools.quality.runs import (
-    Result,
     RunError,
-    Runner,
+    RunQueue,
+    RunResult,
     alone,
     chosen_rate,
     number_of_runs,
@@ -34,7 +34,7 @@ from tools.quality.runs import (
 from tools.quality.scales import SCALES, Scale
 
 
-class Progress:
+class RunsProgress:
     """A line for each run, with the time that is left: runs to do, by iterations."""
 
     def __init__(self, scale: Scale) -> None:
@@ -43,7 +43,7 @@ class Progress:
         self.before = 0
         self._done = 0
 
-    def __call__(self, result: Result, seconds: float) -> None:
+    def __call__(self, result: RunResult, seconds: float) -> None:
         self._done += 1
         number = self.before + self._done
         left = (time.monotonic() - self._began) / self._done * (self.total - number)
@@ -78,7 +78,7 @@ def claim(folder: Path, name: str, scale: Scale) -> None:
         write_whole(path, json.dumps(wanted, indent=1) + "\n")
 
 
-def run_all(runner: Runner, jobs: int) -> None:
+def run_all(runner: RunQueue, jobs: int) -> None:
     """Main contenders first, all their seeds in turn; then everybody else."""
     scale = runner.scale
     for main in (True, False):
@@ -95,7 +95,7 @@ def run_all(runner: Runner, jobs: int) -> None:
         runner.all([task for seed in zip(*by_contender, strict=True) for task in seed], jobs)
 
 
-def find_partners(runner: Runner) -> None:
+def find_partners(runner: RunQueue) -> None:
     """Partners of every expert (C2R) from the model that top-2's first seed has left.
 
     Raises:
@@ -129,15 +129,15 @@ def train(folder: Path, name: str, scale: Scale, jobs: int) -> None:
     text = corpus.write(folder / "text", scale)
     write_whole(folder / "corpus.json", (folder / "text" / "corpus.json").read_bytes())
     write_whole(folder / "sizes.json", _program("tools.quality.sizes", "--scale", name))
-    progress = Progress(scale)
-    runner = Runner(folder, scale, text, progress)
+    progress = RunsProgress(scale)
+    runner = RunQueue(folder, scale, text, progress)
     progress.before = sum(1 for _ in (folder / "runs").glob("*.json"))
     run_all(runner, jobs)
     for each in CONTENDERS:
         study(runner, each)
 
 
-def study(runner: Runner, contender: Contender) -> None:
+def study(runner: RunQueue, contender: QualityContender) -> None:
     """Ask the saved model of a contender what claims.py asks, unless it was asked."""
     path = runner.folder / "claims" / f"{contender.name}.json"
     (first, *_) = seed_tasks(contender, runner.scale, 0)

@@ -43,7 +43,7 @@ SPACE = "Ġ"
 BLANKS = set("ĠĊĉčĈ")
 
 
-class Blocks:
+class BlockCosines:
     """Mean cosine of what goes into adjacent blocks, over all tokens seen.
 
     A pre-hook of the norms in front of attention, and of the final one: what they read is H_{l-1}.
@@ -144,7 +144,7 @@ def study(
     model: Module, num_experts: int, tokens: np.ndarray, entries: list[str]
 ) -> dict[str, Any]:
     """Run over the text; tokens is [sequences, s]."""
-    blocks, experts = Blocks(model), Experts(model, num_experts)
+    blocks, experts = BlockCosines(model), Experts(model, num_experts)
     length = tokens.shape[1]
     device = next(model.parameters()).device
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)

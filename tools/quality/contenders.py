@@ -29,7 +29,7 @@ LATENT = (
 
 
 @dataclass(frozen=True)
-class Contender:
+class QualityContender:
     """One row."""
 
     name: str
@@ -68,13 +68,15 @@ class Contender:
 
 def pos2(
     name: str, title: str, options: str, main: bool = False, against: str = "pos2"
-) -> Contender:
-    return Contender(name, title, f"{POS2} {options}", against, "FLOPs, parameters", main)
+) -> QualityContender:
+    return QualityContender(name, title, f"{POS2} {options}", against, "FLOPs, parameters", main)
 
 
 CONTENDERS = (
-    Contender("top2", "top-2", f"{PAIRS} {BALANCED} --moe-router-topk 2", "top2", "-", True, True),
-    Contender(
+    QualityContender(
+        "top2", "top-2", f"{PAIRS} {BALANCED} --moe-router-topk 2", "top2", "-", True, True
+    ),
+    QualityContender(
         "dense",
         "dense",
         "--ffn-hidden-size 3F/2",
@@ -82,10 +84,10 @@ CONTENDERS = (
         "active FLOPs: every MLP half as wide again",
         True,
     ),
-    Contender(
+    QualityContender(
         "top1", "top-1", TOP1, "top2", "parameters; an expert's FLOPs less, as in the paper", True
     ),
-    Contender(
+    QualityContender(
         "shared",
         "top-1 + shared expert, CG-1",
         f"{SHARED} --moe-shared-expert-gate",
@@ -94,7 +96,7 @@ CONTENDERS = (
         True,
     ),
     *(
-        Contender(
+        QualityContender(
             position,
             f"ScMoE Pos-{position[3]}, CG-1",
             f"{SHARED} --scmoe-shortcut-position {position}",
@@ -107,18 +109,18 @@ CONTENDERS = (
     ),
     pos2("pos2-add", "ScMoE Pos-2, add", "--scmoe-combine add", main=True),
     pos2("pos2-cg2", "ScMoE Pos-2, CG-2", "--scmoe-combine cg2", main=True),
-    Contender(
+    QualityContender(
         "top3", "top-3", f"{PAIRS} {BALANCED} --moe-router-topk 3", "top2", "an expert's FLOPs more"
     ),
-    Contender(
+    QualityContender(
         "scmoe2",
         "ScMoE-2, Pos-2, CG-1",
         f"{PAIRS} {BALANCED} --moe-shared-expert-intermediate-size F --scmoe-preset scmoe-2",
         "top3",
         "active FLOPs; the shared expert is one more",
     ),
-    Contender("dgmoe", "DGMoE, distinct experts", DGMOE, "top2", "active FLOPs, parameters"),
-    Contender(
+    QualityContender("dgmoe", "DGMoE, distinct experts", DGMOE, "top2", "active FLOPs, parameters"),
+    QualityContender(
         "dgmoe-any",
         "DGMoE without the rule",
         f"{DGMOE} --no-scmoe-distinct-experts",
@@ -132,7 +134,7 @@ CONTENDERS = (
         "Pos-2, shared norm, post-norm",
         "--scmoe-shortcut-norm shared --scmoe-post-norm",
     ),
-    Contender(
+    QualityContender(
         "moe",
         "top-2 in every layer",
         f"{EVERY} {BALANCED} {PRE} --moe-router-topk 2 --moe-expert-capacity-factor 1.1",
@@ -140,7 +142,7 @@ CONTENDERS = (
         "-",
     ),
     *(
-        Contender(
+        QualityContender(
             f"moepp-{tau}",
             f"MoE++, tau {tau}",
             f"{MOEPP} --scmoe-tau {tau}",
@@ -150,14 +152,14 @@ CONTENDERS = (
         )
         for tau in ("0.1", "0.25", "0.5", "0.75", "1.0")
     ),
-    Contender(
+    QualityContender(
         "moepp-plain",
         "MoE++, tau 0.75, no gating residual",
         f"{MOEPP} --no-scmoe-gating-residual",
         "moepp-0.75",
         "FLOPs, but for the residual's",
     ),
-    Contender(
+    QualityContender(
         "longcat",
         "LongCat-style",
         f"{PAIRS} --scmoe-preset longcat-flash --moe-router-topk 3 --moe-aux-loss-coeff 0.001 "
@@ -166,7 +168,7 @@ CONTENDERS = (
         "experts of a token, on average; its attention is latent",
     ),
     *(
-        Contender(
+        QualityContender(
             f"c2r-{number}",
             f"C2R, T = {number}",
             f"{PAIRS} {BALANCED} --moe-router-topk 2 --scmoe-c2r-lists {LISTS} "
@@ -176,14 +178,14 @@ CONTENDERS = (
         )
         for number in (2, 4)
     ),
-    Contender(
+    QualityContender(
         "top1-wide",
         "top-1, experts twice as wide",
         f"{TOP1} --moe-ffn-hidden-size 2F",
         "top2",
         "active FLOPs; twice the experts' parameters",
     ),
-    Contender(
+    QualityContender(
         "top2-pre",
         "top-2, softmax over all experts",
         f"{PAIRS} {BALANCED} {PRE} --moe-router-topk 2",
@@ -191,7 +193,7 @@ CONTENDERS = (
         "FLOPs, parameters",
     ),
     *(
-        Contender(
+        QualityContender(
             f"moepp-{'-'.join(kinds)}",
             f"MoE++, tau 0.75, {' and '.join(kinds)} experts alone",
             " ".join(
@@ -209,9 +211,11 @@ CONTENDERS = (
             ("copy", "constant"),
         )
     ),
-    Contender("shared-add", "top-1 + shared expert, add", SHARED, "shared", "FLOPs, parameters"),
+    QualityContender(
+        "shared-add", "top-1 + shared expert, add", SHARED, "shared", "FLOPs, parameters"
+    ),
     *(
-        Contender(
+        QualityContender(
             f"{position}-add",
             f"ScMoE Pos-{position[3]}, add",
             f"{SHARED} --scmoe-shortcut-position {position} --scmoe-combine add",

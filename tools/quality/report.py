@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from megatron_scmoe.words import markdown_table, percent, read_json
-from tools.quality.contenders import BY_NAME, CONTENDERS, Contender
+from tools.quality.contenders import BY_NAME, CONTENDERS, QualityContender
 from tools.quality.papers import ORDERINGS, Ordering
-from tools.quality.runs import Result
+from tools.quality.runs import RunResult
 from tools.quality.scales import Scale
-from tools.quality.statistics import SIGNIFICANCE, Comparison, spread
+from tools.quality.statistics import SIGNIFICANCE, PairedSeeds, spread
 
 WORDS = {
     "better": "reproduced",
@@ -26,9 +26,9 @@ WORDS = {
 class Found:
     """What a folder holds."""
 
-    runs: dict[str, dict[int, Result]] = field(default_factory=dict)
+    runs: dict[str, dict[int, RunResult]] = field(default_factory=dict)
     """By contender and seed."""
-    rates: dict[str, dict[float, Result]] = field(default_factory=dict)
+    rates: dict[str, dict[float, RunResult]] = field(default_factory=dict)
     """The short runs that chose a rate, by contender and rate."""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     claims: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class Found:
         """Losses by seed."""
         return {seed: result.validation for seed, result in self.runs.get(name, {}).items()}
 
-    def compared(self, one: str, other: str) -> Comparison:
-        return Comparison.of(self.held_out(one), self.held_out(other))
+    def compared(self, one: str, other: str) -> PairedSeeds:
+        return PairedSeeds.of(self.held_out(one), self.held_out(other))
 
     @property
-    def results(self) -> list[Result]:
+    def results(self) -> list[RunResult]:
         return [result for some in self.runs.values() for result in some.values()]
 
 
@@ -53,7 +53,7 @@ def read(folder: Path) -> Found:
     """
     found = Found()
     for path in sorted((folder / "runs").glob("*.json")):
-        result = Result.read(path)
+        result = RunResult.read(path)
         if result.contender not in BY_NAME:
             continue
         if ".rate-" in path.name:
@@ -126,7 +126,7 @@ def contender_table(found: Found, scale: Scale) -> list[str]:
     return markdown_table(header, (_row(found, each) for each in CONTENDERS))
 
 
-def _row(found: Found, each: Contender) -> list[str]:
+def _row(found: Found, each: QualityContender) -> list[str]:
     losses = list(found.held_out(each.name).values())
     size = found.sizes.get(each.name)
     base = found.sizes.get("top2")

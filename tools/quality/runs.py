@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_scmoe.words import read_json, write_whole
 from tools.benchmarks.provenance import REPOSITORY, describe
-from tools.quality.contenders import CONTENDERS, LISTS, Contender
+from tools.quality.contenders import CONTENDERS, LISTS, QualityContender
 from tools.quality.corpus import Text
 from tools.quality.scales import Scale
 
@@ -37,10 +37,10 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
+class PlannedRun:
     """A run that is to be there."""
 
-    contender: Contender
+    contender: QualityContender
     seed: int
     rate: float
     iterations: int
@@ -57,7 +57,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """What a run has shown."""
 
     contender: str
@@ -78,7 +78,7 @@ class Result:
     """The contender's own."""
 
     @classmethod
-    def read(cls, path: Path) -> "Result":
+    def read(cls, path: Path) -> "RunResult":
         """What an earlier run has left.
 
         Raises:
@@ -95,7 +95,7 @@ class Result:
             ) from error
 
 
-class Runner:
+class RunQueue:
     """Does what is not done yet.
 
     Args:
@@ -104,7 +104,7 @@ class Runner:
     """
 
     def __init__(
-        self, folder: Path, scale: Scale, text: Text, announce: Callable[[Result, float], None]
+        self, folder: Path, scale: Scale, text: Text, announce: Callable[[RunResult, float], None]
     ) -> None:
         self.folder = folder
         self.scale = scale
@@ -113,10 +113,10 @@ class Runner:
         self._environment = describe()
         self._running: set[subprocess.Popen] = set()
 
-    def stored(self, task: Task) -> Path:
+    def stored(self, task: PlannedRun) -> Path:
         return self.folder / "runs" / f"{task.name}.json"
 
-    def done(self, task: Task) -> Result | None:
+    def done(self, task: PlannedRun) -> RunResult | None:
         """An earlier result.
 
         Raises:
@@ -125,7 +125,7 @@ class Runner:
         path = self.stored(task)
         if not path.exists():
             return None
-        result = Result.read(path)
+        result = RunResult.read(path)
         if result.digest != self._text.digest:
             raise ValueError(
                 f"{path} was trained on other text ({result.digest}, here is {self._text.digest}; "
@@ -138,7 +138,7 @@ class Runner:
             )
         return result
 
-    def all(self, tasks: Iterable[Task], jobs: int) -> list[Result]:
+    def all(self, tasks: Iterable[PlannedRun], jobs: int) -> list[RunResult]:
         """Results in the order of the tasks; those that are missing are run, some at a time.
 
         Raises:
@@ -154,7 +154,7 @@ class Runner:
                     process.terminate()
                 raise
 
-    def command(self, task: Task) -> list[str]:
+    def command(self, task: PlannedRun) -> list[str]:
         """Paths as they are from the repository, where it runs."""
         return [
             *("python", "pretrain_gpt_scmoe.py"),
@@ -170,21 +170,21 @@ class Runner:
             *(self._saving(task) if self._is_studied(task) else ()),
         ]
 
-    def _saving(self, task: Task) -> list[str]:
+    def _saving(self, task: PlannedRun) -> list[str]:
         return ["--save", str(self.checkpoint(task)), "--save-interval", str(task.iterations)]
 
     @property
     def partners(self) -> Path:
         return self.folder / "c2r" / "lists.json"
 
-    def checkpoint(self, task: Task) -> Path:
+    def checkpoint(self, task: PlannedRun) -> Path:
         return self.folder / "logs" / task.name / "checkpoint"
 
-    def _is_studied(self, task: Task) -> bool:
+    def _is_studied(self, task: PlannedRun) -> bool:
         first = task.seed == self.scale.seeds[0] and not task.chooses_rate
         return first and task.contender.studied
 
-    def _one(self, task: Task) -> Result:
+    def _one(self, task: PlannedRun) -> RunResult:
         result = self.done(task)
         if result is not None:
             return result
@@ -213,10 +213,10 @@ class Runner:
                 f"{task.name} ended with exit code {code}; its output is in "
                 f"{logs / 'log.txt'}, the last lines are:\n" + "\n".join(lines)
             )
-        printed = Log.read(logs / "log.txt")
+        printed = TrainingLog.read(logs / "log.txt")
         if printed.validation is None:
             raise RunError(f"{task.name} evaluated nothing; its output is in {logs / 'log.txt'}")
-        result = Result(
+        result = RunResult(
             contender=task.contender.name,
             seed=task.seed,
             rate=task.rate,
@@ -236,22 +236,22 @@ class Runner:
         return result
 
 
-def rate_tasks(contender: Contender, scale: Scale) -> list[Task]:
+def rate_tasks(contender: QualityContender, scale: Scale) -> list[PlannedRun]:
     """The short runs that choose its learning rate; none where there is one to choose from."""
     if len(scale.rates) == 1:
         return []
     return [
-        Task(contender, scale.rate_seed, rate, scale.rate_iterations, chooses_rate=True)
+        PlannedRun(contender, scale.rate_seed, rate, scale.rate_iterations, chooses_rate=True)
         for rate in scale.rates
     ]
 
 
-def seed_tasks(contender: Contender, scale: Scale, rate: float) -> list[Task]:
+def seed_tasks(contender: QualityContender, scale: Scale, rate: float) -> list[PlannedRun]:
     seeds = scale.seeds if contender.main else scale.seeds[:1]
-    return [Task(contender, seed, rate, scale.iterations) for seed in seeds]
+    return [PlannedRun(contender, seed, rate, scale.iterations) for seed in seeds]
 
 
-def chosen_rate(contender: Contender, scale: Scale, results: Iterable[Result]) -> float:
+def chosen_rate(contender: QualityContender, scale: Scale, results: Iterable[RunResult]) -> float:
     """That of the least held-out loss."""
     if len(scale.rates) == 1:
         return scale.rates[0]
@@ -265,7 +265,7 @@ def number_of_runs(scale: Scale) -> int:
 
 
 @dataclass
-class Log:
+class TrainingLog:
     """What a run has printed. Not TensorBoard's file: its last value, the held-out loss, may be
     missing when the process ends."""
 
@@ -275,7 +275,7 @@ class Log:
     extras: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "Log":
+    def read(cls, path: Path) -> "TrainingLog":
         log = cls()
         for line in path.read_text(errors="replace").splitlines():
             if match := LOSS_LINE.search(line):

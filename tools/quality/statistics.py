@@ -9,14 +9,14 @@ SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedSeeds:
     """Two contenders, seed by seed: the same weights' seed, data and order."""
 
     differences: tuple[float, ...]
     """Of held-out losses, the first one's minus the second one's; below 0 the first is better."""
 
     @classmethod
-    def of(cls, one: Mapping[int, float], other: Mapping[int, float]) -> "Comparison":
+    def of(cls, one: Mapping[int, float], other: Mapping[int, float]) -> "PairedSeeds":
         """From held-out losses by seed."""
         return cls(tuple(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())))
 

@@ -22,7 +22,7 @@ BATCH_LINES = 1000
 
 
 @dataclass(frozen=True)
-class Place:
+class Bookmark:
     """A place between two lines: in which file, behind how many of its lines, and where that is on
     disk (0 where only reading from the beginning leads there)."""
 
@@ -44,7 +44,7 @@ class Batch:
     first_line: int
     lines: list[bytes]
     disk_bytes: int
-    end: Place = Place()
+    end: Bookmark = Bookmark()
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -102,7 +102,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 
 def read_batches(
-    files: Sequence[Path], keys: Sequence[str] = ("text",), start: Place = Place()
+    files: Sequence[Path], keys: Sequence[str] = ("text",), start: Bookmark = Bookmark()
 ) -> Iterator[Batch]:
     """The documents of `files` as lines of JSON, in order, a batch never crossing a file.
 
@@ -117,7 +117,7 @@ def read_batches(
     """
     for number, path in enumerate(files):
         if number >= start.file:
-            here = start if number == start.file else Place(number)
+            here = start if number == start.file else Bookmark(number)
             if path.suffix == ".parquet":
                 yield from _parquet_batches(path, keys, here)
             elif Path(path.stem if path.suffix in SUFFIXES else path).suffix == ".txt":
@@ -126,7 +126,7 @@ def read_batches(
                 yield from _line_batches(path, here)
 
 
-def _line_batches(path: Path, start: Place) -> Iterator[Batch]:
+def _line_batches(path: Path, start: Bookmark) -> Iterator[Batch]:
     number = start.lines + 1  # of the next batch's first line
     lines: list[bytes] = []
     size = 0
@@ -146,11 +146,11 @@ def _line_batches(path: Path, start: Place) -> Iterator[Batch]:
                 if size >= BATCH_BYTES or len(lines) == BATCH_LINES:
                     before, position = position, _tell(raw)
                     number += len(lines)
-                    end = Place(start.file, number - 1, position if stream is raw else 0)
+                    end = Bookmark(start.file, number - 1, position if stream is raw else 0)
                     yield Batch(str(path), number - len(lines), lines, position - before, end)
                     lines, size = [], 0
             if lines:
-                end = Place(start.file, number + len(lines) - 1)
+                end = Bookmark(start.file, number + len(lines) - 1)
                 yield Batch(str(path), number, lines, _tell(raw) - position, end)
     except ERRORS as error:
         raise DataError(
@@ -158,7 +158,7 @@ def _line_batches(path: Path, start: Place) -> Iterator[Batch]:
         ) from error
 
 
-def _text_batch(path: Path, keys: Sequence[str], start: Place) -> Iterator[Batch]:
+def _text_batch(path: Path, keys: Sequence[str], start: Bookmark) -> Iterator[Batch]:
     if start.lines:
         return
     if len(keys) > 1:
@@ -172,10 +172,10 @@ def _text_batch(path: Path, keys: Sequence[str], start: Place) -> Iterator[Batch
         line = json.dumps({keys[0]: content.decode()}, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         line = content  # the encoder says where it is not UTF-8
-    yield Batch(str(path), 1, [line], path.stat().st_size, Place(start.file, 1))
+    yield Batch(str(path), 1, [line], path.stat().st_size, Bookmark(start.file, 1))
 
 
-def _parquet_batches(path: Path, keys: Sequence[str], start: Place) -> Iterator[Batch]:
+def _parquet_batches(path: Path, keys: Sequence[str], start: Bookmark) -> Iterator[Batch]:
     number, size, lines = start.lines + 1, 0, []
     disk_bytes = path.stat().st_size
     before = share = 0.0
@@ -185,11 +185,11 @@ def _parquet_batches(path: Path, keys: Sequence[str], start: Place) -> Iterator[
         if size >= BATCH_BYTES or len(lines) == BATCH_LINES:
             moved, before = int((share - before) * disk_bytes), share
             number += len(lines)
-            end = Place(start.file, number - 1)
+            end = Bookmark(start.file, number - 1)
             yield Batch(str(path), number - len(lines), lines, moved, end)
             lines, size = [], 0
     if lines:
-        end = Place(start.file, number + len(lines) - 1)
+        end = Bookmark(start.file, number + len(lines) - 1)
         yield Batch(str(path), number, lines, int((share - before) * disk_bytes), end)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.corpus import Batch, Place
+from megatron_scmoe.commands.preprocess.corpus import Batch, Bookmark
 from megatron_scmoe.commands.preprocess.proof import Engine
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -44,7 +44,7 @@ class EncodedBatch:
     tokens: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
     sequences: dict[str, np.ndarray]
-    end: Place
+    end: Bookmark
     documents: int = 0
     text_bytes: int = 0
     disk_bytes: int = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_scmoe import __version__
 from megatron_scmoe.commands.preprocess import DataError
-from megatron_scmoe.commands.preprocess.corpus import Place, find_files
+from megatron_scmoe.commands.preprocess.corpus import Bookmark, find_files
 from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder
 from megatron_scmoe.commands.preprocess.encoding import EncodedBatch, Encoder
 from megatron_scmoe.commands.preprocess.host_tokenizer import fingerprint
@@ -17,7 +17,7 @@ from megatron_scmoe.commands.preprocess.terminal import Progress, say
 SKIPPED_SHOWN = 10
 
 
-class Job:
+class PreprocessJob:
     """What is done with the encoded batches, and how far that is.
 
     Args:
@@ -34,7 +34,7 @@ class Job:
     ) -> None:
         self._args, self._output, self._bar = args, output, bar
         self._vocab_size = encoder.tokenizer.vocab_size
-        self.place = Place(*progress["place"]) if progress else Place()
+        self.place = Bookmark(*progress["place"]) if progress else Bookmark()
         self._bad_lines = progress["bad_lines"] if progress else 0
         self._repaired = progress["repaired"] if progress else 0
         if progress:

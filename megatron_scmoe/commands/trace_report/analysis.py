@@ -12,7 +12,7 @@ from itertools import batched
 from statistics import fmean, median
 from typing import NamedTuple
 
-from megatron_scmoe.commands.trace_report.traces import Place, TracedPass, TracedRun, TraceError
+from megatron_scmoe.commands.trace_report.traces import TracedPass, TracedRun, TraceError, UnitPlace
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.measure.cost import (
     RoutedTimes,
@@ -255,7 +255,7 @@ def _layer_order(key: tuple[int, Direction, str]) -> tuple[int, int, int]:
 _Key = tuple[tuple[int, ...], int, int, object]
 
 
-def _key(run: TracedRun, place: Place, exchange: Exchange) -> _Key:
+def _key(run: TracedRun, place: UnitPlace, exchange: Exchange) -> _Key:
     return run.groups[place.rank], place.iteration, place.layer, exchange.activity
 
 
@@ -395,7 +395,7 @@ def _measured(one: TracedPass, position: str) -> float:
 
 def _example(run: TracedRun, rank: int | None) -> dict[Direction, TracedPass]:
     """The unit nearest to the medians of time and of exposed time, in both directions."""
-    pairs: dict[tuple[Place, int], dict[Direction, TracedPass]] = defaultdict(dict)
+    pairs: dict[tuple[UnitPlace, int], dict[Direction, TracedPass]] = defaultdict(dict)
     for one in run.passes:
         if rank is None or one.place.rank == rank:
             pairs[one.place, one.number][one.direction] = one

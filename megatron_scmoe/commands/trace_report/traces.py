@@ -36,7 +36,7 @@ class TraceError(Exception):
     """The traces cannot be read; the message is one line for the user."""
 
 
-class Place(NamedTuple):
+class UnitPlace(NamedTuple):
     """Whose record it is."""
 
     rank: int
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 class TracedPass(NamedTuple):
     """One pass of a unit on one rank, in one direction."""
 
-    place: Place
+    place: UnitPlace
     number: int
     """From 1, in the iteration; a backward pass has the number of its forward pass."""
     direction: Direction
@@ -86,7 +86,7 @@ class TracedRun:
     parameters: Mapping[str, int]
     slots: Slots
     left_out: tuple[int, ...]
-    records: Mapping[Place, UnitRecord]
+    records: Mapping[UnitPlace, UnitRecord]
     copies: float | None = None
     rows: Mapping[int, float] = field(default_factory=dict)
 
@@ -132,7 +132,7 @@ class TracedRun:
         return tuple(one for place, record in self.records.items() for one in _split(place, record))
 
 
-def _split(place: Place, record: UnitRecord) -> list[TracedPass]:
+def _split(place: UnitPlace, record: UnitRecord) -> list[TracedPass]:
     steps: dict[tuple[int, Direction], list[Span]] = defaultdict(list)
     exchanges: dict[tuple[int, Direction], list[Exchange]] = defaultdict(list)
     for span in record.steps:
@@ -173,7 +173,7 @@ def read_run(folder: Path) -> TracedRun:
     _check_times(events)
     slots, iterations, left_out = _slots(traces)
     origin = min(event["ts"] for steps in events.values() for event in steps)
-    records: dict[Place, UnitRecord] = defaultdict(UnitRecord)
+    records: dict[UnitPlace, UnitRecord] = defaultdict(UnitRecord)
     groups, copies, rows = {}, [], {}
     for path, steps in events.items():
         try:
@@ -356,14 +356,14 @@ def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tupl
     return last, kept, tuple(i for i in common if i not in kept)
 
 
-def _add(records: dict[Place, UnitRecord], event: dict[str, Any], origin: float) -> None:
+def _add(records: dict[UnitPlace, UnitRecord], event: dict[str, Any], origin: float) -> None:
     """Add a step or an exchange to its record.
 
     Raises:
         KeyError, TypeError: the event is not one of this version.
     """
     args = event["args"]
-    record = records[Place(event["pid"], args["iteration"], args["layer"])]
+    record = records[UnitPlace(event["pid"], args["iteration"], args["layer"])]
     activity = Activity(
         args["step"], event["cat"], args["chunk"], args["pass"], args.get("route", 0)
     )

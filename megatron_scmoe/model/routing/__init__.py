@@ -257,7 +257,7 @@ def _wrong_lists(config: TransformerConfig, scmoe: RouterOptions) -> Found:
     return why is not None and {"why": why}
 
 
-class Collaboration(Router):
+class C2R(Router):
     """C2R's, which takes a token's other experts from the best partners of its first"""
 
     names_on_disk = (BUFFER,)
@@ -336,7 +336,7 @@ ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
     "heterogeneous": Heterogeneous,
     "longcat": LongCat,
-    "c2r": Collaboration,
+    "c2r": C2R,
 }
 
 

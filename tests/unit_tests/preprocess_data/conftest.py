@@ -103,7 +103,7 @@ def make_punkt(folder: Path) -> Path:
 
 
 @dataclass
-class Outcome:
+class ToolEnd:
     """How a run of the tool ended."""
 
     code: int
@@ -118,7 +118,7 @@ class Outcome:
         return self.stderr.removeprefix(prefix).strip()
 
 
-class Run:
+class ForkedTool:
     """The tool running as a process and process group of its own.
 
     Forked instead of started, so that a test does not wait seconds for PyTorch to be imported
@@ -149,13 +149,13 @@ class Run:
             finally:
                 os._exit(code)
 
-    def wait(self, seconds: float = 60) -> Outcome:
+    def wait(self, seconds: float = 60) -> ToolEnd:
         """The outcome; kills the run and fails if it does not end in time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return Outcome(os.waitstatus_to_exitcode(status), self.log.read_text())
+                return ToolEnd(os.waitstatus_to_exitcode(status), self.log.read_text())
             time.sleep(0.01)
         os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -191,8 +191,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def start(preloaded: None, tmp_path: Path):
     """Starts the tool; the test goes on while it runs."""
 
-    def start(*arguments: object, prepare: Callable[[], None] | None = None) -> Run:
-        return Run([str(argument) for argument in arguments], tmp_path / "log", prepare)
+    def start(*arguments: object, prepare: Callable[[], None] | None = None) -> ForkedTool:
+        return ForkedTool([str(argument) for argument in arguments], tmp_path / "log", prepare)
 
     return start
 
@@ -201,7 +201,7 @@ def start(preloaded: None, tmp_path: Path):
 def tool(start):
     """Runs the tool to its end."""
 
-    def tool(*arguments: object, prepare: Callable[[], None] | None = None) -> Outcome:
+    def tool(*arguments: object, prepare: Callable[[], None] | None = None) -> ToolEnd:
         return start(*arguments, prepare=prepare).wait()
 
     return tool

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import ForkedTool
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def endless(tmp_path: Path) -> Path:
     os.close(descriptor)
 
 
-def wait_for_workers(run: Run, count: int) -> list[int]:
+def wait_for_workers(run: ForkedTool, count: int) -> list[int]:
     deadline = time.monotonic() + 60
     while len(run.children()) < count:
         assert time.monotonic() < deadline, run.log.read_text()

@@ -25,7 +25,7 @@ def stop_after(batches: int, signum: int) -> Callable[[], None]:
 
         corpus.BATCH_LINES = 20
         preprocess_data.SECONDS_BETWEEN_RECORDS = 0
-        add, done = job.Job.add, 0
+        add, done = job.PreprocessJob.add, 0
 
         def add_and_stop(self, batch) -> None:
             nonlocal done
@@ -36,7 +36,7 @@ def stop_after(batches: int, signum: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signum)
             add(self, batch)
 
-        job.Job.add = add_and_stop
+        job.PreprocessJob.add = add_and_stop
 
     return prepare
 
