@@ -1,18 +1,12 @@
 """--moe-token-dispatcher-type dense."""
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.model.dispatch import DISPATCHERS
-from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllGather, Collective, ReduceScatter
 
@@ -28,21 +22,6 @@ class DenseDispatcher(Dispatcher):
             "drop one of them",
         ),
     )
-
-    def __init__(self, group: ProcessGroup, local_experts: slice) -> None:
-        self.group = group
-        self.local_experts = local_experts
-
-    @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
-        return cls(pg_collection.tp_ep, local_experts)
 
     def prepare(
         self, chunks: list[Chunk], host_waited: Callable[[float], None]
@@ -66,7 +45,7 @@ class DenseTrip:
         return cargo
 
     def collective(self) -> Collective:
-        return AllGather(self._dispatcher.group)
+        return AllGather(self._dispatcher.tp_ep_group)
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """All tokens, once for every local expert."""
@@ -81,7 +60,7 @@ class DenseTrip:
         local = self._dispatcher.local_experts
         experts = local.stop - local.start
         rows = expert_output.view(experts, -1, expert_output.shape[1]).sum(dim=0)
-        return ReduceScatter(self._dispatcher.group), rows
+        return ReduceScatter(self._dispatcher.tp_ep_group), rows
 
     def restore(self, rows: Tensor) -> Tensor:
         return rows

@@ -5,16 +5,11 @@ experts, R rows for this rank's experts
 """
 
 from collections.abc import Callable
-from typing import Self
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
-from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import AllGather, Collective, ReduceScatter
@@ -34,30 +29,12 @@ class AllGatherDispatcher(Dispatcher):
         ),
     )
 
-    @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
-        return cls(config, pg_collection, local_experts)
-
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice
-    ) -> None:
-        self.config = config
-        self.group = pg_collection.tp_ep
-        self.local_experts = local_experts
-
     def prepare(
         self, chunks: list[Chunk], host_waited: Callable[[float], None]
     ) -> "list[AllGatherTrip]":
         """Nothing is computed before the exchange."""
         maps = [chunk.routing_map for chunk in chunks]
-        counts = RowCounts(maps, self.group, host_waited)
+        counts = RowCounts(maps, self.tp_ep_group, host_waited)
         return [AllGatherTrip(self, chunk, counts, index) for index, chunk in enumerate(chunks)]
 
 
@@ -83,7 +60,7 @@ class AllGatherTrip:
 
     def collective(self) -> Collective:
         """One number of tokens on all ranks: no need to know the numbers of rows."""
-        return AllGather(self._dispatcher.group)
+        return AllGather(self._dispatcher.tp_ep_group)
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """The tokens of this rank's experts; a token of several experts is repeated."""
@@ -111,7 +88,7 @@ class AllGatherTrip:
             routing_map=self._local_map,
             fused=self._fused,
         )
-        return ReduceScatter(self._dispatcher.group), rows.to(self._probs_dtype)
+        return ReduceScatter(self._dispatcher.tp_ep_group), rows.to(self._probs_dtype)
 
     def restore(self, rows: Tensor) -> Tensor:
         """The sum is of this rank's tokens already."""

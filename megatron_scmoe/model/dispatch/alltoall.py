@@ -6,7 +6,7 @@ experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's exp
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,11 +18,9 @@ from megatron.core.transformer.moe.moe_utils import (
     sort_chunks_by_idxs,
     unpermute,
 )
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.model.dispatch.row_counts import KnownRowCounts, RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput, Trip
@@ -32,26 +30,10 @@ from megatron_scmoe.overlap.collectives import Collective
 class AllToAllDispatcher(Dispatcher):
     """Each token is sent to the ranks of its experts."""
 
-    @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
-        return cls(config, pg_collection, local_experts)
-
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice
     ) -> None:
-        self.config = config
-        self.ep_group = pg_collection.ep
-        self.tp_group = pg_collection.expt_tp
-        self.tp_ep_group = pg_collection.tp_ep
-        self.local_experts = local_experts
-
+        super().__init__(config, pg_collection, local_experts)
         # The fused permutation reads its order on the device.
         device = torch.cuda.current_device() if config.moe_permute_fusion else "cpu"
         num_local_experts = local_experts.stop - local_experts.start
@@ -103,39 +85,40 @@ class AllToAllDispatcher(Dispatcher):
         )
 
 
-class AllToAllTrip:
-    """Rows sorted by expert, sent to the ranks of the experts and back.
+class SentTrip:
+    """Tokens permuted to rows, which are sent and come back.
 
     How many rows there are the host need not know to permute them: it permutes as many as there can
     be, real ones first, and sends those.
+
+    Args:
+        index: of the chunk, in the counts.
+        sent: where each token has a row, [T, ...], bool.
+        padded: whether rows are padded to a capacity of each expert.
     """
 
     tokens_per_expert: Tensor
+    _cargo: tuple[Tensor, ...]
+    _permutation: Tensor
 
     def __init__(
-        self, dispatcher: AllToAllDispatcher, chunk: Chunk, counts: RowCounts, index: int
+        self,
+        dispatcher: AllToAllDispatcher,
+        chunk: Chunk,
+        counts: RowCounts,
+        index: int,
+        sent: Tensor,
+        padded: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
-        self._config = dispatcher.config
+        self._fused = dispatcher.config.moe_permute_fusion
         self._shape = chunk.hidden_states.shape
-        self._probs_dtype = chunk.probs.dtype
-        self._routing_map = chunk.routing_map
         self._counts, self._index = counts, index
         self._most_rows = dispatcher.most_rows(chunk)
-        rows, row_probs, self._permutation, _, _ = permute(
-            chunk.hidden_states,
-            chunk.routing_map,
-            probs=chunk.probs,
-            num_out_tokens=self._most_rows,
-            fused=self._config.moe_permute_fusion,
-            drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
-        )
-        # The small exchange first: with CUDA_DEVICE_MAX_CONNECTIONS=1 work that is enqueued behind
-        # a second exchange would wait for the first one.
-        self._cargo: tuple[Tensor, ...] = (row_probs, rows)
+        self._sent, self._padded = sent, padded
 
     def cargo(self) -> tuple[Tensor, ...]:
-        """Router weights, [N], and rows, [N, h]."""
+        """Router weights, [N, ...], and rows, [N, h]."""
         cargo, self._cargo = self._cargo, ()
         return cargo
 
@@ -145,31 +128,77 @@ class AllToAllTrip:
         Raises:
             RuntimeError: the router chose more than K experts for some token.
         """
-        own = self._dispatcher
-        ranks = own.ep_group.size(), own.tp_group.size()
-        counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
-        sent = counts[own.ep_group.rank(), own.tp_group.rank()]
-        self._num_rows = int(sent.sum())
+        counts = self._by_rank(self._counts.on_host())
+        self.tokens_per_expert = counts[:, :, self._dispatcher.local_experts].sum(dim=(0, 1))
+        self._passage = self._passage_of(counts)
+        self._num_rows = self._passage.rows
         if self._num_rows > self._most_rows:
             raise RuntimeError(
                 f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
             )
+        self._collective = self._passage.collective()
+        return self._collective
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The sum over the rows of each token, in the order of the tokens."""
+        return unpermute(
+            rows,
+            # A fused permutation lists places of tokens, another one tokens of rows.
+            self._permutation if self._fused else self._permutation[: self._num_rows],
+            restore_shape=self._shape,
+            routing_map=self._sent,
+            fused=self._fused,
+            drop_and_pad=self._padded,
+        )
+
+    def _by_rank(self, counts: Tensor) -> Tensor:
+        """Those of this chunk, [EP, ETP, ...]."""
+        own = self._dispatcher
+        return counts[:, self._index].unflatten(0, (own.ep_group.size(), own.tp_group.size()))
+
+    def _passage_of(self, counts: Tensor) -> Passage:
+        """What travels, from [EP, ETP, ...]."""
+        raise NotImplementedError
+
+
+class AllToAllTrip(SentTrip):
+    """Rows sorted by expert, sent to the ranks of the experts and back."""
+
+    def __init__(
+        self, dispatcher: AllToAllDispatcher, chunk: Chunk, counts: RowCounts, index: int
+    ) -> None:
+        padded = dispatcher.config.moe_pad_expert_input_to_capacity
+        super().__init__(dispatcher, chunk, counts, index, chunk.routing_map, padded)
+        self._probs_dtype = chunk.probs.dtype
+        rows, row_probs, self._permutation, _, _ = permute(
+            chunk.hidden_states,
+            chunk.routing_map,
+            probs=chunk.probs,
+            num_out_tokens=self._most_rows,
+            fused=self._fused,
+            drop_and_pad=padded,
+        )
+        # The small exchange first: with CUDA_DEVICE_MAX_CONNECTIONS=1 work that is enqueued behind
+        # a second exchange would wait for the first one.
+        self._cargo = row_probs, rows
+
+    def _passage_of(self, counts: Tensor) -> Passage:
+        own = self._dispatcher
+        sent = counts[own.ep_group.rank(), own.tp_group.rank()]
         received = counts[:, :, own.local_experts]
-        self.tokens_per_expert = received.sum(dim=(0, 1))
         # Rows from each (expert tensor parallel, expert parallel) rank for each local expert,
         # [ETP * EP, e]: the gather over expert tensor parallel ranks puts their blocks one after
         # another. A fused permutation reads them on the device.
-        if self._config.moe_permute_fusion:
-            counts = self._counts.on_device()[:, self._index].unflatten(0, ranks)
-        self._chunk_sizes = counts[:, :, own.local_experts].transpose(0, 1).flatten(0, 1)
-        self._passage = Passage(
+        sizes = received
+        if self._fused:
+            sizes = self._by_rank(self._counts.on_device())[:, :, own.local_experts]
+        self._chunk_sizes = sizes.transpose(0, 1).flatten(0, 1)
+        return Passage(
             own.ep_group,
             own.tp_group,
             sent=sent.view(own.ep_group.size(), -1).sum(dim=1),
             received=received.sum(dim=2),
         )
-        self._collective = self._passage.collective()
-        return self._collective
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """The rows of all expert tensor parallel ranks, sorted by expert."""
@@ -187,25 +216,10 @@ class AllToAllTrip:
         rows = self._passage.summed(rows, self._probs_dtype)
         return self._collective.mirrored(), rows
 
-    def restore(self, rows: Tensor) -> Tensor:
-        """Back in the order of the tokens."""
-        fused = self._config.moe_permute_fusion
-        return unpermute(
-            rows,
-            # A fused permutation lists places of tokens, another one tokens of rows.
-            self._permutation if fused else self._permutation[: self._num_rows],
-            restore_shape=self._shape,
-            routing_map=self._routing_map,
-            fused=fused,
-            drop_and_pad=self._config.moe_pad_expert_input_to_capacity,
-        )
-
     def _several_experts(self) -> bool:
         return self.tokens_per_expert.numel() > 1
 
     def _sort(
         self, rows: Tensor, chunk_sizes: Tensor, order: Tensor, probs: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        return sort_chunks_by_idxs(
-            rows, chunk_sizes.ravel(), order, probs=probs, fused=self._config.moe_permute_fusion
-        )
+        return sort_chunks_by_idxs(rows, chunk_sizes.ravel(), order, probs=probs, fused=self._fused)

@@ -22,7 +22,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from torch import Tensor
 
-from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher
+from megatron_scmoe.model.dispatch.alltoall import AllToAllDispatcher, SentTrip
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, ExpertInput
@@ -75,61 +75,33 @@ class OncePerRankDispatcher(AllToAllDispatcher):
         return Passage(self.ep_group, self.tp_group, sent, received)
 
 
-class OnceTrip:
+class OnceTrip(SentTrip):
     """Rows sorted by rank, sent there, repeated for its experts, and back as their sums."""
 
-    tokens_per_expert: Tensor
+    _dispatcher: OncePerRankDispatcher
 
     def __init__(
         self, dispatcher: OncePerRankDispatcher, chunk: Chunk, counts: RowCounts, index: int
     ) -> None:
-        self._dispatcher = dispatcher
-        self._fused = dispatcher.config.moe_permute_fusion
-        self._shape = chunk.hidden_states.shape
+        sent = visits(chunk.routing_map, dispatcher.places)
+        super().__init__(dispatcher, chunk, counts, index, sent)
         self._precision = torch.promote_types(chunk.probs.dtype, chunk.hidden_states.dtype)
-        self._counts, self._index = counts, index
         self._num_experts = chunk.routing_map.shape[1]
-        self._most_rows = dispatcher.most_rows(chunk)
-        self._visits = visits(chunk.routing_map, dispatcher.places)
         rows, _, self._permutation, _, _ = permute(
-            chunk.hidden_states,
-            self._visits,
-            num_out_tokens=self._most_rows,
-            fused=self._fused,
+            chunk.hidden_states, sent, num_out_tokens=self._most_rows, fused=self._fused
         )
         weights = chunk.probs.masked_fill(~chunk.routing_map, NOT_HERE)
         weights = weights.unflatten(1, (dispatcher.places, -1))
         # The same rows, as those of D * T tokens with one place to go.
         row_weights, *_ = permute(
             weights.transpose(0, 1).flatten(0, 1),
-            self._visits.T.reshape(-1, 1),
+            sent.T.reshape(-1, 1),
             num_out_tokens=self._most_rows,
         )
-        self._cargo: tuple[Tensor, ...] = (row_weights, rows)
+        self._cargo = row_weights, rows
 
-    def cargo(self) -> tuple[Tensor, ...]:
-        """Router weights, [N, e], and rows, [N, h]."""
-        cargo, self._cargo = self._cargo, ()
-        return cargo
-
-    def collective(self) -> Collective:
-        """Splits from everybody's numbers of rows.
-
-        Raises:
-            RuntimeError: the router chose more than K experts for some token.
-        """
-        own = self._dispatcher
-        ranks = own.ep_group.size(), own.tp_group.size()
-        counts = self._counts.on_host()[:, self._index].unflatten(0, ranks)
-        self.tokens_per_expert = counts[:, :, own.local_experts].sum(dim=(0, 1))
-        self._passage = own.passage(counts[:, :, self._num_experts :])
-        self._num_rows = self._passage.rows
-        if self._num_rows > self._most_rows:
-            raise RuntimeError(
-                f"the router selected {self._num_rows} rows, {self._most_rows} at most fit"
-            )
-        self._collective = self._passage.collective()
-        return self._collective
+    def _passage_of(self, counts: Tensor) -> Passage:
+        return self._dispatcher.passage(counts[:, :, self._num_experts :])
 
     def expert_input(self, received: list[Tensor]) -> ExpertInput:
         """Each row once for every expert of this rank that it is for."""
@@ -159,17 +131,6 @@ class OnceTrip:
         )
         rows = self._passage.summed(rows, self._precision).to(expert_output.dtype)
         return self._collective.mirrored(), rows
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """The sum over the ranks, in the order of the tokens."""
-        return unpermute(
-            rows,
-            # A fused permutation lists places of tokens, another one tokens of rows.
-            self._permutation if self._fused else self._permutation[: self._num_rows],
-            restore_shape=self._shape,
-            routing_map=self._visits,
-            fused=self._fused,
-        )
 
 
 def visits(routing_map: Tensor, places: int) -> Tensor:

@@ -80,6 +80,15 @@ class Dispatcher(Variant):
     host_type: ClassVar[str] = "alltoall"
     """The host's value that stands for it where the host asks, which knows only its own."""
 
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, local_experts: slice
+    ) -> None:
+        self.config = config
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.tp_ep_group = pg_collection.tp_ep
+        self.local_experts = local_experts
+
     @classmethod
     def build(
         cls,
@@ -96,7 +105,7 @@ class Dispatcher(Variant):
             host: the host's own.
             options: ours.
         """
-        raise NotImplementedError
+        return cls(config, pg_collection, local_experts)
 
     def prepare(self, chunks: list[Chunk], host_waited: Callable[[float], None]) -> Sequence[Trip]:
         """Begin a trip with each chunk, and ask for the numbers of rows of all.
