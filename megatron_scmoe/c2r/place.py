@@ -2,14 +2,13 @@
 
 Wanted are as few copies between nodes as can be, then as few between ranks, on ranks that have as
 many experts each and at most `max_imbalance` times the mean load. `greedy` is the published
-grouping; `improved` swaps experts from there; `exhaustive` looks at all placements of a few.
+grouping; `improved` swaps experts from there.
 
 Shapes: S sets of experts, K experts of a token at most, N experts, G groups
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -246,34 +245,6 @@ def _overload(load: np.ndarray, rank: np.ndarray, max_imbalance: float) -> np.nd
 def _beyond(rows: np.ndarray, of_rank: np.ndarray, max_imbalance: float) -> np.ndarray:
     """What ranks with so many rows have too many, as a share of the mean of all ranks."""
     return np.maximum(rows / max(of_rank.mean(), 1.0) - max_imbalance, 0.0)
-
-
-def exhaustive(
-    chosen: Chosen, ranks: int, ranks_per_node: int, max_imbalance: float = MAX_IMBALANCE
-) -> Ranks:
-    """The best of all placements."""
-    limits = ranks_per_node, max_imbalance
-    every = _every(tuple(range(len(chosen.load))), ranks, ranks_per_node)
-    return _in_order(min(every, key=lambda found: cost(chosen, found, *limits)), ranks_per_node)
-
-
-def _every(experts: tuple[int, ...], ranks: int, ranks_per_node: int) -> Iterator[Ranks]:
-    for of_nodes in _parts(experts, ranks // ranks_per_node):
-        inside = [list(_parts(node, ranks_per_node)) for node in of_nodes]
-        for chosen in product(*inside):
-            yield tuple(rank for node in chosen for rank in node)
-
-
-def _parts(experts: tuple[int, ...], number: int) -> Iterator[Ranks]:
-    """Every way to make `number` parts of one size, whose order does not matter."""
-    if number == 1:
-        yield (experts,)
-        return
-    first, *others = experts
-    for with_first in combinations(others, len(experts) // number - 1):
-        rest = tuple(expert for expert in others if expert not in with_first)
-        for parts in _parts(rest, number - 1):
-            yield ((first, *with_first), *parts)
 
 
 def _cut(order: list[int], ranks: int) -> Ranks:

@@ -39,6 +39,6 @@ def closeness(layer: LayerCounts) -> Closeness:
     return Closeness(shares, entropy, float((rows > 0).sum(axis=1).mean()), busiest)
 
 
-def contiguous(experts: int, groups: int) -> np.ndarray:
+def groups_in_order(experts: int, groups: int) -> np.ndarray:
     """Numbers of the groups of experts that lie in order, as Megatron places them, [N]."""
     return np.arange(experts) * groups // experts

@@ -27,9 +27,8 @@ from megatron_scmoe.c2r import collaboration, lists, placement
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.c2r.place import MAX_IMBALANCE, Chosen, place
-from megatron_scmoe.c2r.placement import Copies, Placement
-from megatron_scmoe.c2r.placement import contiguous as in_ranks
-from megatron_scmoe.c2r.statistics import closeness, contiguous
+from megatron_scmoe.c2r.placement import Copies, Placement, contiguous
+from megatron_scmoe.c2r.statistics import closeness, groups_in_order
 from megatron_scmoe.words import numbers, percent, table, write_whole
 
 SHOWN_RANKS = 8
@@ -161,7 +160,7 @@ def report(counts: Collaboration, ranks: int | None, ranks_per_node: int | None)
     rows = []
     for layer in counts.layers.values():
         own = closeness(layer)
-        distinct = [layer.distinct(contiguous(counts.experts, n)) for n in groups.values()]
+        distinct = [layer.distinct(groups_in_order(counts.experts, n)) for n in groups.values()]
         rows.append([*own.shares, own.entropy, own.partners, own.load, *distinct])
     lines = [
         [str(number), str(layer.tokens), *_cells(row)]
@@ -219,7 +218,7 @@ def write_place(args: argparse.Namespace) -> None:
 def of_placement(counts: Collaboration, placed: Placement, max_imbalance: float) -> str:
     """A table with a line for every layer: copies and load, in order and placed."""
     in_order = replace(
-        placed, layers=dict.fromkeys(placed.layers, in_ranks(counts.experts, placed.ranks))
+        placed, layers=dict.fromkeys(placed.layers, contiguous(counts.experts, placed.ranks))
     )
     has_nodes = placed.ranks_per_node < placed.ranks
     header = ["layer", "copies, ranks", "placed", *["nodes", "placed"] * has_nodes]

@@ -18,7 +18,7 @@ from statistics import fmean
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.c2r import collaboration, placement
-from megatron_scmoe.c2r.statistics import contiguous
+from megatron_scmoe.c2r.statistics import groups_in_order
 from megatron_scmoe.model.routing import ROUTERS
 
 
@@ -96,7 +96,7 @@ def _counted(
         each = ranks // groups
         return fmean(
             layer.distinct(
-                contiguous(counts.experts, groups)
+                groups_in_order(counts.experts, groups)
                 if placed is None
                 else placed.rank_of(number) // each
             )

@@ -16,7 +16,7 @@ import pytest
 from megatron_scmoe.c2r import collaboration, lists
 from megatron_scmoe.c2r.collaboration import NOBODY, Collaboration, LayerCounts
 from megatron_scmoe.c2r.heat_map import heat_map
-from megatron_scmoe.c2r.statistics import closeness, contiguous
+from megatron_scmoe.c2r.statistics import closeness, groups_in_order
 from megatron_scmoe.commands import c2r
 
 EXPERTS = 6
@@ -81,8 +81,8 @@ def test_the_groups_of_a_token_are_counted(topk: int, groups: int) -> None:
     tokens = random_tokens(topk)
     layer = counted(tokens, topk, topk > 2)
     for of_expert in (
-        contiguous(EXPERTS, groups),
-        np.random.default_rng(1).permutation(contiguous(EXPERTS, groups)),
+        groups_in_order(EXPERTS, groups),
+        np.random.default_rng(1).permutation(groups_in_order(EXPERTS, groups)),
     ):
         wanted = np.mean([len({of_expert[e] for e in experts}) for experts in tokens])
         assert layer.distinct(of_expert) == pytest.approx(wanted, abs=1e-12)
@@ -90,7 +90,7 @@ def test_the_groups_of_a_token_are_counted(topk: int, groups: int) -> None:
 
 def test_pairs_do_not_say_where_three_experts_go() -> None:
     with pytest.raises(ValueError, match="more than two experts"):
-        counted([[0, 1, 2]] * 3, 3, with_sets=False).distinct(contiguous(EXPERTS, 2))
+        counted([[0, 1, 2]] * 3, 3, with_sets=False).distinct(groups_in_order(EXPERTS, 2))
 
 
 def test_closeness_of_known_counts() -> None:
@@ -106,7 +106,7 @@ def test_closeness_of_known_counts() -> None:
 def test_counts_of_nobody() -> None:
     layer = counted([], 2, with_sets=False)
     assert closeness(layer).shares == (0, 0, 0)
-    assert layer.distinct(contiguous(EXPERTS, 2)) == 0
+    assert layer.distinct(groups_in_order(EXPERTS, 2)) == 0
 
 
 def test_partners_are_in_the_order_of_their_counts() -> None:
@@ -225,7 +225,7 @@ def test_a_report_has_a_line_for_every_layer(
     by_layer = {line.split()[0]: line.split() for line in lines if line}
     for number, layer in counts().layers.items():
         assert by_layer[str(number)][-2:] == [
-            f"{layer.distinct(contiguous(EXPERTS, groups)):.3f}" for groups in (6, 2)
+            f"{layer.distinct(groups_in_order(EXPERTS, groups)):.3f}" for groups in (6, 2)
         ]
     assert "mean" in by_layer
     assert picture.read_text() == heat_map(counts())

@@ -2,6 +2,8 @@
 file."""
 
 import json
+from collections.abc import Iterator
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from megatron_scmoe.c2r.place import (
     MAX_IMBALANCE,
     Chosen,
     cost,
-    exhaustive,
     greedy,
     improved,
     place,
@@ -55,6 +56,32 @@ def cases() -> list[Chosen]:
     generator = np.random.default_rng(7)
     found = [of_pairs(clustered(generator)) for _ in range(5)]
     return found + [of_sets(generator, 30, topk) for topk in (2, 3, 4, 4, 6)]
+
+
+def exhaustive(chosen: Chosen, ranks: int, ranks_per_node: int) -> Ranks:
+    """The best of all placements."""
+    limits = ranks_per_node, MAX_IMBALANCE
+    every = every_placement(tuple(range(len(chosen.load))), ranks, ranks_per_node)
+    return min(every, key=lambda found: cost(chosen, found, *limits))
+
+
+def every_placement(experts: tuple[int, ...], ranks: int, ranks_per_node: int) -> Iterator[Ranks]:
+    for of_nodes in parts_of(experts, ranks // ranks_per_node):
+        inside = [list(parts_of(node, ranks_per_node)) for node in of_nodes]
+        for chosen in product(*inside):
+            yield tuple(rank for node in chosen for rank in node)
+
+
+def parts_of(experts: tuple[int, ...], number: int) -> Iterator[Ranks]:
+    """Every way to make `number` parts of one size, whose order does not matter."""
+    if number == 1:
+        yield (experts,)
+        return
+    first, *others = experts
+    for with_first in combinations(others, len(experts) // number - 1):
+        rest = tuple(expert for expert in others if expert not in with_first)
+        for parts in parts_of(rest, number - 1):
+            yield ((first, *with_first), *parts)
 
 
 def test_copies_are_the_distinct_ranks_of_every_token() -> None:

@@ -41,10 +41,6 @@ class Sizes:
     )
 
     @property
-    def tokens_per_micro_batch(self) -> int:
-        return self.seq_length * self.micro_batch_size
-
-    @property
     def moe_layer_freq(self) -> str:
         if self.moe_every_layer:
             return f"([1]*{self.num_layers})"

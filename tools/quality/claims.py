@@ -38,9 +38,8 @@ from megatron_scmoe.run.watch import watched_ranks
 from megatron_scmoe.words import write_whole
 
 BATCH = 8
-SPACE = "Ġ"
-"""A blank in the vocabulary of a byte-level BPE."""
 BLANKS = set("ĠĊĉčĈ")
+"""In the vocabulary of a byte-level BPE."""
 
 
 class BlockCosines:
