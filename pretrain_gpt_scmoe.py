@@ -15,7 +15,7 @@ import time
 PROGRAM_START = time.time()
 
 from megatron_scmoe import recipe, say
-from megatron_scmoe.checks.words import refuse_words
+from megatron_scmoe.checks.before_torch import refuse_words
 
 say.one_line_interrupts()
 if __name__ == "__main__":
@@ -56,7 +56,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_scmoe.arguments import parse_and_validate_args, prepare
 from megatron_scmoe.planner.twin import what_the_flag_changes
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
-from megatron_scmoe.run.collaboration import write_counts
+from megatron_scmoe.run.collaboration_dir import write_counts
 from megatron_scmoe.run.doctor.machine import start_up
 from megatron_scmoe.run.shared_folder import SharedFolderError, check_shared
 from megatron_scmoe.run.watch import watched_ranks

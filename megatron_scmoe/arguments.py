@@ -42,7 +42,7 @@ from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.specs import block_config
 from megatron_scmoe.model.variant import values_help
 from megatron_scmoe.run.checkpoint.folders import check_folders
-from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.model_options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.resume import (
     keep_batch_size,
     keep_lists,

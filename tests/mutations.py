@@ -454,19 +454,19 @@ MUTATIONS = (
     ),
     # C2R.
     Mutation(
-        "megatron_scmoe/model/routing/collaboration.py",
+        "megatron_scmoe/model/routing/partners.py",
         "own.scatter(1, self.partners[:, : self._top_t], True)",
         "own.scatter(1, self.partners[:, 1 : self._top_t + 1], True)",
         f"{UNIT}c2r_router.py -k rule",
     ),
     Mutation(
-        "megatron_scmoe/model/routing/collaboration.py",
+        "megatron_scmoe/model/routing/partners.py",
         "return scores, of_rule & routing_map.any(dim=1, keepdim=True)",
         "return scores, routing_map",
         f"{UNIT}c2r_router.py -k balancing",
     ),
     Mutation(
-        "megatron_scmoe/overlap/measure/collaboration.py",
+        "megatron_scmoe/overlap/measure/chosen_together.py",
         "chosen = chosen & counts[:, None]",
         "counts = counts | True",
         f"{UNIT}collaboration_counts.py -k padding",

@@ -17,9 +17,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_scmoe.c2r import collaboration, placement
+from megatron_scmoe.c2r.closeness import contiguous
 from megatron_scmoe.c2r.place import Chosen, place
 from megatron_scmoe.c2r.placement import rank_of
-from megatron_scmoe.c2r.statistics import contiguous
 from megatron_scmoe.words import markdown_table, write_whole
 
 

@@ -8,9 +8,9 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_scmoe.checks.before_torch import LENGTH
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.checks.shortcut import TRANSFORMER_ENGINE
-from megatron_scmoe.checks.words import LENGTH
 from megatron_scmoe.config import has_units
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import uses_grouped_experts

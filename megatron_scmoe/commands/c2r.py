@@ -24,11 +24,11 @@ import numpy as np
 
 from megatron_scmoe import say
 from megatron_scmoe.c2r import collaboration, lists, placement
+from megatron_scmoe.c2r.closeness import closeness, groups_in_order
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.c2r.place import MAX_IMBALANCE, Chosen, place
 from megatron_scmoe.c2r.placement import Copies, Placement, contiguous
-from megatron_scmoe.c2r.statistics import closeness, groups_in_order
 from megatron_scmoe.words import numbers, percent, table, write_whole
 
 SHOWN_RANKS = 8

@@ -59,7 +59,7 @@ from megatron_scmoe.commands.preprocess.host_tokenizer import (
 )
 from megatron_scmoe.commands.preprocess.interrupt import Interrupted, InterruptGuard
 from megatron_scmoe.commands.preprocess.job import PreprocessJob
-from megatron_scmoe.commands.preprocess.names import blend_names, output_names
+from megatron_scmoe.commands.preprocess.output_names import blend_names, output_names
 from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
 from megatron_scmoe.commands.preprocess.sentences import check_nltk, load_splitter
 from megatron_scmoe.commands.preprocess.terminal import Progress, say

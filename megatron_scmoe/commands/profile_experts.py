@@ -41,7 +41,7 @@ from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.commands.c2r import report
 from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.inference.one_pass import forward
-from megatron_scmoe.overlap.measure.collaboration import Collector
+from megatron_scmoe.overlap.measure.chosen_together import Collector
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 from megatron_scmoe.words import write_whole

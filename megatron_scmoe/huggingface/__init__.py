@@ -1,6 +1,6 @@
 """To Hugging Face and back.
 
-names.py              every tensor by both names, in one table
+tensor_names.py       every tensor by both names, in one table
 layouts.py            how the parts of one lie in the other
 config.py             what a model is, as Megatron's options and as a config.json
 torch_dist.py         a Megatron checkpoint, tensor by tensor

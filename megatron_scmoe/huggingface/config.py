@@ -6,8 +6,8 @@ One way for each direction; what the other side has no word for is refused with 
 from math import log, sqrt
 from typing import Any
 
-from megatron_scmoe.huggingface.names import Config
-from megatron_scmoe.run.checkpoint.options import flag
+from megatron_scmoe.huggingface.tensor_names import Config
+from megatron_scmoe.run.checkpoint.model_options import flag
 
 ARCHITECTURES = ["ScMoEForCausalLM"]
 AUTO_MAP = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_scmoe.huggingface import longcat
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface.tensor_names import Config
 
 
 @dataclass(frozen=True)

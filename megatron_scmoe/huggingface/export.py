@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_scmoe.huggingface import longcat, names, safetensors_files, tokenizer
+from megatron_scmoe.huggingface import longcat, safetensors_files, tensor_names, tokenizer
 from megatron_scmoe.huggingface.config import from_record
 from megatron_scmoe.huggingface.layouts import LAYOUTS, is_zero_centered
-from megatron_scmoe.huggingface.names import Config, Tensor
 from megatron_scmoe.huggingface.safetensors_files import BLOCK_BYTES, Entry
+from megatron_scmoe.huggingface.tensor_names import Config, Tensor
 from megatron_scmoe.huggingface.torch_dist import Address, TorchDistReader
 from megatron_scmoe.run.checkpoint import contents
 from megatron_scmoe.run.checkpoint.record import read_record
@@ -113,7 +113,7 @@ def locate(source: SourceCheckpoint) -> tuple[list[tuple[Tensor, Address]], list
     reader, config = source.reader, source.config
     found: list[tuple[Tensor, Address]] = []
     missing = []
-    for tensor in names.tensors(config):
+    for tensor in tensor_names.tensors(config):
         place = _place(reader, tensor.megatron)
         if place is None:
             missing.append(tensor.megatron)
@@ -136,7 +136,7 @@ def locate(source: SourceCheckpoint) -> tuple[list[tuple[Tensor, Address]], list
     left = [
         key
         for key in (*reader.stored, *reader.objects)
-        if key.startswith(names.OTHER_STATE) or names.NO_WEIGHTS in key
+        if key.startswith(tensor_names.OTHER_STATE) or tensor_names.NO_WEIGHTS in key
     ]
     extra = sorted((reader.stored.keys() | reader.objects) - taken.keys() - set(left))
     for key, indices in taken.items():
@@ -353,7 +353,9 @@ def _kinds(left: list[str]) -> str:
     """`optimizer 120, extra state 40`"""
     found: dict[str, int] = {}
     for key in left:
-        prefix = next((p for p in names.OTHER_STATE if key.startswith(p)), names.NO_WEIGHTS)
+        prefix = next(
+            (p for p in tensor_names.OTHER_STATE if key.startswith(p)), tensor_names.NO_WEIGHTS
+        )
         kind = prefix.strip("._")
         found[kind] = found.get(kind, 0) + 1
     return ", ".join(f"{kind} {number}" for kind, number in sorted(found.items())) or "none"

@@ -4,8 +4,8 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from megatron_scmoe.huggingface import export, load, names
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface import export, load, tensor_names
+from megatron_scmoe.huggingface.tensor_names import Config
 from megatron_scmoe.words import numbers, size, table
 
 
@@ -41,7 +41,7 @@ def inspect(path: Path, step: int | None = None, tensors: bool = False) -> str:
     if tensors:
         rows = [
             (tensor.megatron, name, str(list(shape)))
-            for tensor in names.tensors(config)
+            for tensor in tensor_names.tensors(config)
             for name, shape in tensor.parts
         ]
         lines += ["", table(("Megatron", "Hugging Face", "shape"), rows, words=(0, 1, 2))]
@@ -50,7 +50,9 @@ def inspect(path: Path, step: int | None = None, tensors: bool = False) -> str:
 
 def _facts(config: Config) -> list[tuple[str, str]]:
     """What decides which model it is, in the words of config.json."""
-    weights = sum(prod(shape) for tensor in names.tensors(config) for _, shape in tensor.parts)
+    weights = sum(
+        prod(shape) for tensor in tensor_names.tensors(config) for _, shape in tensor.parts
+    )
     shortcut = config["shortcut_position"]
     if shortcut != "none":
         shortcut += f", {config['shortcut_norm']} norm, combine {config['combine']}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface.tensor_names import Config
 
 Parts = list[Tensor]
 

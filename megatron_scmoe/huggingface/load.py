@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.huggingface import dialects, names, tokenizer
+from megatron_scmoe.huggingface import dialects, tensor_names, tokenizer
 from megatron_scmoe.huggingface.config import KEPT, ONLY, to_options
 from megatron_scmoe.huggingface.dialects import Dialect, Where
 from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
 from megatron_scmoe.huggingface.layouts import LAYOUTS
-from megatron_scmoe.huggingface.names import Config, Tensor
 from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
 from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
+from megatron_scmoe.huggingface.tensor_names import Config, Tensor
 from megatron_scmoe.huggingface.torch_dist import TorchDistWriter
 from megatron_scmoe.run.checkpoint import contents
-from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.model_options import ARCHITECTURE, SCMOE
 from megatron_scmoe.run.checkpoint.record import SCHEMA, record_path, tokenizer_digest
 from megatron_scmoe.words import read_json, size
 
@@ -79,7 +79,7 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
     found = []
     used: set[str] = set()
     missing = []
-    for tensor in names.tensors(config):
+    for tensor in tensor_names.tensors(config):
         wheres = []
         for name, shape in tensor.parts:
             where = directory.dialect.where(name, config, present)

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from megatron_scmoe.huggingface.config import YARN, rope_parameters, softmax_scale
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface.tensor_names import Config
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
 

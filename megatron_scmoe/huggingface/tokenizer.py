@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface.tensor_names import Config
 
 FILES = (
     "tokenizer.json",

@@ -42,14 +42,14 @@ DATA_FILE = "__0_0.distcp"
 
 @dataclass(frozen=True)
 class Address:
-    """A tensor of names.py on disk: a key, and indices into its leading dimensions."""
+    """A tensor of tensor_names.py on disk: a key, and indices into its leading dimensions."""
 
     key: str
     index: tuple[int, ...]
 
 
 class TorchDistReader:
-    """Tensors of one iteration by the names of names.py.
+    """Tensors of one iteration by the names of tensor_names.py.
 
     Raises:
         OSError, pickle.UnpicklingError: there is no metadata, or it is not what torch writes.
@@ -259,8 +259,8 @@ class TorchDistWriter:
         self._where: dict[MetadataIndex, _StorageInfo] = {}
 
     def write(self, name: str, values: Tensor) -> None:
-        """Add one tensor of names.py, and for a linear layer the empty state that the host saves
-        beside it and asks for."""
+        """Add one tensor of tensor_names.py, and for a linear layer the empty state that the host
+        saves beside it and asks for."""
         sizes: list[int] = []
         begin: list[int] = []
         layer = re.match(rf"{re.escape(STACKED_LAYERS)}(\d+)\.", name)

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_scmoe.huggingface import load
 from megatron_scmoe.huggingface.dialects import Dialect, Where, baseline
-from megatron_scmoe.huggingface.names import Config
 from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
+from megatron_scmoe.huggingface.tensor_names import Config
 from megatron_scmoe.words import read_json
 
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_scmoe.huggingface import export, load, names, tokenizer
-from megatron_scmoe.huggingface.names import Config
+from megatron_scmoe.huggingface import export, load, tensor_names, tokenizer
+from megatron_scmoe.huggingface.tensor_names import Config
 from megatron_scmoe.words import read_json, size
 
 LARGEST_DIFFERENCE = 1e-4
@@ -152,7 +152,7 @@ def why_not(checkpoints: Path, step: int | None = None) -> str | None:
     if find_spec("transformers") is None:
         return "transformers is not installed"
     source = export.open_checkpoint(checkpoints, step)
-    tensors = names.tensors(source.config)
+    tensors = tensor_names.tensors(source.config)
     needed = 4 * sum(prod(shape) for tensor in tensors for _, shape in tensor.parts)
     free = free_memory()
     if 3 * needed > free:

@@ -27,7 +27,7 @@ from megatron_scmoe.model.specs import (
     with_local_replacements,
 )
 from megatron_scmoe.model.unit import ShortcutLayer
-from megatron_scmoe.overlap.measure.collaboration import watch_run
+from megatron_scmoe.overlap.measure.chosen_together import watch_run
 from megatron_scmoe.overlap.measure.each_iteration import UnitTracker
 
 

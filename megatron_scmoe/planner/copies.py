@@ -18,7 +18,7 @@ from statistics import fmean
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.c2r import collaboration, placement
-from megatron_scmoe.c2r.statistics import groups_in_order
+from megatron_scmoe.c2r.closeness import groups_in_order
 from megatron_scmoe.model.routing import ROUTERS
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.commands.convert_checkpoint import main
 from megatron_scmoe.huggingface import export, load, safetensors_files, verify
-from megatron_scmoe.run.checkpoint.options import SCMOE
+from megatron_scmoe.run.checkpoint.model_options import SCMOE
 from tests.functional_tests.forked import launch_forked
 from tests.functional_tests.test_checkpoints import succeeded
 from tests.limits import PROCESS_S

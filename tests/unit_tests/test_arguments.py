@@ -23,13 +23,13 @@ from megatron_scmoe.arguments import (
     parse_and_validate_args,
     scmoe_config_from_args,
 )
+from megatron_scmoe.checks.before_torch import typed_numbers
 from megatron_scmoe.checks.ranges import NUMBERS
 from megatron_scmoe.checks.refusal import complaints
-from megatron_scmoe.checks.words import typed_numbers
 from megatron_scmoe.commands.plan_overlap import add_planner_args
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.run.checkpoint.options import (
+from megatron_scmoe.run.checkpoint.model_options import (
     ARCHITECTURE,
     SCMOE,
     TIMES,

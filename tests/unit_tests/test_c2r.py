@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_scmoe.c2r import collaboration, lists
+from megatron_scmoe.c2r.closeness import closeness, groups_in_order
 from megatron_scmoe.c2r.collaboration import NOBODY, Collaboration, LayerCounts
 from megatron_scmoe.c2r.heat_map import heat_map
-from megatron_scmoe.c2r.statistics import closeness, groups_in_order
 from megatron_scmoe.commands import c2r
 
 EXPERTS = 6

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_scmoe.c2r import lists
 from megatron_scmoe.c2r.lists import Lists
-from megatron_scmoe.model.routing.collaboration import CollaborationRouter, read_lists
+from megatron_scmoe.model.routing.partners import CollaborationRouter, read_lists
 from tests.models import Case, build_block
 from tests.unit_tests.test_variants import (
     HIDDEN,

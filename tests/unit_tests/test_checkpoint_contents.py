@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 
 from megatron_scmoe.host.optimizer import load_chain_of_any_layout
 from megatron_scmoe.run.checkpoint import contents
-from megatron_scmoe.run.checkpoint.options import differences
+from megatron_scmoe.run.checkpoint.model_options import differences
 
 
 def write_checkpoint(folder: Path, iteration: int) -> Path:

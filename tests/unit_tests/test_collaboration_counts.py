@@ -9,8 +9,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_scmoe.c2r.collaboration import NOBODY, LayerCounts
-from megatron_scmoe.overlap.measure import collaboration
-from megatron_scmoe.overlap.measure.collaboration import Collector
+from megatron_scmoe.overlap.measure import chosen_together
+from megatron_scmoe.overlap.measure.chosen_together import Collector
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 from tests.unit_tests.test_variants import FULL, hidden_states
 
@@ -107,11 +107,11 @@ def test_a_capacity_counts_what_is_kept() -> None:
 @pytest.mark.usefixtures("single_rank")
 def test_a_run_counts_once_where_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither evaluation nor the first of two passes of recomputed layers."""
-    monkeypatch.setattr(collaboration, "_of_run", None)
-    assert collaboration.of_run() is None
+    monkeypatch.setattr(chosen_together, "_of_run", None)
+    assert chosen_together.of_run() is None
     block = block_of(2, **FULL)
-    collaboration.watch_run([block])
-    collector = collaboration.of_run()
+    chosen_together.watch_run([block])
+    collector = chosen_together.of_run()
     assert collector is not None
     run_block(block, hidden_states()).sum().backward()
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_experts_at_home_do_not_count() -> None:
 
 @pytest.mark.usefixtures("single_rank")
 def test_of_sets_the_last_tokens_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collaboration, "SET_TOKENS", 2 * SEQUENCE * BATCH)
+    monkeypatch.setattr(chosen_together, "SET_TOKENS", 2 * SEQUENCE * BATCH)
     block = block_of(3)
     maps, collector = maps_of(block), Collector([block], lambda: True)
     for factor in (1, -1, 2, -2, 3):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_scmoe.huggingface import names
+from megatron_scmoe.huggingface import tensor_names
 from megatron_scmoe.huggingface.config import (
     LATENT,
     NEWER,
@@ -12,14 +12,14 @@ from megatron_scmoe.huggingface.config import (
     to_options,
 )
 from megatron_scmoe.huggingface.dialects import NEUTRAL
-from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.model_options import ARCHITECTURE, SCMOE
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 
 
 def test_the_page_has_the_table() -> None:
-    """`python -m megatron_scmoe.huggingface.names` prints it."""
-    assert "\n".join(names.table()) in PAGE.read_text(encoding="utf-8")
+    """`python -m megatron_scmoe.huggingface.tensor_names` prints it."""
+    assert "\n".join(tensor_names.table()) in PAGE.read_text(encoding="utf-8")
 
 
 def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
@@ -75,10 +75,10 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
             "v_head_dim",
         )
     }
-    plain = names.features(config | dict.fromkeys(latent))
-    have = plain | names.features(config | latent | {"combine": "cg2"})
-    sizes = names.sizes(config | dict.fromkeys(latent)) | names.sizes(config | latent)
-    rows = [row for _, _, place in names.PLACES for row in place]
+    plain = tensor_names.features(config | dict.fromkeys(latent))
+    have = plain | tensor_names.features(config | latent | {"combine": "cg2"})
+    sizes = tensor_names.sizes(config | dict.fromkeys(latent)) | tensor_names.sizes(config | latent)
+    rows = [row for _, _, place in tensor_names.PLACES for row in place]
     needs = {need.removeprefix("no ") for row in rows for need in row.needs}
     assert needs == have | {"first MoE"}
     shapes = [part.shape for row in rows for part in row.parts]

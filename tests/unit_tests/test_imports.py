@@ -1,16 +1,18 @@
-"""Every module imports, and only in the allowed direction."""
+"""Every module imports, and only in the allowed direction; class names are unique."""
 
 import ast
 import importlib
 import importlib.util
 import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import megatron_scmoe
 
+REPOSITORY = Path(__file__).parents[2]
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(megatron_scmoe.__path__, "megatron_scmoe.")
 )
@@ -205,6 +207,18 @@ def test_a_module_that_is_named_in_a_string_is_seen(tmp_path: Path) -> None:
         'import importlib\nimportlib.import_module("megatron_scmoe.run.watch.account")\n'
     )
     assert imported_parts(source) == {"run.watch"}
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    """transformers' convention for the name of a model's config is the exception."""
+    names = Counter(
+        node.name.removeprefix("_")
+        for folder in ("megatron_scmoe", "tools", "tests")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, count in names.items() if count > 1} == {"ScMoEConfig"}
 
 
 @pytest.mark.parametrize("module", MODULES)

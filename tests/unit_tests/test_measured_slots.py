@@ -13,7 +13,7 @@ import torch
 
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import agree_on_slots
-from megatron_scmoe.run.checkpoint import options, record
+from megatron_scmoe.run.checkpoint import model_options, record
 from megatron_scmoe.run.checkpoint.record import machine_facts, read_record, write_record
 from megatron_scmoe.run.checkpoint.resume import _keep_slots
 from tests.distributed_utils import run_distributed
@@ -23,7 +23,7 @@ def arguments(**more: Any) -> Namespace:
     tokenizer = dict.fromkeys(
         ("tokenizer_model", "vocab_file", "merge_file", "tokenizer_type", "vocab_size")
     )
-    defaults: dict[str, Any] = dict.fromkeys((*options.LAYOUT, *options.TIMES))
+    defaults: dict[str, Any] = dict.fromkeys((*model_options.LAYOUT, *model_options.TIMES))
     defaults |= {
         "world_size": 16,
         "expert_model_parallel_size": 8,
@@ -63,13 +63,13 @@ def test_slots_that_are_asked_for_are_no_matter(resume) -> None:
     assert resume(scmoe_remeasure_slot=True) == (None, [])
 
 
-@pytest.mark.parametrize("dest", [*options.LAYOUT, *options.TIMES])
+@pytest.mark.parametrize("dest", [*model_options.LAYOUT, *model_options.TIMES])
 def test_other_option(resume, dest: str) -> None:
     value = {"expert_model_parallel_size": 16, "expert_tensor_parallel_size": 2}.get(dest, "other")
     slots, (note,) = resume(**{dest: value})
     assert slots is None
     assert note.startswith("--load X: expert slots are measured again, it differs: ")
-    assert f"{options.flag(dest)} " in note
+    assert f"{model_options.flag(dest)} " in note
 
 
 def other_device(patch: pytest.MonkeyPatch) -> str:

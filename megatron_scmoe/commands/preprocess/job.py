@@ -11,7 +11,7 @@ from megatron_scmoe.commands.preprocess.corpus import Bookmark, find_files
 from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder
 from megatron_scmoe.commands.preprocess.encoding import EncodedBatch, Encoder
 from megatron_scmoe.commands.preprocess.host_tokenizer import fingerprint
-from megatron_scmoe.commands.preprocess.names import blend_names, output_names
+from megatron_scmoe.commands.preprocess.output_names import blend_names, output_names
 from megatron_scmoe.commands.preprocess.terminal import Progress, say
 
 SKIPPED_SHOWN = 10

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
-from megatron_scmoe.model.dispatch.options import DispatchOptions
+from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import Collective, Fused

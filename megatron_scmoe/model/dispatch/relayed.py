@@ -22,8 +22,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.dispatch.once import NOT_HERE, OncePerRankDispatcher, visits
-from megatron_scmoe.model.dispatch.options import DispatchOptions
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.overlap.collectives import AllToAll
 from megatron_scmoe.overlap.relay import Fork, Relay

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.model.dispatch.options import DispatchOptions
+from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.collectives import Collective
 

@@ -9,15 +9,15 @@ from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.checks.refusal import Found, Refusal
-from megatron_scmoe.model.routing.collaboration import (
+from megatron_scmoe.model.routing.heterogeneous import INNER, HeterogeneousRouter
+from megatron_scmoe.model.routing.longcat import LongCatRouter
+from megatron_scmoe.model.routing.partners import (
     BUFFER,
     CollaborationRouter,
     moe_layers,
     read_lists,
 )
-from megatron_scmoe.model.routing.heterogeneous import INNER, HeterogeneousRouter
-from megatron_scmoe.model.routing.longcat import LongCatRouter
-from megatron_scmoe.model.routing.options import RouterOptions
+from megatron_scmoe.model.routing.router_options import RouterOptions
 from megatron_scmoe.model.variant import Variant
 
 

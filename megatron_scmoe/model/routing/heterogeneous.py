@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.model.routing.losses import RouterWithLosses
-from megatron_scmoe.model.routing.options import RouterOptions
+from megatron_scmoe.model.routing.router_options import RouterOptions
 
 INNER = 8
 """Width of the inner layer of a gate of two, times the number of experts."""

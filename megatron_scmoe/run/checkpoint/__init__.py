@@ -1,6 +1,6 @@
 """What this package adds to the host's distributed checkpoints.
 
-options.py   which options make a model, and which are worth a note when they change
+model_options.py  which options make a model, and which are worth a note when they change
 record.py    the readable file beside every checkpoint, and how two of them differ
 unpickle.py  what is unpickled of one, and what may be in it
 contents.py  which iterations are on disk, and whether they are whole

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_scmoe.run.checkpoint import aside, contents
 from megatron_scmoe.run.checkpoint.record import drop_records_without_checkpoint, write_record
 from megatron_scmoe.run.checkpoint.writer import check_writer
-from megatron_scmoe.run.collaboration import write_counts
+from megatron_scmoe.run.collaboration_dir import write_counts
 from megatron_scmoe.run.watch import lost_peer
 
 SECONDS_BETWEEN_LOOKS = 0.1

@@ -14,7 +14,7 @@ the checkpoint's values are put on the command line, before anything is built fr
 from argparse import Namespace
 from typing import Any
 
-from megatron_scmoe.run.checkpoint.options import differences, flag
+from megatron_scmoe.run.checkpoint.model_options import differences, flag
 
 # The scheduler's state and the option that a value of it comes from.
 _SAVED = {

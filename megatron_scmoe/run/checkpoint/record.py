@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.run.checkpoint.options import ARCHITECTURE, SCMOE
+from megatron_scmoe.run.checkpoint.model_options import ARCHITECTURE, SCMOE
 from megatron_scmoe.words import read_json, write_whole
 
 SCHEMA = 1

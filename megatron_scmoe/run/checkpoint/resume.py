@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.run.checkpoint import aside, contents
 from megatron_scmoe.run.checkpoint.errors import cause_of
-from megatron_scmoe.run.checkpoint.options import (
+from megatron_scmoe.run.checkpoint.model_options import (
     ARCHITECTURE,
     LAYOUT,
     SCMOE,

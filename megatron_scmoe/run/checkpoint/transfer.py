@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from megatron_scmoe.model import names
-from megatron_scmoe.model.routing.collaboration import BUFFER as PARTNERS
+from megatron_scmoe.model.routing.partners import BUFFER as PARTNERS
 from megatron_scmoe.run.checkpoint.contents import iteration_folder
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.checkpoint.unpickle import read_metadata

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_scmoe.c2r import collaboration
-from megatron_scmoe.overlap.measure.collaboration import of_run
+from megatron_scmoe.overlap.measure.chosen_together import of_run
 
 
 def write_counts(args: Namespace, iteration: int) -> None:

@@ -1,7 +1,7 @@
 """Every tensor by its two names, Megatron's on disk and Hugging Face's, in one table.
 
 Export and import walk the same rows, so what one writes the other reads. `python -m
-megatron_scmoe.huggingface.names` prints the table of docs/huggingface.md.
+megatron_scmoe.huggingface.tensor_names` prints the table of docs/huggingface.md.
 
 A stacked tensor of Megatron is one tensor for each layer and expert here: `{layer}` counts
 attention layers and `{expert}` routed experts, both from 0. Shapes are in the names of `sizes`.
