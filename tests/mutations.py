@@ -112,6 +112,61 @@ MUTATIONS = (
         f"{DISTRIBUTED}dispatch_copies.py",
     ),
     Mutation(
+        "megatron_scmoe/overlap/relay.py",
+        "by_rank = self._wanted(arrived).T.flatten()",
+        "by_rank = self._wanted(arrived).flatten()",
+        f"{DISTRIBUTED}dispatch_copies.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/once.py",
+        "self._here = weights != NOT_HERE",
+        "self._here = weights > 0",
+        f"{DISTRIBUTED}dispatch_copies.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/passage.py",
+        "received = self.received[:, self.tp_group.rank()]",
+        "received = self.received[:, 0]",
+        f"{DISTRIBUTED}expert_parallel.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/dispatch/flex.py",
+        "manager.token_indices = chosen.masked_fill(~is_routed, -1)",
+        "manager.token_indices = chosen",
+        f"{DISTRIBUTED}flex_dispatcher.py",
+    ),
+    # Experts that lie on other ranks.
+    Mutation(
+        "megatron_scmoe/model/experts/placed.py",
+        "offset[axis] = order[offset[axis]]",
+        "offset[axis] = order.index(offset[axis])",
+        f"{DISTRIBUTED}placement.py -k own_numbers",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/placed.py",
+        "received = sorted(made, key=lambda place: (order[place] // each, place))",
+        "received = list(made)",
+        f"{DISTRIBUTED}placement.py -k bits",
+    ),
+    Mutation(
+        "megatron_scmoe/model/routing/choice.py",
+        "routing_map=self.routing_map.index_select(1, order),",
+        "routing_map=self.routing_map.index_select(1, order.argsort()),",
+        f"{DISTRIBUTED}placement.py -k bits",
+    ),
+    Mutation(
+        "megatron_scmoe/c2r/place.py",
+        "kept += alone.T @ member",
+        "kept += member.T @ alone",
+        f"{UNIT}place.py -k search",
+    ),
+    Mutation(
+        "megatron_scmoe/c2r/place.py",
+        "overload = float(_beyond(of_rank, of_rank, max_imbalance).sum())",
+        "overload = 0.0",
+        f"{UNIT}place.py -k bound",
+    ),
+    Mutation(
         "megatron_scmoe/model/dispatch/alltoall.py",
         "rows = num_tokens * (chunk.rows_per_token or config.moe_router_topk)",
         "rows = num_tokens",
@@ -172,6 +227,60 @@ MUTATIONS = (
         "(other for other in self._slots if not self._needed[other])",
         "(other for other in self._slots)",
         f"{UNIT}expert_cache.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/offload/cache.py",
+        "self._slots.move_to_end(expert)",
+        "self._slots[expert]",
+        f"{UNIT}expert_cache.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/offload/experts.py",
+        "return torch.cat([outputs[expert] for expert in due]), None",
+        "return torch.cat(list(outputs.values())), None",
+        f"{DISTRIBUTED}offload.py",
+    ),
+    Mutation(
+        "megatron_scmoe/model/experts/offload/tiers.py",
+        "offset += size",
+        "offset += 0 * size",
+        f"{DISTRIBUTED}offload.py",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/offload.py",
+        "free -= home  # the same memory",
+        "free -= 0  # the same memory",
+        f"{UNIT}offload_plan.py",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/kept.py",
+        "draws = [self._length >= len(prompt) for prompt in self._prompts]",
+        "draws = [self._length > len(prompt) for prompt in self._prompts]",
+        f"{DISTRIBUTED}inference.py -k 'single and pos2'",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/generation.py",
+        "chosen = sampler.choose(step.logits[:, : limits.vocabulary], step.rows, draws)",
+        "chosen = sampler.choose(step.logits, step.rows, draws)",
+        f"{DISTRIBUTED}inference.py -k document",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/generation.py",
+        "numbers = order[first : first + batch_size * replicas][rank::replicas]",
+        "numbers = order[first : first + batch_size * replicas]",
+        f"{DISTRIBUTED}inference.py -k single",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/generation.py",
+        "if draw and token == limits.end:",
+        "if token == limits.end:",
+        f"{DISTRIBUTED}inference.py -k document",
+    ),
+    Mutation(
+        "megatron_scmoe/inference/sampling.py",
+        "logits = TorchSampling.filter_logits(logits, self.temperature, top_k, 0.0)",
+        "logits = TorchSampling.filter_logits(logits, 1.0, top_k, 0.0)",
+        f"{UNIT}generate.py -k filters",
     ),
     # When it runs.
     Mutation(
@@ -471,6 +580,73 @@ MUTATIONS = (
         "counts = counts | True",
         f"{UNIT}collaboration_counts.py -k padding",
     ),
+    Mutation(
+        "megatron_scmoe/overlap/measure/chosen_together.py",
+        "_of_run = Collector(modules, torch.is_grad_enabled)",
+        "_of_run = Collector(modules, lambda: True)",
+        f"{UNIT}collaboration_counts.py -k where_gradients",
+    ),
+    Mutation(
+        "megatron_scmoe/overlap/measure/chosen_together.py",
+        "layers[number] = _sum(layers[number], layer) if number in layers else layer",
+        "layers[number] = layer",
+        f"{FUNCTIONAL}c2r.py -k counts_all",
+    ),
+    Mutation(
+        "megatron_scmoe/c2r/collaboration.py",
+        "saved = int(self.together[same].sum()) // 2",
+        "saved = int(self.together[same].sum())",
+        f"{UNIT}c2r.py -k groups_of_a_token",
+    ),
+    Mutation(
+        "megatron_scmoe/c2r/lists.py",
+        'layers[number] = np.argsort(-ranked, axis=1, kind="stable")[:, :-1]',
+        'layers[number] = np.argsort(ranked, axis=1, kind="stable")[:, 1:]',
+        f"{UNIT}c2r.py -k partners",
+    ),
+    Mutation(
+        "megatron_scmoe/model/routing/partners.py",
+        "self.partners.copy_(torch.from_numpy(self._given.layers[layer_number]))",
+        "self.partners.copy_(torch.from_numpy(min(self._given.layers.items())[1]))",
+        f"{UNIT}c2r_router.py",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/modeling_scmoe.py",
+        'return ranked.masked_fill(~allowed[ranked.argmax(dim=1)], float("-inf"))',
+        'return ranked.masked_fill(~allowed[ranked.argmin(dim=1)], float("-inf"))',
+        f"{UNIT}huggingface_model.py -k hosts_layers",
+    ),
+    Mutation(
+        "megatron_scmoe/planner/copies.py",
+        "each = ranks // groups",
+        "each = 1",
+        f"{UNIT}plan_overlap.py -k counted_them",
+    ),
+    Mutation(
+        "megatron_scmoe/planner/copies.py",
+        "none = lgamma(rest + 1) - lgamma(rest - chosen + 1)",
+        "none = lgamma(rest) - lgamma(rest - chosen)",
+        f"{UNIT}plan_overlap.py -k likely",
+    ),
+    # Quality.
+    Mutation(
+        "tools/quality/runs.py",
+        "return min(results, key=lambda result: result.validation).rate",
+        "return max(results, key=lambda result: result.validation).rate",
+        f"{UNIT}quality.py -k least_loss",
+    ),
+    Mutation(
+        "tools/quality/runs.py",
+        "if result.options != task.contender.command_line(self.scale) or result.rate != task.rate:",
+        "if result.rate != task.rate:",
+        f"{UNIT}quality.py",
+    ),
+    Mutation(
+        "tools/quality/statistics.py",
+        "return student(self.mean / error, count - 1)",
+        "return student(self.mean / error * math.sqrt(count), count - 1)",
+        f"{UNIT}quality.py -k verdicts",
+    ),
     # What is refused, and what is said.
     Mutation(
         "megatron_scmoe/checks/ranges.py",
@@ -520,6 +696,18 @@ MUTATIONS = (
         "offsets = torch.Size([*begin, *[0] * values.dim()])",
         "offsets = torch.Size([*begin[:-1], *[0] * (values.dim() + len(begin[-1:]))])",
         f"{FUNCTIONAL}convert_checkpoint.py -k comes_back",
+    ),
+    Mutation(
+        "megatron_scmoe/huggingface/upcycle.py",
+        "return Where(theirs, part=slice_, dimension=int(down), scale=0.0 if down else 1.0)",
+        "return Where(theirs, part=slice_, dimension=int(down), scale=1.0)",
+        f"{FUNCTIONAL}dialects.py -k upcycled",
+    ),
+    Mutation(
+        "megatron_scmoe/run/checkpoint/unpickle.py",
+        "if name not in _OF_METADATA.get(module, ()):",
+        "if module not in _OF_METADATA:",
+        f"{FUNCTIONAL}hostile_checkpoints.py",
     ),
 )
 
