@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_scmoe.c2r import collaboration, placement
-from megatron_scmoe.c2r.closeness import contiguous
+from megatron_scmoe.c2r.closeness import groups_in_order
 from megatron_scmoe.c2r.place import Chosen, place
 from megatron_scmoe.c2r.placement import rank_of
 from megatron_scmoe.words import markdown_table, write_whole
@@ -40,7 +40,7 @@ def row(folder: Path, placed: placement.Placement) -> dict[str, float]:
     counts = collaboration.read(folder / "counts.json")
     of_layers = [
         (
-            layer.distinct(contiguous(counts.experts, placed.ranks)),
+            layer.distinct(groups_in_order(counts.experts, placed.ranks)),
             layer.distinct(placed.rank_of(number)),
             layer.distinct(rank_of(place(Chosen.of_counts(layer), placed.ranks, placed.ranks))),
             layer.chosen.max() / layer.chosen.mean(),
