@@ -37,6 +37,7 @@ from megatron_scmoe.arguments import (
     model_config_from_args,
     offer_own_help,
     parse,
+    scmoe_config_from_args,
 )
 from megatron_scmoe.checks import layout
 from megatron_scmoe.checks.ranges import NUMBERS
@@ -133,11 +134,15 @@ def parse_command_line() -> tuple[Namespace, ScMoEModelConfig, list[str]]:
     host.switch_kernels(args)
     notes = []
     if args.scmoe_shortcut_position == "none":
+        is_variant = scmoe_config_from_args(args).enabled
         # Of published models, which have a MoE in every layer, the only one.
         args.scmoe_shortcut_position = "pos2" if is_paired(args) else "pos1"
+        if is_variant:
+            args.scmoe_implied = {"scmoe_shortcut_position": "none"}
+        what = "times, not for parameters and" if is_variant else "the"
         notes.append(
-            f"--scmoe-shortcut-position {args.scmoe_shortcut_position} for the memory: the command "
-            "line has none"
+            f"--scmoe-shortcut-position {args.scmoe_shortcut_position} for {what} memory: the "
+            "command line has none"
         )
     refuse(NUMBERS + layout.TYPED, args)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+from megatron_scmoe.arguments import model_config_from_args
 from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelConfig
@@ -31,6 +32,7 @@ from megatron_scmoe.planner.times import (
     is_paired,
     with_exchanges,
 )
+from megatron_scmoe.planner.twin import without_shortcut
 
 LARGEST_EP = 4096
 EXTRAPOLATED_GPUS = tuple(64 * 2**power for power in range(7))
@@ -105,6 +107,8 @@ class Plan:
     degrees: list[Degree]
     """EP 1, 2, 4, ...; empty without a cluster."""
     comparisons: list[CheckedPrediction]
+    counted: ScMoEModelConfig
+    """What parameters and memory are of."""
     parameters: int
     memory: RankMemory
     """Of the pipeline stage that needs most."""
@@ -162,7 +166,8 @@ def make_plan(
     refused = _refused_positions(config)
     positions = [position for position in POSITIONS if position not in refused]
     model = source.model(args, config)
-    size = model_size(config, args.seq_length, args.micro_batch_size)
+    counted = _counted(args, config)
+    size = model_size(counted, args.seq_length, args.micro_batch_size)
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     training = training_from_args(args, num_microbatches)
     plan = Plan(
@@ -171,9 +176,12 @@ def make_plan(
         refused=refused,
         degrees=list(_degrees(args, config, source, positions)),
         comparisons=compare(model, measurement.topk, measurement.runs) if measurement else [],
+        counted=counted,
         parameters=size.parameters,
-        memory=_fullest_rank(config, size, training),
-        larger=list(_larger(args, config, training, source, positions)) if extrapolate else [],
+        memory=_fullest_rank(counted, size, training),
+        larger=list(_larger(args, config, counted, training, source, positions))
+        if extrapolate
+        else [],
         typed=stock_seconds(
             model,
             wider=False,
@@ -187,6 +195,14 @@ def make_plan(
     if alone or (leaves_node and cluster.network_bandwidth is None):
         return plan
     return replace(plan, race=race(args, config, model, plan.fastest, training, cluster))
+
+
+def _counted(args: Namespace, config: ScMoEModelConfig) -> ScMoEModelConfig:
+    """The model; a variant without a shortcut without what the one that is predicted implies."""
+    if "scmoe_shortcut_position" not in args.scmoe_implied:
+        return config
+    own = model_config_from_args(without_shortcut(args))
+    return changed(own, transformer_impl=config.transformer.transformer_impl)
 
 
 def _predictions(model: Model, position: str) -> list[Prediction]:
@@ -252,6 +268,7 @@ def _degrees(
 def _larger(
     args: Namespace,
     config: ScMoEModelConfig,
+    counted: ScMoEModelConfig,
     training: Training,
     source: TimesFrom,
     positions: list[str],
@@ -267,16 +284,17 @@ def _larger(
         if gpus % (pp * math.lcm(dense_ranks, expert_tp)):
             continue
         ranks = gpus // (pp * expert_tp)
-        grown = changed(
-            config,
-            expert_model_parallel_size=ranks,
-            num_moe_experts=ranks * experts_per_rank,
+        grown, told = (
+            changed(
+                each, expert_model_parallel_size=ranks, num_moe_experts=ranks * experts_per_rank
+            )
+            for each in (config, counted)
         )
-        size = model_size(grown, args.seq_length, args.micro_batch_size)
+        size = model_size(told, args.seq_length, args.micro_batch_size)
         yield Larger(
             gpus=gpus,
             experts=ranks * experts_per_rank,
             parameters=size.parameters,
             degree=_degree(args, grown, source, positions, ranks),
-            memory=_fullest_rank(grown, size, replace(training, world_size=gpus)),
+            memory=_fullest_rank(told, size, replace(training, world_size=gpus)),
         )

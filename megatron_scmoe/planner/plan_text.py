@@ -218,7 +218,8 @@ def _lost_iteration(wider: str, race: Race) -> list[str]:
 def _head(args: Namespace, config: TransformerConfig, plan: Plan) -> str:
     pattern = moe_layer_pattern(config)
     layout = _layout(args, config)
-    one = f"top-{config.moe_router_topk} and a shared expert"
+    shared = plan.counted.transformer.moe_shared_expert_intermediate_size
+    one = f"top-{config.moe_router_topk}" + (" and a shared expert" if shared else "")
     gates = "two top-1 gates" if plan.model.further else one
     return "\n".join(
         [

@@ -35,16 +35,21 @@ def twin(args: Namespace) -> Twin | None:
     """
     if args.scmoe_shortcut_position == "none":
         return None
+    sizes = (
+        model_size(model_config_from_args(each), args.seq_length, args.micro_batch_size)
+        for each in (without_shortcut(args), args)
+    )
+    return Twin(*sizes)
+
+
+def without_shortcut(args: Namespace) -> Namespace:
+    """The options of the model without its shortcut and the shared expert that this implied."""
     stock = copy.copy(args)
     stock.scmoe_shortcut_position = stock.scmoe_dual_gating = "none"
     for dest in SHARED_EXPERT & args.scmoe_implied.keys():
         setattr(stock, dest, args.scmoe_implied[dest])
     stock.scmoe_combine = "cg1" if stock.moe_shared_expert_gate else "add"
-    sizes = (
-        model_size(model_config_from_args(each), args.seq_length, args.micro_batch_size)
-        for each in (stock, args)
-    )
-    return Twin(*sizes)
+    return stock
 
 
 def what_the_flag_changes(args: Namespace) -> list[str]:

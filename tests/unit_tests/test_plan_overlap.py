@@ -793,6 +793,22 @@ def test_published_command_lines_are_planned(output, name: str) -> None:
         assert f"--moe-router-topk {advised.split()[3]} " in text  # the plan advises the same
 
 
+def test_a_variant_without_a_shortcut_is_counted_as_it_stands(planned, output) -> None:
+    """MoE++ has no shared expert, which the position whose times are predicted would imply."""
+    moepp = MODEL.replace("--moe-router-topk 1", "--moe-layer-freq 1 --scmoe-preset moepp")
+    args, plan = planned(moepp, CLUSTER)
+    both = twin(args)
+    assert both is not None and plan.parameters == both.before.parameters
+    shared, norm, gate = 3 * 64 * args.ffn_hidden_size, 64, 64
+    assert both.after.parameters - plan.parameters == args.num_layers * (shared + norm + gate)
+    _, moved = planned(moepp, CLUSTER, "--scmoe-shortcut-position pos1")
+    assert moved.memory.total_bytes > plan.memory.total_bytes
+    assert moved.predictions == plan.predictions and moved.typed == plan.typed
+    text = output(moepp, CLUSTER)
+    assert "MoE with 16 experts, top-2\n" in text
+    assert "pos1 for times, not for parameters and memory: the command line has none" in text
+
+
 def test_a_shared_expert_that_was_there_is_nothing_new(planned) -> None:
     args, plan = planned(MIXTRAL, EQUAL, CLUSTER)
     assert plan.typed == stock_seconds(plan.model, wider=False, shared_expert=True)
