@@ -90,7 +90,7 @@ def read(path: Path) -> Lists:
         for key, value in content["lists"].items():
             if not key.isdecimal() or len(key) > 6 or int(key) < 1:
                 raise ValueError(f"{key!r:.20} is no number of a layer")
-            layers[int(key)] = _partners(value, experts, f"layer {key}")
+            layers[int(key)] = partners_of(value, experts, f"layer {key}")
         if not layers:
             raise ValueError("it has no layers")
     except (ValueError, TypeError, OverflowError) as error:
@@ -100,7 +100,12 @@ def read(path: Path) -> Lists:
     return Lists(experts, dict(sorted(layers.items())), provenance)
 
 
-def _partners(value: Any, experts: int, name: str) -> np.ndarray:
+def partners_of(value: Any, experts: int, name: str) -> np.ndarray:
+    """The partners of every expert of a layer, [N, N - 1].
+
+    Raises:
+        ValueError: a row is not all other experts; it begins with the name.
+    """
     partners = counts_of(value, name, (experts, experts - 1))
     everyone = np.arange(experts)[:, None]
     if (np.sort(np.hstack([everyone, partners]), axis=1) != everyone.T).any():

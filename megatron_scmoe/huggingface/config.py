@@ -45,6 +45,7 @@ SAME_NAME = {
     "gated_linear_unit": "swiglu",
     "mlp_bias": "add_bias_linear",
     "attention_output_bias": "add_bias_linear",
+    "router_bias": "add_bias_linear",
     "rms_norm_eps": "layernorm_epsilon",
     "qk_layernorm": "qk_layernorm",
     "max_position_embeddings": "max_position_embeddings",
@@ -263,6 +264,22 @@ def to_options(config: Config) -> dict[str, Any]:
         "rope_scaling_factor": rope["factor"] if rope.get("rope_type") == "llama3" else 8.0,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }
+
+
+def there_and_back(config: Config) -> Config:
+    """The config.json of the model that Megatron's options of this one make."""
+    kept = config.get("megatron", {})
+    options = {name: values[0] for name, values in ONLY.items()} | to_options(config)
+    return from_record(
+        {
+            "options": {name: kept[name] for name in KEPT if name in kept}
+            | {"expert_model_parallel_size": config.get("balance_groups") or 1},
+            "model": options,
+            "tokenizer": {"vocab_size": config["vocab_size"]},
+            "padded_vocab_size": kept.get("padded_vocab_size"),
+            "iteration": kept.get("iteration"),
+        }
+    )
 
 
 def moe_layers(freq: int | list[int], layers: int) -> list[int]:

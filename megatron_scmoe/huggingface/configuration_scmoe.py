@@ -89,6 +89,7 @@ class ScMoEConfig(PreTrainedConfig):
         attention_bias: of queries, keys and values, or of the down projections of latent attention.
         attention_output_bias: of the output projection.
         mlp_bias: of all MLPs and experts.
+        router_bias: added to the router logits.
         norm: of all norms.
         rms_norm_eps: of all norms, of LayerNorm too.
         qk_layernorm: normalise queries and keys, or the latents of latent attention.
@@ -153,6 +154,7 @@ class ScMoEConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
+    router_bias: bool = False
     norm: str = "rmsnorm"
     rms_norm_eps: float = 1e-5
     qk_layernorm: bool = False

@@ -54,8 +54,11 @@ def of_config(config: Config) -> Dialect:
     Raises:
         ValueError: nothing here can be started from it; with the reason.
     """
-    architectures = config.get("architectures") or []
-    name = architectures[0] if architectures else str(config.get("model_type"))
+    match config.get("architectures"):
+        case [str(name), *_]:
+            pass
+        case _:
+            name = str(config.get("model_type"))
     if name in REFUSED:
         raise ValueError(f"{name} cannot be imported: {REFUSED[name]}")
     if name not in DIALECTS:
@@ -181,6 +184,7 @@ NEUTRAL: Config = {
     "gated_linear_unit": True,
     "attention_output_bias": False,
     "mlp_bias": False,
+    "router_bias": False,
     "norm": "rmsnorm",
     "qk_layernorm": False,
     "position_embedding": "rope",

@@ -6,6 +6,7 @@ is whole: one iteration with its record, and the tokenizer beside it.
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_scmoe.huggingface import dialects, tensor_names, tokenizer
+from megatron_scmoe.c2r.lists import partners_of
+from megatron_scmoe.huggingface import dialects, fields, tensor_names, tokenizer
 from megatron_scmoe.huggingface.config import KEPT, ONLY, to_options
 from megatron_scmoe.huggingface.dialects import Dialect, Where
 from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
@@ -47,8 +49,14 @@ class Directory:
     """In ours."""
 
 
-def open_directory(folder: Path) -> Directory:
+def open_directory(
+    folder: Path, dialect_of: Callable[[Config], Dialect] = dialects.of_config
+) -> Directory:
     """Read config and headers of a directory.
+
+    Args:
+        folder: the directory.
+        dialect_of: of a config.json, or a ValueError.
 
     Raises:
         ValueError: one line that says what is wrong with which file.
@@ -58,12 +66,12 @@ def open_directory(folder: Path) -> Directory:
         raise ValueError(f"--input {folder} has no config.json")
     try:
         theirs = read_json(path)
-        dialect = dialects.of_config(theirs)
+        dialect = dialect_of(theirs)
         config = dialect.config(theirs)
-        to_options(config)
+        fields.check(config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from error
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Directory(folder, SafetensorsReader(folder), dialect, config)
 
@@ -131,6 +139,9 @@ def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
             f"{where.name} is {dtype} in {directory.folder}: of quantised weights only bf16, fp16 "
             "and fp32 can be read"
         )
+    if is_partners:
+        rows = directory.reader.read(where.name).tolist()
+        partners_of(rows, directory.config["num_experts"], f"{where.name} in {directory.folder}")
 
 
 def load(

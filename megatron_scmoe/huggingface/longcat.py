@@ -60,6 +60,7 @@ FIXED: Config = {
     "attention_bias": False,
     "attention_output_bias": False,
     "mlp_bias": False,
+    "router_bias": False,
     "norm": "rmsnorm",
     "qk_layernorm": True,
     "position_embedding": "rope",

@@ -363,6 +363,7 @@ class ScMoETopKRouter(nn.Module):
         self.first_copy = config.first_copy_expert
         inner = config.hidden_size if config.gate_layers == 1 else 8 * columns
         self.weight = nn.Parameter(torch.empty(columns, inner))
+        self.bias = nn.Parameter(torch.empty(columns)) if config.router_bias else None
         self.inner_weight = self.residual_weight = None
         if config.gate_layers == 2:
             self.inner_weight = nn.Parameter(torch.empty(inner, config.hidden_size))
@@ -407,7 +408,8 @@ class ScMoETopKRouter(nn.Module):
     def _logits(self, z: Tensor, before: Tensor | None) -> Tensor:
         if self.inner_weight is not None:
             z = functional.linear(z, self.inner_weight.to(z.dtype)).tanh()
-        logits = functional.linear(z, self.weight.to(z.dtype))
+        bias = None if self.bias is None else self.bias.to(z.dtype)
+        logits = functional.linear(z, self.weight.to(z.dtype), bias)
         if self.residual_weight is not None:
             assert before is not None
             logits = logits + functional.linear(before, self.residual_weight.to(z.dtype))

@@ -196,6 +196,13 @@ MOE = [
         keeps_dtype=True,
     ),
     _row(
+        "mlp.router.bias",
+        "mlp.gate.bias",
+        "choices",
+        "router bias",
+        keeps_dtype=True,
+    ),
+    _row(
         "mlp.router.expert_bias",
         "mlp.gate.e_score_correction_bias",
         "choices",
@@ -338,6 +345,7 @@ def features(config: Config) -> set[str]:
         "shared": config["shared_expert_intermediate_size"] > 0,
         "cg1": config["combine"] == "cg1",
         "cg2": config["combine"] == "cg2",
+        "router bias": config["router_bias"],
         "expert bias": config["expert_bias"],
         "constants": config["constant_experts"] > 0,
         "two gate layers": config["gate_layers"] == 2,

@@ -12,14 +12,13 @@ Pos-1, every second one at Pos-2 and Pos-3.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.huggingface import load
 from megatron_scmoe.huggingface.dialects import Dialect, Where, baseline
-from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
 from megatron_scmoe.huggingface.tensor_names import Config
-from megatron_scmoe.words import read_json
 
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -48,25 +47,17 @@ def upcycle(
     Raises:
         ValueError: the directory is not whole, or the plan does not fit it; one line.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"--input {folder} has no config.json")
-    try:
-        theirs = read_json(path)
-        name = (theirs.get("architectures") or [theirs.get("model_type")])[0]
-        if name not in DENSE:
-            raise ValueError(f"{name} is none of {', '.join(DENSE)}")
-        config = _config(theirs, plan)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    directory = load.open_directory(folder, partial(_dialect, plan=plan))
+    load.write(directory, save, dtype, say)
 
-    def where(name: str, config: Config, names: set[str]) -> Where:
-        return _where(name, plan)
 
-    dialect = Dialect(lambda config: config, where)
-    load.write(load.Directory(folder, SafetensorsReader(folder), dialect, config), save, dtype, say)
+def _dialect(theirs: Config, plan: Upcycling) -> Dialect:
+    name = (theirs.get("architectures") or [theirs.get("model_type")])[0]
+    if name not in DENSE:
+        raise ValueError(f"{name} is none of {', '.join(DENSE)}")
+    return Dialect(
+        lambda theirs: _config(theirs, plan), lambda name, config, names: _where(name, plan)
+    )
 
 
 def _config(theirs: Config, plan: Upcycling) -> Config:

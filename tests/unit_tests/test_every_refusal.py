@@ -27,9 +27,11 @@ from megatron_scmoe.checks import command_line, data, generation, layout, shortc
 from megatron_scmoe.checks.ranges import NUMBERS, RANGES, Range
 from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.huggingface import fields
 from megatron_scmoe.model import norm, specs
 from tests.models import Case
 from tests.toy_variants import registered
+from tests.unit_tests.test_huggingface_fields import CONFIG as DIRECTORY
 
 Rows = tuple[Refusal, ...]
 
@@ -459,11 +461,25 @@ OF_COMMAND_LINE: dict[str, Typed] = {
 # What rows ask beside the options: the tokenizer's tokens, the tokens of the longest prompt.
 BESIDE = {data.VOCABULARY: [64], generation.ADOPTED: [64]}
 
+# Of a config.json that comes in: the beginning of the line, and the fields that are changed.
+OF_DIRECTORY: dict[str, dict[str, Any]] = {
+    "hidden_size is 0 and not a whole number": {"hidden_size": 0},
+    "num_attention_heads 4 is no multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+    "num_experts_per_tok 5 is more than there are experts": {"num_experts_per_tok": 5},
+    "layer 2 of moe_layers has no dense layer in front": {"moe_layers": [1, 2]},
+    "n_group 3 and topk_group 1 are no groups of 4 experts": {"n_group": 3, "topk_group": 1},
+    "c2r_top_t 4 is not in 1..3": {"router": "c2r", "c2r_top_t": 4},
+    "fields that contradict the others, or that no option says: combine 'cg1' (not 'add')": {
+        "combine": "cg1"
+    },
+}
+
 ALL = [
     *UNSUPPORTED,
     *OF_MODEL,
     *OF_NORM,
     *OF_COMMAND_LINE,
+    *OF_DIRECTORY,
     "pipeline stage 1 would start at layer 4",
 ]
 
@@ -506,6 +522,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
         with registered():
             rows = (*shortcut.WITHOUT_EFFECT, *shortcut.of_shortcut(config, scmoe))
             return next(complaints(rows, config, scmoe))
+    if line in OF_DIRECTORY:
+        return next(complaints(fields.CONFIG, {**DIRECTORY, **OF_DIRECTORY[line]}))
     if line in OF_NORM:
         return next(complaints(norm.REFUSALS, host_config(**OF_NORM[line])))
     if line not in OF_COMMAND_LINE:

@@ -57,6 +57,7 @@ def test_every_need_is_a_feature_and_every_dimension_a_size() -> None:
                 "attention_bias",
                 "attention_output_bias",
                 "mlp_bias",
+                "router_bias",
                 "gated_linear_unit",
                 "post_norm",
                 "expert_bias",

@@ -61,6 +61,7 @@ ALLOWED = {
     },
     "checks": {
         "words",
+        "checks.ranges",
         "c2r",
         "host",
         "checks.refusal",
@@ -70,6 +71,7 @@ ALLOWED = {
         "model.routing",
         "overlap",
     },
+    "checks.ranges": {"words", "checks.refusal"},
     "checks.refusal": set(),
     "run": {"c2r", "host", "model.routing", "overlap.measure"},
     "run.watch": {"host", "say"},
@@ -91,9 +93,17 @@ ALLOWED = {
         "say",
         "start",
     },
-    "huggingface": {"words", "huggingface.logits", "run.checkpoint"},
+    "huggingface": {
+        "words",
+        "c2r",
+        "checks.ranges",
+        "checks.refusal",
+        "huggingface.logits",
+        "run.checkpoint",
+    },
     "arguments": {
         "words",
+        "checks.ranges",
         "c2r",
         "presets",
         "recipe",
@@ -140,6 +150,7 @@ ALLOWED = {
     "commands.trace_report": {"words", "overlap", "overlap.measure"},
     "commands": {
         "words",
+        "checks.ranges",
         "c2r",
         "commands.preprocess",
         "commands.trace_report",
