@@ -49,7 +49,9 @@ def write_directory(folder: Path, **changed: Any) -> Path:
     config = {**CONFIG, **changed}
     (folder / "config.json").write_text(json.dumps(config))
     weights = {
-        name: torch.zeros(shape) for each in tensor_names.tensors(config) for name, shape in each.parts
+        name: torch.zeros(shape)
+        for each in tensor_names.tensors(config)
+        for name, shape in each.parts
     }
     for name, values in weights.items():
         if name.endswith("partners"):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_scmoe.huggingface import export, load, names, safetensors_files
+from megatron_scmoe.huggingface import export, load, safetensors_files, tensor_names
 from megatron_scmoe.huggingface.config import ARCHITECTURES
 from megatron_scmoe.huggingface.dialects import NEUTRAL
 from megatron_scmoe.words import size
@@ -78,9 +78,9 @@ def make_checkpoint(folder: Path, gigabytes: float) -> Path:
     config = {**MODEL, "num_experts": experts}
     directory = folder / "directory"
     directory.mkdir()
-    tensors = [part for tensor in names.tensors(config) for part in tensor.parts]
+    tensors = [part for tensor in tensor_names.tensors(config) for part in tensor.parts]
     entries = [safetensors_files.Entry(*part, torch.float32) for part in tensors]
-    writer = safetensors_files.Writer(directory, entries)
+    writer = safetensors_files.SafetensorsWriter(directory, entries)
     for name, shape in tensors:
         writer.write(name, torch.randn(shape))
     writer.close()
