@@ -132,7 +132,14 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return line.partition("error: ")[2]
 
 
-@pytest.mark.parametrize("model", MODELS)
+# unit_tests/test_huggingface_round_trip.py has the others too, on one rank.
+SEEN_ELSEWHERE = ("two gates", "gates of two layers")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in SEEN_ELSEWHERE)) for m in MODELS],
+)
 def test_every_tensor_comes_back(
     model: str, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -478,6 +485,19 @@ def test_both_models_give_the_same_logits(
     assert "32 places, in bf16: " in rounded
     found = [float(re.findall(r"difference ([^,]+),", line)[0]) for line in (exact, rounded)]
     assert found[0] < verify.LARGEST_DIFFERENCE < found[1] < 0.2
+
+
+@pytest.mark.usefixtures("forked_logits")
+def test_a_layout_of_every_kind_gives_the_same_logits(
+    exported: Path, trained: Callable[[str], Path]
+) -> None:
+    pytest.importorskip("transformers")
+    layout = shlex.split(
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    )
+    found = verify.compare_logits(trained("grouped query"), exported, ranks=4, options=layout)
+    assert found.same and found.places == 32, found.text()
 
 
 def counting_tokenizer(folder: Path) -> None:
