@@ -458,6 +458,8 @@ def test_contenders_that_send_a_token_once() -> None:
         (["--contender", "fast=top9 --x"], "BASE one of top2"),
         (["--slots", "pos2", "--moe-every-layer"], "not a position of this layout"),
         (["--shares", "60"], "between 0 and 1"),
+        (["--mbit", "0"], "is positive"),
+        (["--mbit", "150", "--shares", "0.6"], "give one of them"),
         (["--steps", "0"], "at least 1"),
     ],
 )

@@ -65,6 +65,8 @@ class Settings:
     not counted."""
     calibration_steps: int
     """Counted steps of a rate that is tried."""
+    rates: Sequence[float] = ()
+    """Bits per second, in place of the shares."""
 
 
 FULL = Settings((0.15, 0.30, 0.60, 0.75), repetitions=7, warmup=9, steps=1, calibration_steps=5)
@@ -103,6 +105,9 @@ class TwoHostBench:
                 return time
 
             unlimited = measure(None)
+            if settings.rates:
+                found_at = [measure(given) for given in settings.rates]
+                return unlimited, {round(time.share, 3): time for time in found_at}
             links: dict[float, LayerTime] = {}
             rate = FIRST_RATE
             for share in sorted(settings.shares):
@@ -214,6 +219,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="of communication in the top-2 MoE layer's time",
     )
+    add(
+        "--mbit",
+        type=float,
+        nargs="+",
+        metavar="MBIT",
+        help="rates of each direction of the link, in place of --shares",
+    )
     add("--repetitions", type=int, metavar="N", help="turns of each contender on each link")
     add("--warmup", type=int, metavar="N", help="first steps of each run, not counted")
     add("--steps", type=int, metavar="N", help="counted steps of each turn")
@@ -261,7 +273,11 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         for name in ("shares", "repetitions", "warmup", "steps")
         if (value := getattr(args, name)) is not None
     }
-    settings = replace(settings, **given)
+    settings = replace(settings, **given, rates=[mbit * 1e6 for mbit in args.mbit or ()])
+    if settings.rates and args.shares:
+        raise UsageError("--mbit and --shares: give one of them.")
+    if not all(rate > 0 for rate in settings.rates):
+        raise UsageError("--mbit is positive.")
     if min(settings.repetitions, settings.steps, settings.warmup) < 1:
         raise UsageError("--repetitions, --steps and --warmup are at least 1.")
     if not all(0 < share < 1 for share in settings.shares):
