@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.gpu_proof import environment
 from tools.gpu_proof.bundle import PACKAGES, TRANSFORMER_ENGINE, pack, requirements
 from tools.gpu_proof.observed_run import Wait, watched
 from tools.gpu_proof.parts import PARTS, read_part
@@ -182,7 +183,7 @@ def test_findings_on_the_page(tmp_path: Path) -> None:
     results.check("wrong", False, "1 | 2", seconds=0.25)
     with results.guarded("block"):
         raise RuntimeError("first line\nsecond line")
-    environment = {
+    machine = {
         "command": "python -m tools.gpu_proof",
         "commit": "abc",
         "date": "today",
@@ -192,7 +193,7 @@ def test_findings_on_the_page(tmp_path: Path) -> None:
         "gpu": {"card": "H100", "driver": "580"},
     }
     findings = read_findings(tmp_path)
-    screen = write_summary(tmp_path, environment, findings, {"toy": 3.0})
+    screen = write_summary(tmp_path, machine, findings, {"toy": 3.0})
     assert "failed   toy: block; RuntimeError: first line" in screen
     page = (tmp_path / "summary.md").read_text()
     assert "card H100, driver 580." in page
@@ -283,3 +284,12 @@ def test_packing_a_wheel_changes_its_size_only(tmp_path: Path) -> None:
 def test_a_finding_is_one_line() -> None:
     finding = ProofFinding("toy", "sum", "failed", "is 3", {"seconds": 0.123456})
     assert finding.line() == "failed   toy: sum; seconds 0.1235; is 3"
+
+
+def test_the_wrong_python_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "needed_by", lambda name: set())
+    assert environment.main(str(tmp_path / "new")) == 2
+    assert "has no torch: put the python3 that has it first" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -82,5 +82,19 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def main(environment: str, bundle: str | None = None) -> int:
+    """Exit code 2, and one line, if this Python is not the one that has torch."""
+    if not needed_by("torch"):
+        version = ".".join(map(str, sys.version_info[:3]))
+        print(
+            f"error: {sys.executable}, Python {version}, has no torch: "
+            "put the python3 that has it first in PATH.",
+            file=sys.stderr,
+        )
+        return 2
+    print(make(Path(environment), sorted(Path(bundle).glob("*.whl")) if bundle else ()))
+    return 0
+
+
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1]), sorted(Path(sys.argv[2]).glob("*.whl")) if sys.argv[2:] else ()))
+    sys.exit(main(*sys.argv[1:]))
