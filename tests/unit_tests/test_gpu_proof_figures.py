@@ -315,8 +315,9 @@ def test_an_expert_that_did_not_come_is_noticed(
 # Memory. ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", fast.MODELS)
 def test_memory_beside_the_report(
-    single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
+    name: str, single_rank: None, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sizes are those of a GPU, where they are only counted; the training is not done."""
 
@@ -329,13 +330,14 @@ def test_memory_beside_the_report(
 
     monkeypatch.setattr(fast, "_train", train)
     proof = fast.FastPart(results, CUDA, Rates(1.0, 1.0))
-    proof.memory("local")
+    proof.memory(name, "local")
     state, kept, peak = read_findings(results.folder)
     assert (state.outcome, kept.outcome, peak.outcome) == ("passed", "failed", "failed")
     assert state.values["over_report_ratio"] == pytest.approx(1.04)
     assert state.values["reported_mib"] + kept.values["reported_mib"] == pytest.approx(
         peak.values["reported_mib"]
     )
+    assert peak.values["reported_mib"] < 70 * 1024, "it fits an H100"
 
 
 # Errors. ------------------------------------------------------------------------------------------

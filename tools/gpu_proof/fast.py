@@ -86,12 +86,13 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         steps = [
             *(PartStep(f"{name}: units", partial(proof.units, name), 12) for name in MODELS),
             *(PartStep(f"{name}: experts", partial(proof.experts, name), 6) for name in MODELS),
-            PartStep("memory, local spec", partial(proof.memory, "local"), 12),
-            PartStep(
-                "memory, Transformer Engine",
-                partial(proof.memory, "transformer_engine"),
-                12,
-                missing_transformer_engine(device),
+            *(
+                PartStep(f"{name}: memory, {impl}", partial(proof.memory, name, impl), 8, missing)
+                for name in MODELS
+                for impl, missing in (
+                    ("local", None),
+                    ("transformer_engine", missing_transformer_engine(device)),
+                )
             ),
         ]
         do_steps(results, steps, deadline)
@@ -266,12 +267,20 @@ class FastPart:
 
     # Memory. --------------------------------------------------------------------------------------
 
-    def memory(self, transformer_impl: str) -> None:
+    def memory(self, name: str, transformer_impl: str) -> None:
         """Four layers trained for three steps: what the allocator says against the report."""
-        shape = TINY if self._tiny else replace(SHAPES["gpt2-moe-medium"], num_experts=8)
-        contender = Contender("pos2", "pos2", 1, True, 1)
-        options = {**BFLOAT16, "transformer_impl": transformer_impl, "moe_grouped_gemm": True}
-        config, scmoe = configs(shape, contender, 4, moe_layer_freq=[0, 1, 0, 1], **options)
+        shape = self._shape(name)
+        if not self._tiny:
+            # A quarter where every layer has experts: with Adam's state they fill the device.
+            shape = replace(shape, num_experts=2 if shape.moe_every_layer else 8)
+        units = {row.position: row for row in contenders(shape)}
+        options = {
+            **BFLOAT16,
+            "transformer_impl": transformer_impl,
+            "moe_grouped_gemm": True,
+            "moe_layer_freq": [1] * 4 if shape.moe_every_layer else [0, 1] * 2,
+        }
+        config, scmoe = configs(shape, units.get("pos2", units["pos1"]), 4, **options)
         model = ScMoEModelConfig(
             transformer=config,
             scmoe=scmoe,
@@ -286,7 +295,8 @@ class FastPart:
         measured = _train(model, self._seq_length, self._micro_batch_size, self._device)
         if measured is None:
             self._results.skipped(
-                f"memory, {transformer_impl}", "the step ran; a CPU's allocator is not measured"
+                f"{name}: memory, {transformer_impl}",
+                "the step ran; a CPU's allocator is not measured",
             )
             return
         reported = (
@@ -303,7 +313,7 @@ class FastPart:
             judge(
                 self._results,
                 self._device,
-                f"memory, {transformer_impl}: {what}",
+                f"{name}: memory, {transformer_impl}: {what}",
                 abs(found / expected - 1) <= MEMORY_TOLERANCE,
                 measured_mib=found / MEBIBYTE,
                 reported_mib=expected / MEBIBYTE,
