@@ -11,10 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_scmoe import say
-from megatron_scmoe.commands import (
-    plan_overlap,
-)  # replaces symbols of the host before it is imported
+from megatron_scmoe import say, start
+
+start.replace_host_symbols()
+
+from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan import make_plan
 from megatron_scmoe.planner.plan_text import as_json
 from megatron_scmoe.recipe import load
@@ -52,8 +53,8 @@ def plan(file: Path, *options: str) -> dict[str, Any]:
     sys.argv[1:] = ["--config", str(file), *CLUSTER, *nodes, *options]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's, about training
-        args, config, notes = plan_overlap.parse_command_line()
-        source = plan_overlap.source_from_args(args)
+        args, config, notes = parse_command_line()
+        source = source_from_args(args)
         chosen = make_plan(args, config, source)
     return {
         **as_json(args, config.transformer, source, chosen, notes),

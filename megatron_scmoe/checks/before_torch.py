@@ -35,8 +35,14 @@ LENGTH = (
 )
 """What a run has to be told that the host has no default for."""
 
+HELP = ("-h", "--help", "--help-scmoe")
 # Options are not the whole command line, or nothing is trained.
-SAYS_MORE = ("-h", "--help", "--help-scmoe", "--use-checkpoint-args", "--yaml-cfg")
+SAYS_MORE = (*HELP, "--use-checkpoint-args", "--yaml-cfg")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether nothing else is done."""
+    return any(word in HELP for word in argv)
 
 
 def refuse_words(argv: Sequence[str]) -> None:

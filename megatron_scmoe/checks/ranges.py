@@ -6,7 +6,7 @@ nothing.
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_scmoe.checks.refusal import Found, Refusal
@@ -157,17 +157,18 @@ RANGES: dict[str, Range] = {
 }
 
 
-def _complaints(args: Namespace) -> Iterator[str]:
+def out_of_range(args: Namespace, ranges: Mapping[str, Range] = RANGES) -> Iterator[str]:
+    """A complaint about every number that is none, or that lies outside of its range."""
     for dest, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 yield f"{flag(dest)} {number} is no number to compute with"
-            elif dest in RANGES and isinstance(number, int | float) and number not in RANGES[dest]:
-                yield f"{flag(dest)} {number:g} is not {RANGES[dest]}"
+            elif dest in ranges and isinstance(number, int | float) and number not in ranges[dest]:
+                yield f"{flag(dest)} {number:g} is not {ranges[dest]}"
 
 
 def _out_of_range(args: Namespace) -> Found:
-    found = list(_complaints(args))
+    found = list(out_of_range(args))
     return bool(found) and {"all": "; ".join(found)}
 
 

@@ -49,7 +49,7 @@ def doctor_of_a_hanging_rank() -> int:
     """One rank does not come back from an exchange; time is short."""
     import torch
 
-    from megatron_scmoe.commands import doctor
+    from megatron_scmoe.commands import doctor, examination
 
     exchange = links.exchange_with
 
@@ -59,7 +59,7 @@ def doctor_of_a_hanging_rank() -> int:
         exchange(*args)  # type: ignore[arg-type]
 
     links.exchange_with = hang
-    doctor.TIMEOUT_MINUTES = SHORT_MINUTES  # type: ignore[assignment]
+    examination.TIMEOUT_MINUTES = SHORT_MINUTES  # type: ignore[assignment]
     return doctor.main()
 
 
@@ -67,7 +67,7 @@ def doctor_of_a_missing_rank() -> int:
     """One rank never starts. It keeps the job's store meanwhile, as torchrun's agent does."""
     import torch
 
-    from megatron_scmoe.commands import doctor
+    from megatron_scmoe.commands import doctor, examination
 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if os.environ["RANK"] == "1":
@@ -77,7 +77,7 @@ def doctor_of_a_missing_rank() -> int:
         )
         time.sleep(JOB_S)
         del store
-    doctor.TIMEOUT_MINUTES = SHORT_MINUTES  # type: ignore[assignment]
+    examination.TIMEOUT_MINUTES = SHORT_MINUTES  # type: ignore[assignment]
     return doctor.main()
 
 
@@ -86,13 +86,13 @@ def doctor_of_two_nodes() -> int:
     import socket
     import sys
 
-    from megatron_scmoe.commands import doctor
+    from megatron_scmoe.commands import doctor, examination
 
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     if os.environ["RANK"] == "1":
         now = time.time
         socket.gethostname = lambda: "node1"
-        doctor.time.time = lambda: now() - 60  # type: ignore[assignment]
+        examination.time.time = lambda: now() - 60  # type: ignore[assignment]
         sys.argv = [word.replace("of node 0", "of node 1") for word in sys.argv]
     return doctor.main()
 
@@ -156,7 +156,7 @@ def test_impossible_layout(tmp_path: Path) -> None:
 
 
 def test_unknown_option(tmp_path: Path) -> None:
-    run = launch_forked(["--no-such-option"], 1, tmp_path, main=doctor)
+    run = launch_forked([*OPTIONS, "--no-such-option"], 1, tmp_path, main=doctor)
     assert run.returncode == 2
     assert "error: unrecognized arguments: --no-such-option" in run.stdout
 

@@ -26,9 +26,9 @@ from megatron_scmoe.arguments import (
 from megatron_scmoe.checks.before_torch import typed_numbers
 from megatron_scmoe.checks.ranges import NUMBERS
 from megatron_scmoe.checks.refusal import complaints
-from megatron_scmoe.commands.plan_overlap import add_planner_args
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
+from megatron_scmoe.planner.command_line import add_planner_args
 from megatron_scmoe.run.checkpoint.model_options import (
     ARCHITECTURE,
     SCMOE,
@@ -193,6 +193,23 @@ def test_what_needs_no_torch_is_refused_before_it(tmp_path: Path) -> None:
     assert "How long" in line and "evaluate is missing" in line and "learning rate" not in line
     for rest in (enough, ["--help-scmoe"], ["--use-checkpoint-args"], ["--yaml-cfg", "x"]):
         assert run(*rest) == (1, "torch was imported")
+
+    for program in ("tools/plan_overlap.py", "tools/doctor.py"):
+        code, line = run("--num-layers", "0", program=program)
+        assert code == 2 and "--num-layers 0 is not from 1 to 10000" in line and "\n" not in line
+    sizes = ["--num-experts=8", "--cluster-preset", "a800-nvlink", "--cluster-nodes=1"]
+    shares = ["--cluster-flops-efficiency=0.5", "--cluster-bandwidth-efficiency", "0.5"]
+    code, line = run(*sizes, "--measured", "nowhere", program="tools/plan_overlap.py")
+    assert (code, line) == (
+        2,
+        "plan_overlap.py: error: --measured nowhere: no such file: name one that is there.",
+    )
+    wrong = run("--cluster-nodes", "x", program="tools/plan_overlap.py")
+    assert wrong == (2, "plan_overlap.py: error: argument --cluster-nodes: invalid int value: 'x'")
+    for rest in ([*sizes, *shares], ["--help"]):
+        assert run(*rest, program="tools/plan_overlap.py") == (1, "torch was imported")
+    for rest in ([], enough):
+        assert run(*rest, program="tools/doctor.py") == (1, "torch was imported")
 
     report = "tools/overlap_report.py"
     code, line = run("nowhere", program=report)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_scmoe.commands import plan_overlap
+from megatron_scmoe.planner.command_line import parse_command_line
 from tests.functional_tests import cases
 from tests.functional_tests.cases import CaseError, GoldenCase, attempt, judge, junit
 from tests.functional_tests.launch import Run
@@ -123,9 +123,10 @@ def test_the_planner_takes_every_case_on_a_node_of_eight(
     """What would be refused on H100s is found without one."""
     case = GoldenCase(name, "h100")
     assert GoldenCase(name).golden.exists()
-    cluster = ["--cluster-preset", "h100-infiniband", "--cluster-nodes", "1"]
+    shares = [f"--cluster-{of}-efficiency=0.5" for of in ("flops", "bandwidth")]
+    cluster = ["--cluster-preset", "h100-infiniband", "--cluster-nodes", "1", *shares]
     for second in {False, case.reshards}:
         options = case.options(tmp_path, tmp_path, second)
         monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *options, *cluster])
-        args, _, _ = plan_overlap.parse_command_line()
+        args, _, _ = parse_command_line()
         assert args.world_size == 8

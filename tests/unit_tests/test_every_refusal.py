@@ -29,6 +29,7 @@ from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.huggingface import fields
 from megatron_scmoe.model import norm, specs
+from megatron_scmoe.planner import cluster_options as planner
 from tests.models import Case
 from tests.toy_variants import registered
 from tests.unit_tests.test_huggingface_fields import CONFIG as DIRECTORY
@@ -261,8 +262,21 @@ ASKED: dict[str, Any] = {
 }
 
 
+# And tools/plan_overlap.py.
+PLANNED: dict[str, Any] = {
+    **dict.fromkeys(("cluster_nodes", *planner.COMPUTE, *planner.NETWORK), 1),
+    "cluster_gpus_per_node": 4,
+    "measured": None,
+    "collaboration": None,
+}
+
+
 def asked(options: str = "", **changes: Any) -> "Typed":
     return Typed(generation.TYPED, options, ASKED | changes)
+
+
+def planned(options: str = "", **changes: Any) -> "Typed":
+    return Typed(planner.ASKED, options, PLANNED | changes)
 
 
 WANDB_RUN = "--wandb-project a --wandb-exp-name b --save a"
@@ -431,6 +445,15 @@ OF_COMMAND_LINE: dict[str, Typed] = {
         data.DATA, "--data-path CORPUS --split 98,1,1"
     ),
     "--padded-vocab-size 32 is less": Typed(data.VOCABULARY, "--padded-vocab-size 32"),
+    "--yaml-cfg has no place for the --scmoe options: use": planned("--yaml-cfg a"),
+    "--use-checkpoint-args: the planner reads no": planned("--use-checkpoint-args"),
+    "A model without --num-experts has no all-to-all": planned(num_experts=None),
+    "--num-layers 0 is not from 1 to 10000; --cluster-nodes 0 is not": planned(
+        "--num-layers 0", cluster_nodes=0
+    ),
+    "The layout needs --cluster-nodes:": planned(cluster_nodes=None),
+    "Times need --cluster-tflops:": planned(cluster_tflops=None),
+    "--measured nowhere: no such file": planned(measured=Path("nowhere")),
     "A checkpoint is missing": asked(load=None),
     "Prompts stand in --prompt and in": asked(prompt_file="-"),
     "--max-new-tokens 0 is not": asked(max_new_tokens=0),

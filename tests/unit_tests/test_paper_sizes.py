@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.commands import plan_overlap
+from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan import make_plan
 from megatron_scmoe.planner.plan_text import as_json
 from megatron_scmoe.presets import PRESETS
@@ -69,8 +69,8 @@ def test_the_planner_takes_it(size: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["plan", *options, *CLUSTER, "--cluster-nodes", nodes])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the host's, about training
-        args, config, notes = plan_overlap.parse_command_line()
-        source = plan_overlap.source_from_args(args)
+        args, config, notes = parse_command_line()
+        source = source_from_args(args)
         plan = make_plan(args, config, source)
     found = as_json(args, config.transformer, source, plan, notes)
     assert found["memory"]["total"] < args.cluster_memory_gib * 2**30

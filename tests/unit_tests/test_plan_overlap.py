@@ -28,11 +28,12 @@ from megatron_scmoe.c2r import collaboration, placement
 from megatron_scmoe.c2r.collaboration import Collaboration, LayerCounts
 from megatron_scmoe.c2r.placement import Placement
 from megatron_scmoe.commands import plan_overlap
-from megatron_scmoe.commands.doctor import judge_gradients
+from megatron_scmoe.commands.examination import judge_gradients
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
+from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.copies import copies_of, expected
 from megatron_scmoe.planner.iteration import micro_batches_to_win
 from megatron_scmoe.planner.memory import training_from_args
@@ -79,7 +80,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch):
 
     def read(*options: str) -> tuple[Namespace, ScMoEModelConfig]:
         monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *shlex.split(" ".join(options))])
-        args, config, _ = plan_overlap.parse_command_line()
+        args, config, _ = parse_command_line()
         return args, config
 
     return read
@@ -91,7 +92,7 @@ def planned(command_line):
 
     def plan(*options: str) -> tuple[Namespace, Plan]:
         args, config = command_line(*options)
-        source = plan_overlap.source_from_args(args)
+        source = source_from_args(args)
         return args, make_plan(args, config, source, args.extrapolate)
 
     return plan
@@ -833,16 +834,22 @@ def test_stock_command_lines_are_planned_too(output) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (f"{MODEL} {POS2}", "--cluster-nodes is missing"),
+        (f"{MODEL} {POS2}", "The layout needs --cluster-nodes, --cluster-gpus-per-node"),
         (f"{MODEL} {POS2} --cluster-nodes 0 --cluster-gpus-per-node 8", "--cluster-nodes"),
         (
             f"{MODEL} {POS2} --cluster-nodes 1 --cluster-preset a800-nvlink",
-            "missing: --cluster-flops-efficiency, --cluster-bandwidth-efficiency",
+            "Times need --cluster-flops-efficiency, --cluster-bandwidth-efficiency",
         ),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-flops-efficiency 1.5", "at most 1"),
         (f"{MODEL} {POS2} {CLUSTER} --cluster-bandwidth-efficiency 40", "at most 1"),
-        (f"{MODEL} {POS2} {CLUSTER} --cluster-network-gbytes -1", "must be positive"),
-        (f"{MODEL} {POS2} {CLUSTER} --cluster-message-us -1", "message latency"),
+        (
+            f"{MODEL} {POS2} {CLUSTER} --cluster-network-gbytes -1",
+            "gbytes -1 is not above 0",
+        ),
+        (
+            f"{MODEL} {POS2} {CLUSTER} --cluster-message-us -1",
+            "-1 is not at least 0",
+        ),
         (
             f"{MODEL} {POS2} {CLUSTER} --expert-model-parallel-size 32",
             "no multiple of --expert-model-parallel-size 32",

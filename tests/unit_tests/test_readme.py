@@ -16,7 +16,8 @@ import torch.distributed.run
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.commands import generate, inspect_data, plan_overlap, preprocess_data
+from megatron_scmoe.commands import generate, inspect_data, preprocess_data
+from megatron_scmoe.planner.command_line import add_planner_args
 
 ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"
@@ -102,7 +103,7 @@ def known() -> dict[str, set[str]]:
         "pretrain_gpt_scmoe.py": options_of(training(add_scmoe_args)),
         "tools/generate.py": options_of(training(generate.add_options)),
         "tools/inspect_data.py": options_of(parser_of(inspect_data.parse_arguments)),
-        "tools/plan_overlap.py": options_of(training(plan_overlap.add_planner_args)),
+        "tools/plan_overlap.py": options_of(training(add_planner_args)),
         "tools/preprocess_data.py": options_of(parser_of(preprocess_data.parse_arguments)),
     }
 

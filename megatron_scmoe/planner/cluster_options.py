@@ -1,0 +1,166 @@
+"""What the planner is asked beside the options of a run.
+
+Imports no torch, so that what is wrong with it is said at once.
+"""
+
+import argparse
+from argparse import Namespace, _ArgumentGroup
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_scmoe.checks.before_torch import typed_numbers
+from megatron_scmoe.checks.ranges import NOT_NEGATIVE, POSITIVE, RANGES, Range, out_of_range
+from megatron_scmoe.checks.refusal import Found, Refusal
+from megatron_scmoe.planner.cluster import PRESETS, Preset
+from megatron_scmoe.words import flag
+
+COMPUTE = ("cluster_tflops", "cluster_flops_efficiency")
+NETWORK = ("cluster_intra_node_gbytes", "cluster_bandwidth_efficiency")
+OF_CLUSTER = {
+    **RANGES,
+    "cluster_nodes": Range(1),
+    "cluster_gpus_per_node": Range(1),
+    "cluster_tflops": POSITIVE,
+    "cluster_intra_node_gbytes": POSITIVE,
+    "cluster_network_gbytes": POSITIVE,
+    "cluster_memory_gib": POSITIVE,
+    "cluster_flops_efficiency": Range(0, 1, open_least=True),
+    "cluster_bandwidth_efficiency": Range(0, 1, open_least=True),
+    "cluster_message_us": NOT_NEGATIVE,
+}
+
+
+def add_cluster_args(parser: argparse.ArgumentParser) -> list[_ArgumentGroup]:
+    """Add the planner's own options; returns their groups."""
+    cluster = parser.add_argument_group("cluster", "Bandwidths: GB/s, one direction, for each GPU.")
+    cluster.add_argument("--cluster-preset", choices=sorted(PRESETS), help="Peak numbers of a GPU.")
+    cluster.add_argument("--cluster-nodes", type=int, metavar="N", help="Machines of the job.")
+    cluster.add_argument(
+        "--cluster-gpus-per-node", type=int, metavar="N", help="GPUs of one of them."
+    )
+    cluster.add_argument("--cluster-tflops", type=float, metavar="TFLOPS", help="Peak of one GPU.")
+    cluster.add_argument(
+        "--cluster-intra-node-gbytes", type=float, metavar="GB/S", help="NVLink or PCIe."
+    )
+    cluster.add_argument(
+        "--cluster-network-gbytes", type=float, metavar="GB/S", help="Between nodes."
+    )
+    cluster.add_argument(
+        "--cluster-memory-gib", type=float, metavar="GIB", help="Memory of one GPU."
+    )
+    cluster.add_argument(
+        "--cluster-flops-efficiency",
+        type=float,
+        metavar="SHARE",
+        help="Share of the peak that operators reach.",
+    )
+    cluster.add_argument(
+        "--cluster-bandwidth-efficiency",
+        type=float,
+        metavar="SHARE",
+        help="Share of the bandwidths that an all-to-all reaches.",
+    )
+    cluster.add_argument(
+        "--cluster-message-us",
+        type=float,
+        metavar="US",
+        default=0.0,
+        help="Microseconds that an all-to-all needs for each peer, whatever the size.",
+    )
+    planner = parser.add_argument_group("planner")
+    planner.add_argument("--measured", type=Path, metavar="FILE", help="Measured operator times.")
+    planner.add_argument(
+        "--collaboration",
+        type=Path,
+        metavar="FILE",
+        help="What a router chose, by tools/c2r.py profile: how often a token is sent.",
+    )
+    planner.add_argument("--extrapolate", action="store_true", help="Also 64 to 4096 GPUs.")
+    planner.add_argument("--json", action="store_true", help="Print JSON in place of tables.")
+    return [cluster, planner]
+
+
+def apply_preset(args: Namespace) -> None:
+    """Fill in what the command line leaves open."""
+    if args.cluster_preset is None:
+        return
+    preset: Preset = PRESETS[args.cluster_preset]
+    for name in ("gpus_per_node", "tflops", "intra_node_gbytes", "network_gbytes", "memory_gib"):
+        if getattr(args, f"cluster_{name}") is None:
+            setattr(args, f"cluster_{name}", getattr(preset, name))
+
+
+def typed(argv: Sequence[str]) -> Namespace:
+    """What the words of a command line, files and presets spelled out, ask of the planner.
+
+    Raises:
+        ValueError: an option of the planner's that cannot be read.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_cluster_args(parser)
+    parser.add_argument("--yaml-cfg", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--use-checkpoint-args", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(num_experts=None)
+    try:
+        args, _ = parser.parse_known_args(argv, namespace=typed_numbers(argv))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    apply_preset(args)
+    return args
+
+
+def missing(args: Namespace, names: Sequence[str]) -> list[str]:
+    """The options of some numbers that nobody gave."""
+    return [flag(name) for name in names if getattr(args, name) is None]
+
+
+def _without(names: Sequence[str]) -> Callable[[Namespace], Found]:
+    def when(args: Namespace) -> Found:
+        found = missing(args, names)
+        return bool(found) and {"missing": ", ".join(found)}
+
+    return when
+
+
+def _impossible(args: Namespace) -> Found:
+    found = list(out_of_range(args, OF_CLUSTER))
+    return bool(found) and {"all": "; ".join(found)}
+
+
+def _absent(args: Namespace) -> Found:
+    files = {dest: getattr(args, dest) for dest in ("measured", "collaboration")}
+    found = [f"{flag(dest)} {file}" for dest, file in files.items() if file and not file.exists()]
+    return bool(found) and {"files": " and ".join(found)}
+
+
+# Of what `typed` reads, and of the whole command line; no row relies on another.
+ASKED = (
+    Refusal(
+        lambda args: args.yaml_cfg is not None,
+        "--yaml-cfg has no place for the --scmoe options",
+        "use the command line",
+    ),
+    Refusal(
+        lambda args: args.use_checkpoint_args,
+        "--use-checkpoint-args: the planner reads no checkpoint",
+        "write its options out",
+    ),
+    Refusal(
+        lambda args: args.num_experts is None,
+        "A model without --num-experts has no all-to-all to plan for",
+        "add it",
+    ),
+    Refusal(_impossible, "{all}"),
+    Refusal(
+        _without(("cluster_nodes", "cluster_gpus_per_node")),
+        "The layout needs {missing}",
+        "add what is missing; a --cluster-preset knows its GPUs",
+    ),
+    Refusal(
+        lambda args: args.measured is None and _without(COMPUTE + NETWORK)(args),
+        "Times need {missing}",
+        "add what is missing, or give measured times with --measured",
+        "no default would be honest",
+    ),
+    Refusal(_absent, "{files}: no such file", "name one that is there"),
+)
