@@ -50,6 +50,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, print_rank_0
+from megatron.training.global_vars import get_tensorboard_writer
 from megatron.training.training import pretrain, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -224,11 +225,18 @@ def main() -> None:
                 store=store or watched_store,
             )
     except SystemExit as leaving:  # --exit-interval and --exit-duration-in-mins leave this way
-        if not leaving.code:
-            write_counts(args, args.curr_iteration + 1)
-        torch.distributed.destroy_process_group()
+        finish(args, counts=not leaving.code)
         raise
-    write_counts(args, args.curr_iteration + 1)
+    finish(args)
+
+
+def finish(args: Namespace, counts: bool = True) -> None:
+    """Write what would be lost with the process, and leave the job."""
+    if counts:
+        write_counts(args, args.curr_iteration + 1)
+    if (curves := get_tensorboard_writer()) is not None:
+        # The host flushes before the last evaluation; the writer's thread dies with the process.
+        curves.close()
     torch.distributed.destroy_process_group()
 
 

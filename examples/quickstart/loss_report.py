@@ -85,6 +85,9 @@ def unigram_entropy(prefix: Path) -> float:
     with warnings.catch_warnings():
         # The host says which GPU libraries it would like and that there is no process group.
         warnings.simplefilter("ignore")
+        from megatron_scmoe import host
+
+        host.prepare()
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         dataset = IndexedDataset(str(prefix))

@@ -77,9 +77,10 @@ LOGGING_ARGS=(
     --save-interval "$TRAIN_ITERS"
 )
 
-# Two thousand lines, most of them options, go into a file; a line that moves stays.
+# Two thousand lines, most of them options, go into a file; a line that moves stays. Where this script
+# is ended, torchrun gets a SIGTERM and ends its ranks.
 launch() {
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
+    OMP_NUM_THREADS=1 setpriv --pdeathsig TERM torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
         "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${SCMOE_ARGS[@]}" "${TRAINING_ARGS[@]}" \
         "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@" 2>&1 |
         python examples/quickstart/progress.py --log "$RUN_DIR/log.txt" \

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ import pytest
 import torch
 from megatron.training import global_vars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+import pretrain_gpt_scmoe
 from megatron_scmoe import host, say, start
 from megatron_scmoe.host import cpu, optimizer, replace
 from megatron_scmoe.say import SECONDS_TO_SPEAK
@@ -212,6 +215,21 @@ def test_curves_end_on_a_full_disk_and_nothing_else(
     assert "Traceback" not in said.err
     curves = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert 10 < len(curves) < 100 and curves[-1].step == len(curves) - 1
+
+
+def test_the_last_curve_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's thread is slow and dies with the process: whoever leaves waits for it."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: (time.sleep(0.3), write(*args)))
+    args = Namespace(tensorboard_dir=str(tmp_path), tensorboard_queue_size=9, rank=0, world_size=1)
+    global_vars._set_tensorboard_writer(args)
+    global_vars._GLOBAL_TENSORBOARD_WRITER.add_scalar("lm loss validation", 1.0, 7)
+    pretrain_gpt_scmoe.finish(args, counts=False)
+    curves = EventAccumulator(str(tmp_path)).Reload().Scalars("lm loss validation")
+    assert [point.step for point in curves] == [7]
 
 
 def test_state_behind_a_padded_bucket_is_cut_where_it_lies() -> None:

@@ -10,8 +10,11 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -506,3 +509,38 @@ def test_progress_shows_what_the_log_says_and_keeps_it_all() -> None:
     assert first == (20, 620, {"loss": "8.357", "tokens/s": "8,192", "hidden": "76%"})
     assert "40/620" in last and "loss=7.000" in last and "validation=8.100" in last
     assert "error: the disk is full." in shown and "hidden_size" not in shown
+
+
+def test_training_ends_with_the_script(tmp_path: Path) -> None:
+    """Every program is a stub; torchrun's stays until somebody ends it."""
+    stubs = {
+        "python": "cat > /dev/null",
+        "torchrun": f"trap 'touch {tmp_path}/ended; exit' TERM; echo $$ > {tmp_path}/new; "
+        f"mv {tmp_path}/new {tmp_path}/started; while :; do sleep 0.1; done",
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN_DIR": str(tmp_path / "run")}
+    script = subprocess.Popen(
+        [QUICKSTART / "run.sh"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    wait_for(started)
+    script.terminate()
+    script.wait()
+    try:
+        wait_for(ended)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(started.read_text()), signal.SIGKILL)
+
+
+def wait_for(file: Path, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline, f"no {file.name}"
+        time.sleep(0.05)
