@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # The whole of C2R on a small model and real text, on two CPU cores or on GPUs: train, count which
-# experts are chosen together, place them, go on with lists of partners at several T, compare.
+# experts are chosen together, place them so, go on with lists of partners at several T, compare.
 #
 #     examples/c2r/run.sh [options of every run]
 #
 # RUN_DIR chooses where it writes, EXPERTS and TOPK the model, BEFORE and AFTER how many iterations
-# are trained without and with the lists, RANKS the expert-parallel ranks. docs/c2r.md explains it.
+# are trained without and with the lists, RANKS the expert-parallel ranks. Runs of several SEEDs are
+# compared together: examples/c2r/compare.py RUN_DIR RUN_DIR ... docs/c2r.md explains it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 RUN_DIR=${RUN_DIR:-runs/c2r}
 TEXT_DIR=${TEXT_DIR:-runs/text}
-EXPERTS=${EXPERTS:-8}
+EXPERTS=${EXPERTS:-16}
 TOPK=${TOPK:-2}
 BEFORE=${BEFORE:-300}
 AFTER=${AFTER:-150}
 RANKS=${RANKS:-2}
-SHARES=${SHARES:-4} # of the experts: on how many ranks the table places them
+TABLE_RANKS=${TABLE_RANKS:-4 8} # what the table counts copies for
+SEED=${SEED:-1234}
 
 MODEL_ARGS=(
     --scmoe-shortcut-position pos2
@@ -50,7 +52,7 @@ TRAINING_ARGS=(
     --lr-warmup-iters 30
     --weight-decay 0.1
     --adam-beta2 0.95
-    --seed 1234
+    --seed "$SEED"
     --use-distributed-optimizer
 )
 DATA_ARGS=(
@@ -74,25 +76,27 @@ train() { # name, iterations, further options
         --save-interval "$iterations" "$@" | tee "$RUN_DIR/$name/log.txt"
 }
 
-profile() { # name
+profile() { # name, train or valid text, file of counts
     OMP_NUM_THREADS=1 python tools/c2r.py profile --load "$RUN_DIR/$1/checkpoints" \
-        --data-path "$TEXT_DIR/valid_text_document" --tokens "${TOKENS:-50000}" \
-        --output "$RUN_DIR/$1/counts.json" --picture "$RUN_DIR/$1/map.svg"
+        --data-path "$TEXT_DIR/$2_text_document" --tokens "${TOKENS:-50000}" --output "$3" \
+        --picture "${3%.json}.svg"
 }
 
 examples/text.sh "$TEXT_DIR"
 train base "$BEFORE" --scmoe-collaboration-dir "$RUN_DIR/base/while_training" "$@"
-profile base
-python tools/c2r.py lists --matrix "$RUN_DIR/base/counts.json" --output "$RUN_DIR/lists.json"
-python tools/c2r.py place --matrix "$RUN_DIR/base/counts.json" --ranks "$SHARES" \
+# Partners and ranks come from the text that was trained on, the table from text that was held out.
+profile base train "$RUN_DIR/matrix.json"
+profile base valid "$RUN_DIR/base/counts.json"
+python tools/c2r.py lists --matrix "$RUN_DIR/matrix.json" --output "$RUN_DIR/lists.json"
+python tools/c2r.py place --matrix "$RUN_DIR/matrix.json" --ranks "$RANKS" \
     --output "$RUN_DIR/placement.json"
 
-# From K - 1 on; all partners are no constraint.
-for t in $(printf '%s\n' 1 2 $((EXPERTS / 2)) $((EXPERTS - 1)) | sort -nu); do
-    [ "$t" -ge $((TOPK - 1)) ] || continue
+# The least that the rule can do with is K - 1; all partners are no constraint.
+for t in $(printf '%s\n' $((TOPK - 1)) $((2 * TOPK - 2)) $((EXPERTS / 2)) $((EXPERTS - 1)) | sort -nu); do
     train "t$t" $((BEFORE + AFTER)) --load "$RUN_DIR/base/checkpoints" \
         --scmoe-c2r-lists "$RUN_DIR/lists.json" --scmoe-c2r-top-t "$t" \
-        --scmoe-dispatch-copies rank "$@"
-    profile "t$t"
+        --scmoe-expert-placement "$RUN_DIR/placement.json" --scmoe-dispatch-copies rank "$@"
+    profile "t$t" valid "$RUN_DIR/t$t/counts.json"
 done
-python examples/c2r/compare.py "$RUN_DIR"
+# shellcheck disable=SC2086  # numbers
+python examples/c2r/compare.py "$RUN_DIR" --ranks $TABLE_RANKS

@@ -1,7 +1,7 @@
 """Which experts are chosen together, and what to make of it: C2R (arXiv:2504.01337).
 
     python tools/c2r.py profile --load CHECKPOINTS --text book.txt --output counts.json
-    python tools/c2r.py report --matrix counts.json [--ranks 4] [--picture map.svg]
+    python tools/c2r.py report --matrix counts.json [--ranks 4 | --placement place.json]
     python tools/c2r.py lists --matrix counts.json --output lists.json
     python tools/c2r.py place --matrix counts.json --ranks 8 --ranks-per-node 4 --output place.json
 
@@ -128,6 +128,12 @@ def offer_report(parser: argparse.ArgumentParser) -> None:
     offer_matrix(parser)
     offer_ranks(parser, required=False)
     parser.add_argument(
+        "--placement",
+        type=Path,
+        metavar="FILE",
+        help="Where experts lie, made by `place`, on its ranks and nodes; default: in order.",
+    )
+    parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="Write a heat map of every layer, as SVG."
     )
 
@@ -137,20 +143,48 @@ def write_report(args: argparse.Namespace) -> None:
     counts = collaboration.read(args.matrix)
     if args.ranks is not None:
         check_ranks(args, counts.experts)
+    placed = None
+    if args.placement is not None:
+        placed = placement.read(args.placement)
+        check_placement(args, placed, counts)
     if args.picture is not None:
         if args.picture.suffix != ".svg":
             raise ValueError(f"--picture {args.picture} is written as SVG: end its name with .svg.")
         write_whole(args.picture, heat_map(counts))
-    print(report(counts, args.ranks, args.ranks_per_node))
+    if placed is None:
+        print(report(counts, args.ranks, args.ranks_per_node))
+    else:
+        print(report(counts, placed.ranks, placed.ranks_per_node, placed))
 
 
-def report(counts: Collaboration, ranks: int | None, ranks_per_node: int | None) -> str:
+def check_placement(args: argparse.Namespace, placed: Placement, counts: Collaboration) -> None:
+    """Refuse a placement of another model, or ranks beside its own.
+
+    Raises:
+        ValueError: one line.
+    """
+    if args.ranks is not None or args.ranks_per_node is not None:
+        raise ValueError("--placement has ranks and nodes: leave out --ranks and --ranks-per-node.")
+    if placed.experts != counts.experts or placed.layers.keys() != counts.layers.keys():
+        raise ValueError(
+            f"--placement {args.placement} has {placed.experts} experts in layer "
+            f"{numbers([*placed.layers])}, and --matrix {counts.experts} in layer "
+            f"{numbers([*counts.layers])}: take that of the same model."
+        )
+
+
+def report(
+    counts: Collaboration,
+    ranks: int | None,
+    ranks_per_node: int | None,
+    placed: Placement | None = None,
+) -> str:
     """A table with a line for every layer, and their means.
 
     Args:
-        ranks: expert-parallel ranks, among which the experts lie in order; None for 2, 4 and 8
-            where they divide the experts.
+        ranks: expert-parallel ranks; None for 2, 4 and 8 where they divide the experts.
         ranks_per_node: of them; None without nodes.
+        placed: on as many ranks; None where experts lie in order.
     """
     numbers_of_ranks = [ranks] if ranks else [n for n in (2, 4, 8) if counts.experts % n == 0]
     groups = {f"ranks of {n}": n for n in numbers_of_ranks if n <= counts.experts}
@@ -158,9 +192,16 @@ def report(counts: Collaboration, ranks: int | None, ranks_per_node: int | None)
         groups[f"nodes of {ranks // ranks_per_node}"] = ranks // ranks_per_node
     header = ["layer", "tokens", "top 1", "top 2", "top 3", "entropy", "partners", "load", *groups]
     rows = []
-    for layer in counts.layers.values():
+    for number, layer in counts.layers.items():
         own = closeness(layer)
-        distinct = [layer.distinct(groups_in_order(counts.experts, n)) for n in groups.values()]
+        distinct = [
+            layer.distinct(
+                groups_in_order(counts.experts, n)
+                if placed is None
+                else placed.rank_of(number) // (placed.ranks // n)
+            )
+            for n in groups.values()
+        ]
         rows.append([*own.shares, own.entropy, own.partners, own.load, *distinct])
     lines = [
         [str(number), str(layer.tokens), *_cells(row)]
@@ -171,7 +212,8 @@ def report(counts: Collaboration, ranks: int | None, ranks_per_node: int | None)
     notes = (
         "top N: share of an expert's pairs with its N best partners. entropy: 1 where all partners "
         "are\nequally frequent. load: busiest expert / mean. ranks of N: different ranks that a "
-        f"token's {counts.topk} experts\nlie on, N ranks, experts in order."
+        f"token's {counts.topk} experts\nlie on, N ranks, experts "
+        f"{'in order' if placed is None else 'placed'}."
     )
     return f"{table(header, lines)}\n\n{notes}"
 

@@ -185,6 +185,36 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert all(before not in map(round, other.train) for other in turns)
 
 
+def test_hosts_of_two_ranks_have_turns_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that a model was trained for, each with it."""
+    machine, lines = OneAtATime(), []
+    hosts: Any = machine
+    bench = c2r_cluster.C2RBench(hosts, Sizes(), tmp_path, tmp_path, [])
+
+    def start(_: Any, number: int, row: Contender, options: list[str], uniform: bool) -> OneRun:
+        lines.append(options)
+        assert not uniform
+        return machine.job(number, row, "", [])
+
+    monkeypatch.setattr(type(bench), "job", start)
+    rows = c2r_cluster.contenders(8, "shortcut", tmp_path)
+    with pytest.raises(overlap_cluster.UsageError, match="none-top8 has no checkpoints"):
+        bench.time(rows, tmp_path, 300, 2, 1)
+    for name in ("none-top8", "pos2-top7"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    found = bench.time(rows, tmp_path, 300, 2, 1)
+    assert [one.row.contender for one in found] == [row.name for row in rows]
+    assert [Path(line[1]).parent.name for line in lines] == ["none-top8", *["pos2-top7"] * 5]
+    # Stock Megatron has two steps before its turn, the others nine.
+    before = [name for name, *_ in machine.taken[: 2 + 5 * 9]]
+    assert before == ["top8"] * 2 + [row.name for row in rows[1:] for _ in range(9)]
+    first = machine.taken[2 + 5 * 9 :][:8]
+    assert [rate for _, rate, _ in first] == [300e6, 300e6, None, None] * 2
+    assert c2r_cluster.times_table(found).splitlines()[-1].startswith("pos2 top7 node placed")
+
+
 # The search for a rate. ---------------------------------------------------------------------------
 
 MEGABYTES, OVERHEAD, OTHER = 40, 0.02, 0.5
@@ -271,6 +301,8 @@ def test_ratios_are_taken_within_a_repetition() -> None:
     assert pos2.hidden == pytest.approx(0.975)
     assert rows["top2"].hidden is None
     assert rows["top2"].unlimited.median == pytest.approx(1.275)
+    free = c2r_cluster.unlimited_speed(TURNS, pos2)
+    assert (free.median, free.low, free.high) == pytest.approx((1.2,) * 3)
 
 
 def test_a_turn_has_what_its_steps_say() -> None:
@@ -432,16 +464,25 @@ def test_contenders() -> None:
 
 
 def test_contenders_that_send_a_token_once() -> None:
-    names = [row.name for row in c2r_cluster.contenders(8, None)]
-    pos2 = [f"pos2 top7 {copies}" for copies in ("expert", "rank", "node")]
-    assert names == ["top8", "top8 rank", "top8 node", *pos2]
-    assert all(row.baseline == "top8" for row in c2r_cluster.contenders(8, None))
-    placed = c2r_cluster.counted(2, "a.json")[-1]
-    assert placed.name == "top2 node placed"
-    assert placed.command_line(c2r_cluster.SIZES)[-4:] == [
-        *("--scmoe-dispatch-copies", "node"),
-        *("--scmoe-expert-placement", "a.json"),
+    plain = c2r_cluster.contenders(8, "plain", None)
+    assert [row.name for row in plain] == ["top8", "top8 rank", "top8 node"]
+    shortcut = c2r_cluster.contenders(8, "shortcut", Path("a"))
+    assert [row.name for row in shortcut] == [
+        "top8",
+        *(f"pos2 top7 {copies}" for copies in ("expert", "rank", "node")),
+        *(f"pos2 top7 {copies} placed" for copies in ("rank", "node")),
     ]
+    assert all(row.baseline == "top8" for row in [*plain, *shortcut])
+    assert shortcut[-1].command_line(c2r_cluster.SIZES)[-4:] == [
+        *("--scmoe-dispatch-copies", "node"),
+        *("--scmoe-expert-placement", "a/pos2-top7/placement-node.json"),
+    ]
+    # One expert is one row, whichever way.
+    names = [row.name for row in c2r_cluster.contenders(2, "shortcut", Path("a"))]
+    assert names == ["top2", "pos2 top1 expert"]
+
+
+def test_a_table_of_what_is_sent() -> None:
     found = {
         f"top8 {copies}": {"copies per token": x, "a2a (MB)": 4 * x, "a2a between nodes (MB)": x}
         for copies, x in (("expert", 8.0), ("node", 2.0))

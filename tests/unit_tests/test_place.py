@@ -305,6 +305,34 @@ def test_the_program_places(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert line.split()[-4:] == [f"{load:.2f}" for load in rows / rows.mean()]
 
 
+def test_a_report_counts_the_ranks_of_a_placement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix, file = tmp_path / "counts.json", tmp_path / "placement.json"
+    counts = counts_of_clusters(3)
+    collaboration.write(matrix, counts)
+    by_remainder = ((0, 4), (2, 6), (1, 5), (3, 7))
+    placed = Placement(8, 4, 2, {2: by_remainder, 4: by_remainder})
+    placement.write(file, placed)
+    words = ["report", "--matrix", str(matrix), "--placement", str(file)]
+    assert c2r.main(words) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[-6:] == ["ranks", "of", "4", "nodes", "of", "2"]
+    assert lines[-1] == "lie on, N ranks, experts placed."
+    by_layer = {line.split()[0]: line.split() for line in lines if line}
+    for number, of_layer in placement.copies(placed, counts).items():
+        assert by_layer[str(number)][-2:] == [f"{copies:.3f}" for copies in of_layer]
+        assert of_layer.ranks == pytest.approx(2)
+
+    assert c2r.main([*words, "--ranks", "4"]) == 2
+    assert "leave out --ranks and --ranks-per-node" in capsys.readouterr().err
+    placement.write(file, Placement(8, 4, 2, {2: by_remainder}))
+    assert c2r.main(words) == 2
+    said = capsys.readouterr().err
+    assert "has 8 experts in layer 2, and --matrix 8 in layer 2, 4" in said
+    assert said.count("\n") == 1
+
+
 def test_pairs_alone_are_placed_without_copies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
