@@ -262,6 +262,7 @@ def times_table(found: list[Timed]) -> str:
             one.row.contender,
             f"{one.row.train * 1e3:.0f}",
             ratio(one.row.speed),
+            ratio(one.row.inference_speed),
             f"{one.row.unlimited.median:.2f}x",
             ratio(one.fast),
             "-" if one.row.hidden is None else f"{one.row.hidden:.0%}",
@@ -269,7 +270,13 @@ def times_table(found: list[Timed]) -> str:
         ]
         for one in found
     ]
-    header = ["contender", "step (ms)", "over stock", "of its own without limit"]
+    header = [
+        "contender",
+        "step (ms)",
+        "over stock",
+        "inference over stock",
+        "of its own without limit",
+    ]
     header += ["over stock, no limit", "hidden", "rows of a token", "MB to the other host", "MB"]
     return table(header, rows)
 
