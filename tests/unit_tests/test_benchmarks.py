@@ -189,8 +189,9 @@ def test_hosts_of_two_ranks_have_turns_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those that a model was trained for, each with it."""
-    machine, lines = OneAtATime(), []
+    machine = OneAtATime()
     hosts: Any = machine
+    lines: list[list[str]] = []
     bench = c2r_cluster.C2RBench(hosts, Sizes(), tmp_path, tmp_path, [])
 
     def start(_: Any, number: int, row: Contender, options: list[str], uniform: bool) -> OneRun:

@@ -58,9 +58,9 @@ def contenders(topk: int, kind: str, trained: Path | None) -> list[Contender]:
         trained: folder of `C2RBench.train`, for those with experts placed.
     """
     stock = Contender(f"top{topk}", "none", topk, False, baseline=f"top{topk}")
-    if kind == "plain":
-        base, options, ways = stock, ("--scmoe-combine", "add"), WAYS[1:]
-    else:
+    base, ways = stock, WAYS[1:]
+    options: tuple[str, ...] = ("--scmoe-combine", "add")
+    if kind == "shortcut":
         base = Contender(f"pos2 top{topk - 1}", "pos2", topk - 1, True, baseline=stock.name)
         # One routed expert is one row, whichever way.
         options, ways = (), WAYS if topk > 2 else WAYS[:1]
