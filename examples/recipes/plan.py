@@ -15,8 +15,8 @@ from megatron_scmoe import say, start
 
 start.replace_host_symbols()
 
-from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan import make_plan
+from megatron_scmoe.planner.plan_arguments import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan_text import as_json
 from megatron_scmoe.recipe import load
 from megatron_scmoe.words import markdown_table

@@ -35,8 +35,8 @@ def main() -> int:
 
     with say.user_errors():
         start.replace_host_symbols()
-    from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
     from megatron_scmoe.planner.plan import make_plan
+    from megatron_scmoe.planner.plan_arguments import parse_command_line, source_from_args
     from megatron_scmoe.planner.plan_text import as_json, as_text
 
     with warnings.catch_warnings():

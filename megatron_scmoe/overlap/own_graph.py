@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
-class _Kind(NamedTuple):
+class _Outline(NamedTuple):
     """What is left of a tensor."""
 
     shape: torch.Size
@@ -26,7 +26,7 @@ class _Kind(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Kind":
+    def of(cls, tensor: Tensor) -> "_Outline":
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self, shape: Sequence[int]) -> Tensor:
@@ -47,13 +47,13 @@ class OwnGraph:
 
     def __init__(self) -> None:
         self._gradients = _Gradients()
-        self._inputs: list[_Kind] = []
-        self._outputs: list[tuple[GradientEdge, _Kind]] = []
+        self._inputs: list[_Outline] = []
+        self._outputs: list[tuple[GradientEdge, _Outline]] = []
 
     def enter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same values, at the beginning of this graph; integers have no gradient."""
         floating = [x for x in tensors if x.is_floating_point()]
-        self._inputs = [_Kind.of(x) for x in floating]
+        self._inputs = [_Outline.of(x) for x in floating]
         anchor = floating[0].new_empty(0).requires_grad_()
         entered = iter(_Enter.apply(self._gradients, anchor, *floating))
         return [next(entered) if x.is_floating_point() else x for x in tensors]
@@ -61,7 +61,7 @@ class OwnGraph:
     def leave(self, tensors: Sequence[Tensor]) -> None:
         """Backward will begin at these."""
         left = _Leave.apply(self._gradients, *tensors)
-        self._outputs = [(get_gradient_edge(tensor), _Kind.of(tensor)) for tensor in left]
+        self._outputs = [(get_gradient_edge(tensor), _Outline.of(tensor)) for tensor in left]
 
     def backward(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients of the floating-point tensors that entered, from those of what left.

@@ -40,7 +40,7 @@ import tests.forkserver
 from megatron_scmoe import say
 from megatron_scmoe.arguments import add_scmoe_args, parse_and_validate_args, prepare
 from megatron_scmoe.commands import plan_overlap, preprocess_data
-from megatron_scmoe.planner.command_line import add_planner_args
+from megatron_scmoe.planner.plan_arguments import add_planner_args
 from megatron_scmoe.run.doctor.machine import start_up
 from tests.functional_tests.launch import TINY_MODEL, TINY_MOE
 from tests.unit_tests.test_plan_overlap import CLUSTER, MODEL

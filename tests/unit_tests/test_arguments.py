@@ -28,7 +28,7 @@ from megatron_scmoe.checks.ranges import NUMBERS
 from megatron_scmoe.checks.refusal import complaints
 from megatron_scmoe.config import NO_OPTIONS, ScMoEConfig
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
-from megatron_scmoe.planner.command_line import add_planner_args
+from megatron_scmoe.planner.plan_arguments import add_planner_args
 from megatron_scmoe.run.checkpoint.model_options import (
     ARCHITECTURE,
     SCMOE,

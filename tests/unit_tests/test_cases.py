@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_scmoe.planner.command_line import parse_command_line
+from megatron_scmoe.planner.plan_arguments import parse_command_line
 from tests.functional_tests import cases
 from tests.functional_tests.cases import CaseError, GoldenCase, attempt, judge, junit
 from tests.functional_tests.launch import Run

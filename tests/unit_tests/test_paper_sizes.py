@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan import make_plan
+from megatron_scmoe.planner.plan_arguments import parse_command_line, source_from_args
 from megatron_scmoe.planner.plan_text import as_json
 from megatron_scmoe.presets import PRESETS
 

@@ -33,11 +33,11 @@ from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
-from megatron_scmoe.planner.command_line import parse_command_line, source_from_args
 from megatron_scmoe.planner.copies import copies_of, expected
 from megatron_scmoe.planner.iteration import micro_batches_to_win
 from megatron_scmoe.planner.memory import training_from_args
 from megatron_scmoe.planner.plan import Plan, make_plan
+from megatron_scmoe.planner.plan_arguments import parse_command_line, source_from_args
 from megatron_scmoe.planner.predict import (
     MOE_LAYER,
     PAIR,

@@ -17,7 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args
 from megatron_scmoe.commands import generate, inspect_data, preprocess_data
-from megatron_scmoe.planner.command_line import add_planner_args
+from megatron_scmoe.planner.plan_arguments import add_planner_args
 
 ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"
