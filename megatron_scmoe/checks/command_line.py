@@ -37,7 +37,18 @@ def _link_to_itself(args: Namespace) -> Found:
     return False
 
 
+def _nameless(args: Namespace) -> Found:
+    found = [flag(dest) for dest in FOLDERS if getattr(args, dest) == ""]
+    return bool(found) and {"options": " and ".join(found)}
+
+
 PARSED = (
+    Refusal(
+        _nameless,
+        "{options} is empty",
+        "name a folder, or leave it out",
+        "a variable of the shell may have no value",
+    ),
     Refusal(
         lambda args: args.yaml_cfg is not None,
         "--yaml-cfg has no place for the --scmoe options",

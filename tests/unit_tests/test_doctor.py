@@ -119,7 +119,7 @@ def run_options(**changes: object) -> Namespace:
         save=None, num_workers=2, micro_batch_size=2, seq_length=1024, no_save_optim=None,
         create_attention_mask_in_dataloader=False, params_dtype=torch.bfloat16,
         scmoe_shortcut_position="pos2", scmoe_overlap=True, expert_model_parallel_size=8,
-        tensor_model_parallel_size=1, context_parallel_size=1,
+        tensor_model_parallel_size=1, context_parallel_size=1, world_size=8,
     )  # fmt: skip
     return Namespace(**values | changes)
 
@@ -201,7 +201,18 @@ def test_dataset_helpers(
     assert expected in finding.line
 
 
+def test_weights_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(machine, "_parameters", lambda args: 2.0**49)
+    finding = only(machine.check_memory, run_options(world_size=1))
+    assert finding.severity == "error" and "the weights alone take 1.02e+03 TiB of" in finding.line
+    assert not list(machine.check_memory(run_options(world_size=2**20)))
+    monkeypatch.setattr(gpu, "here", lambda: True)
+    assert not list(machine.check_memory(run_options(world_size=1)))
+
+
 def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_parameters", lambda args: 1)
     assert not list(machine.check_torch(None))
     monkeypatch.setattr(machine, "is_torch_min_version", lambda version: False)
     assert only(machine.check_torch).remedy == "install torch>=2.8.0"
@@ -209,7 +220,8 @@ def test_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         machine.start_up(run_options())
 
 
-def test_a_sound_machine_is_silent_at_start_up() -> None:
+def test_a_sound_machine_is_silent_at_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_parameters", lambda args: 1)
     assert machine.start_up(run_options(num_workers=0)) == []
 
 

@@ -170,23 +170,42 @@ def _writable(folder: Path) -> bool:
 def checkpoint_bytes(args: Namespace) -> int:
     """Size of one checkpoint: that of the newest one in --save, or an estimate.
 
-    The estimate takes the host's number of parameters, without gates and shortcut norms, and for
-    each parameter the model's bytes and, with the optimizer, three float32 values.
+    The estimate takes for each parameter the model's bytes and, with the optimizer, three float32
+    values.
     """
     newest = contents.newest_complete(Path(args.save)) if Path(args.save).is_dir() else None
     if newest is not None:
         files = contents.iteration_folder(Path(args.save), newest).rglob("*")
         return sum(file.stat().st_size for file in files if file.is_file())
-    whole = copy(args)  # the model on one rank
+    bytes_each = torch.finfo(args.params_dtype).bits // 8 + (0 if args.no_save_optim else 12)
+    return math.ceil(_parameters(args) * bytes_each)
+
+
+def check_memory(args: Namespace | None) -> Iterator[Finding]:
+    """Whether weights that no GPU holds fit at all; the system would kill whoever tries."""
+    if args is None or gpu.here():
+        return
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / args.world_size
+    need = share * _parameters(args) * torch.finfo(args.params_dtype).bits / 8
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        yield Finding(
+            "error",
+            f"the weights alone take {_size(need)} of this machine's {_size(there)} of memory",
+            "use a smaller model, or more machines",
+        )
+
+
+def _parameters(args: Namespace) -> float:
+    """The host's number for the whole model, without gates and shortcut norms."""
+    whole = copy(args)  # on one rank
     whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = 1
     whole.expert_model_parallel_size = whole.expert_tensor_parallel_size = 1
     whole.world_size = whole.data_parallel_size = 1
     whole.use_distributed_optimizer = False
     if whole.moe_ffn_hidden_size is None:
         whole.moe_ffn_hidden_size = whole.ffn_hidden_size
-    parameters = compute_weight_and_optimizer_memory(whole) / HOST_BYTES_PER_PARAMETER
-    bytes_each = torch.finfo(args.params_dtype).bits // 8 + (0 if args.no_save_optim else 12)
-    return math.ceil(parameters * bytes_each)
+    return compute_weight_and_optimizer_memory(whole) / HOST_BYTES_PER_PARAMETER
 
 
 def _size(size: float) -> str:
@@ -201,5 +220,6 @@ _STARTUP: tuple[Check, ...] = (
     gpu.check_connections,
     check_dataset_helpers,
     check_shared_memory,
+    check_memory,
     check_disk,
 )
