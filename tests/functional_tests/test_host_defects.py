@@ -118,6 +118,8 @@ def test_without_a_launcher_it_is_one_rank_that_an_interrupt_ends_in_one_line() 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell without job control has what runs in the background ignore it, and so all below.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert run.stdout is not None
     for line in run.stdout:
