@@ -253,11 +253,14 @@ def export(
 def parts_of(
     tensor: Tensor, whole: torch.Tensor, config: Config, padding: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face's tensors that make up one of Megatron's, and the rows beyond the vocabulary."""
+    """Hugging Face's tensors that make up one of Megatron's; `padding` gets what they do not hold:
+    rows beyond the vocabulary, weights of norms less 1."""
     rows = [shape[0] for _, shape in tensor.parts]
     parts = LAYOUTS[tensor.row.layout].split(whole, rows, config)
     if tensor.row.layout == "vocabulary" and whole.shape[0] > rows[0]:
         padding[tensor.parts[0][0]] = whole[rows[0] :].clone()
+    if tensor.row.layout == "norm" and is_zero_centered(config):
+        padding[tensor.parts[0][0]] = whole.clone()
     for (name, shape), values in zip(tensor.parts, parts, strict=True):
         yield name, values.view(shape)
 
@@ -314,7 +317,7 @@ def _dtype_name(
 
 
 def _write_padding(folder: Path, padding: dict[str, torch.Tensor]) -> None:
-    """Rows of the vocabulary that no token has; transformers does not read them, import does."""
+    """What transformers does not read, and import does."""
     if padding:
         from safetensors.torch import save_file
 

@@ -22,7 +22,7 @@ from megatron_scmoe.huggingface.dialects import Dialect, Where
 from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
 from megatron_scmoe.huggingface.layouts import LAYOUTS
 from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
-from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader
+from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader, read_file
 from megatron_scmoe.huggingface.tensor_names import Config, Tensor
 from megatron_scmoe.huggingface.torch_dist import TorchDistWriter
 from megatron_scmoe.run.checkpoint import contents
@@ -218,15 +218,21 @@ def _join(
     padding: dict[str, torch.Tensor],
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """One of Megatron's tensors, its vocabulary padded."""
+    """One of Megatron's tensors, with what an export has kept apart of it."""
     parts = [
         read(directory.reader, where, shape)
         for where, (_, shape) in zip(wheres, tensor.parts, strict=True)
     ]
+    own = padding.get(tensor.parts[0][0])
+    if (
+        tensor.row.layout == "norm"
+        and own is not None
+        and torch.equal(own.float() + 1, parts[0].float())
+    ):
+        return own  # adding 1 has rounded it; one that was trained since is another
     if tensor.row.layout == "vocabulary":
         rows = options["padded_vocab_size"] - len(parts[0])
-        own = padding.get(tensor.parts[0][0])
-        if own is None or own.shape[0] != rows:
+        if own is None or own.shape != (rows, *parts[0].shape[1:]):
             # No token has these rows; the mean makes them as unlikely as an average token.
             own = parts[0].float().mean(0, keepdim=True).expand(rows, -1)
         parts.append(own.to(parts[0].dtype))
@@ -300,9 +306,5 @@ def _record(options: dict[str, Any], iteration: int, partial: Path) -> dict[str,
 
 
 def _padding(folder: Path) -> dict[str, torch.Tensor]:
-    """Rows that an export has kept apart; a directory that others have saved has none."""
-    if not (folder / PADDING).exists():
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(folder / PADDING)
+    """What an export has kept apart; a directory that others have saved has none."""
+    return read_file(folder / PADDING) if (folder / PADDING).exists() else {}

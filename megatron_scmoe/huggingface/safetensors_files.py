@@ -181,6 +181,16 @@ class SafetensorsReader:
             return file.get_tensor(name) if index is None else file.get_slice(name)[index]
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file.
+
+    Raises:
+        ValueError: it is cut off, damaged, or no safetensors; one line with its name.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dictionary)
+
+
 def _opened(path: Path):  # type: ignore[no-untyped-def]
     from safetensors import SafetensorError, safe_open
 

@@ -146,3 +146,11 @@ def test_partners_that_are_not_all_others_are_refused(row: list[int], tmp_path: 
     with pytest.raises(ValueError, match=f"{name} in {tmp_path}") as refused:
         load.load(tmp_path, tmp_path / "save")
     assert "\n" not in str(refused.value) and not (tmp_path / "save").exists()
+
+
+def test_a_damaged_file_of_padding_is_refused(tmp_path: Path) -> None:
+    path = write_directory(tmp_path) / "padding.safetensors"
+    path.write_bytes(b"\x10")
+    with pytest.raises(ValueError, match=f"{path} is cut off or no safetensors file"):
+        load.load(tmp_path, tmp_path / "save")
+    assert not (tmp_path / "save").exists()
