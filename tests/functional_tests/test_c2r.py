@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_scmoe.c2r import collaboration, lists
+from megatron_scmoe.c2r import collaboration, lists, placement
 from megatron_scmoe.commands import c2r, profile_experts
 from megatron_scmoe.huggingface import export, load, verify
 
@@ -30,7 +30,10 @@ LAYOUTS = {
     "tensor and expert parallel": f"--tensor-model-parallel-size 2 --sequence-parallel {EP2} "
     "--expert-tensor-parallel-size 1",
     "pipeline parallel": "--pipeline-model-parallel-size 2",
+    "expert parallel, placed, sent once": f"{EP2} --scmoe-dispatch-copies rank "
+    "--scmoe-expert-placement {placement}",
 }
+PLACED = ((6, 1, 3, 4), (0, 7, 2, 5))
 
 
 def train(data: Path, folder: Path, layout: str, *options: str, ranks: int = 2) -> Run:
@@ -102,13 +105,17 @@ def test_a_run_takes_lists_up(constrained: Any) -> None:
         pytest.param("expert parallel", marks=pytest.mark.slow),  # the next one has it
         "tensor and expert parallel",
         "pipeline parallel",
+        "expert parallel, placed, sent once",
     ],
 )
 def test_every_layout_computes_what_one_process_does(
     base: Path, data_prefix: Path, constrained: Any, layout: str, tmp_path: Path
 ) -> None:
     own = ["--scmoe-c2r-lists", str(base / "lists.json"), "--scmoe-c2r-top-t", "2"]
-    run = succeeded(train(data_prefix, tmp_path, LAYOUTS[layout], *continued(base, *own)))
+    file = tmp_path / "placement.json"
+    placement.write(file, placement.Placement(8, 2, 2, {2: PLACED, 4: PLACED[::-1]}))
+    words = LAYOUTS[layout].format(placement=file)
+    run = succeeded(train(data_prefix, tmp_path, words, *continued(base, *own)))
     for iteration, wanted in constrained[0].log.items():
         found = run.log[iteration]
         assert found["lm loss"] == pytest.approx(wanted["lm loss"], rel=1e-5)

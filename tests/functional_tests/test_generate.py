@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scmoe.c2r import placement
 from megatron_scmoe.commands import generate
 
 from .forked import launch_forked
@@ -31,6 +32,8 @@ LAYOUTS = {
     "expert parallel, experts in memory": "--expert-model-parallel-size 2 "
     "--scmoe-offload-experts cpu",
     "pipeline parallel": "--pipeline-model-parallel-size 2",
+    "expert parallel, placed": "--expert-model-parallel-size 2 "
+    "--scmoe-expert-placement {placement}",
 }
 
 
@@ -89,7 +92,10 @@ def one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_layout_writes_the_same(
     layout: str, checkpoints: Path, one_process: Any, tmp_path: Path
 ) -> None:
-    found = written(checkpoints, tmp_path, LAYOUTS[layout], 2)
+    file = tmp_path / "placement.json"
+    orders = {2: ((3, 0), (1, 2)), 4: ((2, 1), (0, 3))}
+    placement.write(file, placement.Placement(4, 2, 2, orders))
+    found = written(checkpoints, tmp_path, LAYOUTS[layout].format(placement=file), 2)
     assert [each["prompt"] for each in found] == PROMPTS
     for each, expected in zip(found, one_process, strict=True):
         assert each["tokens"] == expected["tokens"] and 0 < len(each["tokens"]) <= 6
