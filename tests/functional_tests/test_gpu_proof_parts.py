@@ -56,6 +56,8 @@ def check_outcomes(
     assert {name: findings[name].note for name in skipped} == skipped
 
 
+# What it and test_fast find is judged in unit_tests/test_gpu_proof_figures.py.
+@pytest.mark.slow
 def test_right(tmp_path: Path) -> None:
     findings = rehearse("right", tmp_path)
     units = [variant for variant in right.UNITS if variant.any_precision]
@@ -116,7 +118,7 @@ def test_transformer_engine(tmp_path: Path) -> None:
     check_outcomes(findings, promised, dict.fromkeys(names, NEEDS_CUDA))
 
 
-@pytest.mark.slow  # test_fast times by the same means
+@pytest.mark.slow
 def test_hidden(tmp_path: Path) -> None:
     """Both processes, with their setting of the environment."""
     findings = rehearse("hidden", tmp_path)
@@ -143,6 +145,7 @@ def test_hidden(tmp_path: Path) -> None:
     assert findings["pos2, 60%, 32 connections: prefill"].values["in_flight_s"] > 0
 
 
+@pytest.mark.slow
 def test_fast(tmp_path: Path) -> None:
     findings = rehearse("fast", tmp_path)
     measured = ["rates of the chip"]

@@ -30,8 +30,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize(
     ("name", "position"),
     [
-        ("TP 2, expert TP 1, EP 2", "pos1"),
-        ("PP 2, 2 + 6 layers", "pos2"),
         ("MoE++, TP 2, expert TP 2, EP 2", "pos2"),
         ("LongCat-Flash, TP 2, EP 2", "pos2"),
         pytest.param("LongCat-Flash, EP 4, expert DP 2", "none", marks=SLOW),
@@ -43,6 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         pytest.param("MoE++, EP 2, 3 chunks, all-gather", "pos3", marks=SLOW),
         pytest.param("MoE++, PP 2 interleaved, EP 2, full recomputation", "pos1", marks=SLOW),
         # The parts of these have tests of their own in tests/distributed_tests.
+        pytest.param("TP 2, expert TP 1, EP 2", "pos1", marks=SLOW),
+        pytest.param("PP 2, 2 + 6 layers", "pos2", marks=SLOW),
         pytest.param("TP 1, expert TP 2, EP 2", "pos1", marks=SLOW),
         pytest.param("TP 2, expert TP 2, EP 2, all-gather", "pos2", marks=SLOW),
         pytest.param("PP 2 interleaved, TP 2, EP 2, expert DP 2", "pos2", marks=SLOW),

@@ -53,6 +53,7 @@ def test_empty_split(data_prefix: Path, tmp_path: Path) -> None:
     assert "--split 98,1,1 leaves the" in line
 
 
+@pytest.mark.slow  # the line has its case in unit_tests/test_every_refusal.py
 def test_too_few_ranks() -> None:
     """Under torchrun: both ranks leave, one of them speaks."""
     run = launch([*MOCK, "--num-layers", "4", "--pipeline-model-parallel-size", "4"], nproc=2)

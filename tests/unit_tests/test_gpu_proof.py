@@ -133,6 +133,7 @@ def test_a_part_that_fails_in_any_way_takes_no_other_with_it(toys: Path) -> None
     assert failed[:3] == failed[3:]  # as they came, and again above the table
 
 
+@pytest.mark.slow  # both codes are seen in the tests around it
 def test_exit_codes_and_what_is_left_out(toys: Path) -> None:
     done, output = prove(toys, "wrong,good", "--only", "good")
     assert (done.returncode, {part for part, *_ in outcomes(output)}) == (0, {"good"})
