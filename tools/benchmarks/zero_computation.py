@@ -219,10 +219,10 @@ def main() -> int:
     ranks = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    environment = describe()
     found = measure(args)
     if torch.distributed.get_rank() == 0:
         table, numbers = report(found)
-        environment = describe()
         write_pair(
             args.output,
             "zero_computation",
