@@ -4,8 +4,8 @@ The same rows are asked again of the parsed options; nothing is taken for wrong 
 right there.
 """
 
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from megatron_scmoe.checks.ranges import NUMBERS, RANGES
@@ -71,3 +71,22 @@ def typed_numbers(argv: Sequence[str]) -> Namespace:
                 setattr(typed, of_flag[name], int(number) if number.is_integer() else number)
     typed.skip_train, typed.full_validation = "--skip-train" in argv, "--full-validation" in argv
     return typed
+
+
+def typed_options(argv: Sequence[str], *add: Callable[[ArgumentParser], object]) -> Namespace:
+    """Some options and their defaults, and the numbers of RANGES beside them.
+
+    Args:
+        add: what adds the options to a parser.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for each in add:
+        each(parser)
+    try:
+        args, _ = parser.parse_known_args(argv, namespace=typed_numbers(argv))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return args

@@ -1,6 +1,5 @@
 """What cannot be generated from, before anything is loaded."""
 
-import math
 from argparse import Namespace
 from importlib.util import find_spec
 
@@ -25,27 +24,6 @@ def _disk_beside_gpu(args: Namespace) -> bool:
 
 # Before the checkpoint is looked at.
 TYPED = (
-    Refusal(
-        lambda args: args.load is None,
-        "A checkpoint is missing",
-        "name the folder that a run has saved to with --load",
-    ),
-    Refusal(
-        lambda args: args.prompt is not None and args.prompt_file is not None,
-        "Prompts stand in --prompt and in --prompt-file",
-        "drop one of them",
-    ),
-    Refusal(
-        lambda args: args.max_new_tokens < 1,
-        "--max-new-tokens {max_new_tokens} is not at least 1",
-    ),
-    Refusal(
-        lambda args: not 0 < args.temperature < math.inf,
-        "--temperature {temperature} is not above 0",
-        "the likeliest token alone is --greedy",
-    ),
-    Refusal(lambda args: args.top_k < 0, "--top-k {top_k} is not at least 0"),
-    Refusal(lambda args: not 0 < args.top_p <= 1, "--top-p {top_p} is not above 0 and at most 1"),
     Refusal(
         lambda args: args.inference_max_requests < 1,
         "--inference-max-requests {inference_max_requests} is not at least 1",

@@ -22,13 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scmoe import say
+from megatron_scmoe import recipe, say
 from megatron_scmoe.c2r import collaboration, lists, placement
 from megatron_scmoe.c2r.closeness import closeness, groups_in_order
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.c2r.place import MAX_IMBALANCE, Chosen, place
 from megatron_scmoe.c2r.placement import Copies, Placement, contiguous
+from megatron_scmoe.checks.before_torch import asks_for_help
+from megatron_scmoe.checks.ranges import NUMBERS
+from megatron_scmoe.checks.refusal import refuse_all
+from megatron_scmoe.commands import profile_options
 from megatron_scmoe.words import numbers, percent, table, write_whole
 
 SHOWN_RANKS = 8
@@ -39,11 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     say.one_line_interrupts()
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["profile"]:
-        # Takes Megatron's options, and seconds to import it.
-        from megatron_scmoe.commands import profile_experts
-
-        sys.argv[1:] = words[1:]
-        return profile_experts.main()
+        return profile(words[1:])
     try:
         args = parse_args(argv)
         run: Callable[[argparse.Namespace], None] = args.run
@@ -52,6 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         say.say(say.one_line(error))
         return 2
     return 0
+
+
+def profile(words: list[str]) -> int:
+    """The verb that takes Megatron's options, and seconds to import it."""
+    with say.user_errors():
+        if not asks_for_help(words):
+            refuse_all(NUMBERS + profile_options.ASKED, profile_options.typed(recipe.expand(words)))
+    from megatron_scmoe.commands import profile_experts
+
+    sys.argv[1:] = words
+    return profile_experts.main()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -38,7 +38,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.c2r import collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
+from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.commands.c2r import report
+from megatron_scmoe.commands.profile_options import ASKED, add_profile_args
 from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
 from megatron_scmoe.inference.one_pass import forward
 from megatron_scmoe.overlap.measure.chosen_together import Collector
@@ -46,20 +48,13 @@ from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 from megatron_scmoe.words import write_whole
 
-TOKENS = 204_800  # what C2R's published matrices were counted from
 PASS_TOKENS = 4096
 
 
 def add_options(parser: ArgumentParser) -> ArgumentParser:
     """Those of the entry script, and these; an `extra_args_provider` of the host."""
     add_scmoe_args(parser)
-    group = parser.add_argument_group("profile")
-    group.add_argument("--text", nargs="+", metavar="FILE", help="Text, or .jsonl with `text`.")
-    group.add_argument("--output", required=True, metavar="FILE", help=".json or .safetensors.")
-    group.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help=f"At most. Default: {TOKENS}."
-    )
-    group.add_argument("--picture", metavar="FILE", help="A heat map of every layer, as SVG.")
+    add_profile_args(parser)
     return parser
 
 
@@ -68,7 +63,7 @@ def main() -> int:
     begin()
     with say.user_errors():
         args = parse(add_options)
-        refuse_options(args)
+        refuse(ASKED, args)
         with redirect_stdout(StringIO()):
             config, tokenizer = prepare_generation(args)
         samples = cut(tokens_of(args, tokenizer), args.seq_length, args.tokens)
@@ -91,28 +86,6 @@ def main() -> int:
             print(report(counts, None, None))
     torch.distributed.destroy_process_group()
     return 0
-
-
-def refuse_options(args: Namespace) -> None:
-    """What is wrong before anything is read.
-
-    Raises:
-        ValueError: one line.
-    """
-    if args.load is None:
-        raise ValueError("profile runs a checkpoint: add --load.")
-    if (args.text is None) == (args.data_path is None):
-        raise ValueError("profile counts over one text: add either --text or --data-path.")
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} is not at least 1.")
-    if Path(args.output).suffix not in (".json", ".safetensors"):
-        raise ValueError(f"--output {args.output} ends neither in .json nor in .safetensors.")
-    for option in ("output", "picture"):
-        name = getattr(args, option)
-        if name and not Path(name).absolute().parent.is_dir():
-            raise ValueError(f"--{option} {name} is in no folder that exists.")
-    if args.picture and Path(args.picture).suffix != ".svg":
-        raise ValueError(f"--picture {args.picture} is written as SVG: end its name with .svg.")
 
 
 def tokens_of(args: Namespace, tokenizer: Any) -> Iterator[list[int]]:

@@ -5,10 +5,9 @@ slots   experts of a layer that are on the device at one time
 """
 
 import os
-import re
 import shutil
 import tempfile
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Module
 
 from megatron_scmoe.host.cpu import no_cuda_device
+from megatron_scmoe.inference.cache_size import CacheSize
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.experts.offload.experts import Offload, OffloadedExperts
 from megatron_scmoe.model.experts.offload.tiers import Tier
@@ -25,39 +25,8 @@ from megatron_scmoe.model.specs import moe_layer_pattern, pipeline_stages
 from megatron_scmoe.planner.size import model_size
 from megatron_scmoe.words import percent, size
 
-UNITS = {
-    "B": 1,
-    **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", 1)},
-    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
-}
 SHARE_OF_FREE = 0.8
 """Of the memory that is free; activations need some, and the host's buffers."""
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """What --scmoe-expert-cache-size asks for: experts a layer, bytes of all layers, or neither."""
-
-    experts: int | None = None
-    memory: float | None = None
-
-
-def cache_size(text: str) -> CacheSize:
-    """Read the option: a number, a number with a unit, or auto.
-
-    Raises:
-        ArgumentTypeError: it is none of them.
-    """
-    if text == "auto":
-        return CacheSize()
-    if text.isascii() and text.isdecimal() and len(text) < 10:
-        return CacheSize(experts=int(text))
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]+)", text, re.ASCII)
-    if found is None or found[2] not in UNITS:
-        raise ArgumentTypeError(
-            f"{text} is neither auto, nor a number of experts, nor bytes with a unit such as 2GiB"
-        )
-    return CacheSize(memory=float(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)

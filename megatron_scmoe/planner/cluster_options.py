@@ -8,7 +8,7 @@ from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_scmoe.checks.before_torch import typed_numbers
+from megatron_scmoe.checks.before_torch import typed_options
 from megatron_scmoe.checks.ranges import NOT_NEGATIVE, POSITIVE, RANGES, Range, out_of_range
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.planner.cluster import PRESETS, Preset
@@ -96,17 +96,15 @@ def typed(argv: Sequence[str]) -> Namespace:
     Raises:
         ValueError: an option of the planner's that cannot be read.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_cluster_args(parser)
+    args = typed_options(argv, add_cluster_args, _add_megatrons)
+    apply_preset(args)
+    return args
+
+
+def _add_megatrons(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yaml-cfg", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--use-checkpoint-args", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(num_experts=None)
-    try:
-        args, _ = parser.parse_known_args(argv, namespace=typed_numbers(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    apply_preset(args)
-    return args
 
 
 def missing(args: Namespace, names: Sequence[str]) -> list[str]:

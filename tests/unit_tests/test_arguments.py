@@ -211,6 +211,20 @@ def test_what_needs_no_torch_is_refused_before_it(tmp_path: Path) -> None:
     for rest in ([], enough):
         assert run(*rest, program="tools/doctor.py") == (1, "torch was imported")
 
+    generate, wanted = "tools/generate.py", ["--load", "a", "--prompt", "b"]
+    code, line = run("--top-p", "2", "--max-new-tokens=0", program=generate)
+    assert code == 2 and line.startswith("generate.py: error: A checkpoint is missing: name the")
+    assert "--max-new-tokens 0 is not" in line and "--top-p 2.0 is not above 0" in line
+    assert run(*wanted, "--scmoe-expert-cache-size", "x", program=generate)[0] == 2
+    for rest in (wanted, ["--help"]):
+        assert run(*rest, program=generate) == (1, "torch was imported")
+    counted = ["profile", "--load", "a", "--text", "b", "--output"]
+    assert run(*counted, "c.txt", program="tools/c2r.py") == (
+        2,
+        "c2r.py: error: --output c.txt ends neither in .json nor in .safetensors.",
+    )
+    assert run(*counted, "c.json", program="tools/c2r.py") == (1, "torch was imported")
+
     report = "tools/overlap_report.py"
     code, line = run("nowhere", program=report)
     assert (code, line) == (

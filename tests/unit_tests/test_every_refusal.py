@@ -26,6 +26,7 @@ from megatron_scmoe.c2r.placement import Placement, contiguous
 from megatron_scmoe.checks import command_line, data, generation, layout, shortcut
 from megatron_scmoe.checks.ranges import NUMBERS, RANGES, Range
 from megatron_scmoe.checks.refusal import Refusal, complaints, refuse_all
+from megatron_scmoe.commands import generation_options, profile_options
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.huggingface import fields
 from megatron_scmoe.model import norm, specs
@@ -271,8 +272,23 @@ PLANNED: dict[str, Any] = {
 }
 
 
+# And tools/c2r.py profile.
+PROFILED: dict[str, Any] = {
+    "load": "a",
+    "text": ["a"],
+    "data_path": None,
+    "output": "a.json",
+    "tokens": 8,
+    "picture": None,
+}
+
+
 def asked(options: str = "", **changes: Any) -> "Typed":
-    return Typed(generation.TYPED, options, ASKED | changes)
+    return Typed(generation_options.ASKED + generation.TYPED, options, ASKED | changes)
+
+
+def profiled(**changes: Any) -> "Typed":
+    return Typed(profile_options.ASKED, "", PROFILED | changes)
 
 
 def planned(options: str = "", **changes: Any) -> "Typed":
@@ -455,6 +471,13 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "The layout needs --cluster-nodes:": planned(cluster_nodes=None),
     "Times need --cluster-tflops:": planned(cluster_tflops=None),
     "--measured nowhere: no such file": planned(measured=Path("nowhere")),
+    "profile runs a checkpoint": profiled(load=None),
+    "profile counts over one text": profiled(data_path=["a"]),
+    "--tokens 0 is not": profiled(tokens=0),
+    "profile writes a file": profiled(output=None),
+    "--output a.txt ends neither": profiled(output="a.txt"),
+    "--picture a.png is written as SVG": profiled(picture="a.png"),
+    "--output nowhere/a.json: there is no such folder": profiled(output="nowhere/a.json"),
     "A checkpoint is missing": asked(load=None),
     "Prompts stand in --prompt and in": asked(prompt_file="-"),
     "--max-new-tokens 0 is not": asked(max_new_tokens=0),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scmoe.commands import generate
+from megatron_scmoe.commands import generate, generated_text
 from megatron_scmoe.inference.generation import Continuation, Speed
 from megatron_scmoe.inference.sampling import Sampler, Sampling
 
@@ -71,7 +71,7 @@ def test_a_prompt_draws_the_same_alone_and_in_a_batch() -> None:
 
 
 def test_text_is_written_character_by_character(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = generate.TextWriter(Namespace(json=False), Letters(), ["a"])
+    writer = generated_text.TextWriter(Namespace(json=False), Letters(), ["a"])
     said = []
     for token in "é b".encode():
         writer.take(0, token)
@@ -85,27 +85,27 @@ def test_text_is_written_character_by_character(capsys: pytest.CaptureFixture[st
 
 def test_several_texts_are_written_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     found = [Continuation([*b"cd"], [-1.0, -2.0]), Continuation()]
-    writer = generate.TextWriter(Namespace(json=False), Letters(), ["ab", "e\nf"])
+    writer = generated_text.TextWriter(Namespace(json=False), Letters(), ["ab", "e\nf"])
     writer.take(1, 5)
     writer.finish(found)
     assert capsys.readouterr().out == "--- 1\nabcd\n--- 2\ne\nf\n"
-    generate.TextWriter(Namespace(json=True), Letters(), ["ab", "e"]).finish(found)
+    generated_text.TextWriter(Namespace(json=True), Letters(), ["ab", "e"]).finish(found)
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == "cd" and first["log_probs"] == [-1.0, -2.0]
     assert second == {"prompt": "e", "text": "", "tokens": [], "log_probs": []}
 
 
 def test_speed() -> None:
-    assert generate.speed_line(Speed(12, 0.5, 30, 2.0)) == (
+    assert generated_text.speed_line(Speed(12, 0.5, 30, 2.0)) == (
         "prefill 12 tokens, 24.0 tokens/s; decode 30 tokens, 15.0 tokens/s"
     )
-    assert generate.speed_line(Speed()).count("0.0 tokens/s") == 2
+    assert generated_text.speed_line(Speed()).count("0.0 tokens/s") == 2
 
 
 def prompts(monkeypatch: pytest.MonkeyPatch, stdin: bytes | None = None, **args: Any) -> list[str]:
     source = SimpleNamespace(buffer=io.BytesIO(stdin or b""), isatty=lambda: stdin is None)
     monkeypatch.setattr(sys, "stdin", source)
-    return generate.read_prompts(Namespace(**{"prompt": None, "prompt_file": None, **args}))
+    return generated_text.read_prompts(Namespace(**{"prompt": None, "prompt_file": None, **args}))
 
 
 def test_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert prompts(monkeypatch, prompt_file=str(text)) == ["one", "two"]
     assert prompts(monkeypatch, prompt_file=str(objects)) == ["one\ntwo"]
     assert prompts(monkeypatch, b"x\ny") == prompts(monkeypatch, b"x\ny", prompt_file="-")
-    assert generate.tokens_of(Letters(), "ab") == [97, 98]
-    assert generate.tokens_of(Letters(), "") == [0]  # a new document
+    assert generated_text.tokens_of(Letters(), "ab") == [97, 98]
+    assert generated_text.tokens_of(Letters(), "") == [0]  # a new document
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_prompts_that_are_no_tokens() -> None:
     numbers = SimpleNamespace(tokenize=lambda text: [int(text)], vocab_size=8, eod=None)
     for text, line in (("a", "cannot read the prompt 'a'"), ("9", "has token 9"), ("", "is empty")):
         with pytest.raises(ValueError, match=line):
-            generate.tokens_of(numbers, text)
+            generated_text.tokens_of(numbers, text)
 
 
 @pytest.mark.parametrize(

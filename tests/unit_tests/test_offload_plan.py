@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_scmoe.inference import offload
-from megatron_scmoe.inference.offload import CacheSize, cache_size, plan_offload
+from megatron_scmoe.inference.cache_size import CacheSize, cache_size
+from megatron_scmoe.inference.offload import plan_offload
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.experts.offload.tiers import move_home
 from tests.models import Case

@@ -16,7 +16,7 @@ import torch.distributed.run
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_scmoe.arguments import add_scmoe_args
-from megatron_scmoe.commands import generate, inspect_data, preprocess_data
+from megatron_scmoe.commands import generated_text, inspect_data, preprocess_data
 from megatron_scmoe.planner.plan_arguments import add_planner_args
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def known() -> dict[str, set[str]]:
     return {
         "torchrun": options_of(torch.distributed.run.get_args_parser()),
         "pretrain_gpt_scmoe.py": options_of(training(add_scmoe_args)),
-        "tools/generate.py": options_of(training(generate.add_options)),
+        "tools/generate.py": options_of(training(generated_text.add_options)),
         "tools/inspect_data.py": options_of(parser_of(inspect_data.parse_arguments)),
         "tools/plan_overlap.py": options_of(training(add_planner_args)),
         "tools/preprocess_data.py": options_of(parser_of(preprocess_data.parse_arguments)),

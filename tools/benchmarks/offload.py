@@ -38,16 +38,11 @@ import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args
 
-from megatron_scmoe.commands.generate import add_options
+from megatron_scmoe.commands.generated_text import add_options
+from megatron_scmoe.inference.cache_size import CacheSize
 from megatron_scmoe.inference.generation import Limits, generate
 from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
-from megatron_scmoe.inference.offload import (
-    CacheSize,
-    OffloadPlan,
-    layers_of,
-    offload_of,
-    plan_offload,
-)
+from megatron_scmoe.inference.offload import OffloadPlan, layers_of, offload_of, plan_offload
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.experts.offload import experts
 from megatron_scmoe.model.experts.offload.cache import Account, ExpertCache
