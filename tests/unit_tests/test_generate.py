@@ -181,10 +181,12 @@ def test_folders_that_cannot_be_generated_from(
     """One line, no traceback, exit code 2, and nothing is written into the folder."""
     for name, content in files.items():
         (tmp_path / name).write_text(content)
+    # What the program sets is restored only where a test has set it before.
     for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")  # and so it is restored
+        monkeypatch.setenv(name, "0")
     command = ["generate.py", "--load", str(tmp_path), "--prompt", "1", *options.split()]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as left:
