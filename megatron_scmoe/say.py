@@ -86,7 +86,10 @@ def leave(text: str, exit_code: int) -> NoReturn:
 
 def say(message: str) -> None:
     """The one line for the user."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # python -m FOLDER
+        program = program.parent
+    print(f"{program.name}: error: {message}", file=sys.stderr, flush=True)
 
 
 def one_line_interrupts() -> None:

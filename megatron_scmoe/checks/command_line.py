@@ -42,7 +42,23 @@ def _nameless(args: Namespace) -> Found:
     return bool(found) and {"options": " and ".join(found)}
 
 
+def _address(args: Namespace) -> Found:
+    # TensorBoard's writer knows addresses.
+    found = [
+        f"{flag(dest)} {name}"
+        for dest in FOLDERS
+        if dest != "tensorboard_dir" and "://" in (name := getattr(args, dest) or "")
+    ]
+    return bool(found) and {"options": " and ".join(found)}
+
+
 PARSED = (
+    Refusal(
+        _address,
+        "{options} is an address and no folder",
+        "mount what it names, and give the folder",
+        "a folder of that name would be made here",
+    ),
     Refusal(
         _nameless,
         "{options} is empty",

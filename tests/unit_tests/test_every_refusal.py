@@ -298,6 +298,9 @@ def planned(options: str = "", **changes: Any) -> "Typed":
 WANDB_RUN = "--wandb-project a --wandb-exp-name b --save a"
 OF_COMMAND_LINE: dict[str, Typed] = {
     "--yaml-cfg has no place": Typed(command_line.PARSED, "--yaml-cfg a.yaml"),
+    "--save s3://a and --load gs://b is an address": Typed(
+        command_line.PARSED, "--save s3://a --load gs://b --tensorboard-dir s3://c"
+    ),
     "--save and --load is empty: a variable": Typed(command_line.PARSED, "--save '' --load ''"),
     "--save CORPUS.loop is a link to itself": Typed(command_line.PARSED, "--save CORPUS.loop"),
     "--transformer-impl transformer_engine, the default, needs": Typed(
