@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 from megatron_scmoe.checks.before_torch import LENGTH
@@ -145,14 +146,25 @@ def _trace_of_nothing(args: Namespace) -> Found:
     return _no_place(args.scmoe_trace_dir)
 
 
-def _no_place(name: str) -> Found:
+def _no_place(name: str) -> dict[str, str]:
     """Why files cannot be put into a folder, which need not be there yet."""
     folder = Path(name).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         return {"why": f"{there} is no folder"}
-    if not os.access(there, os.W_OK | os.X_OK):
-        return {"why": f"{there} is not writable"}
+    try:
+        with TemporaryDirectory(dir=there):  # the permissions alone say nothing to root
+            return {}
+    except OSError as error:
+        return {"why": f"{there} takes no file: {error.strerror}"}
+
+
+def _cannot_be_made(args: Namespace) -> Found:
+    for dest in ("data_cache_path", "tensorboard_dir"):
+        name = getattr(args, dest)
+        # One that is there may be read alone, and a writer of curves knows addresses.
+        if name and "://" not in name and not Path(name).is_dir() and (found := _no_place(name)):
+            return {"option": f"{flag(dest)} {name}", **found}
     return False
 
 
@@ -169,6 +181,7 @@ def _counts_of_nothing(args: Namespace) -> Found:
 # Once options of a checkpoint and of this machine are in their places.
 COMPLETE = (
     TRANSFORMER_ENGINE,
+    Refusal(_cannot_be_made, "{option} cannot be made: {why}", "name another folder"),
     Refusal(
         lambda args: args.tokenizer_type == "NullTokenizer" and args.vocab_size is None,
         "--tokenizer-type NullTokenizer needs --vocab-size",
