@@ -159,13 +159,10 @@ def _no_place(name: str) -> dict[str, str]:
         return {"why": f"{there} takes no file: {error.strerror}"}
 
 
-def _cannot_be_made(args: Namespace) -> Found:
-    for dest in ("data_cache_path", "tensorboard_dir"):
-        name = getattr(args, dest)
-        # One that is there may be read alone, and a writer of curves knows addresses.
-        if name and "://" not in name and not Path(name).is_dir() and (found := _no_place(name)):
-            return {"option": f"{flag(dest)} {name}", **found}
-    return False
+def _no_curves(args: Namespace) -> Found:
+    name = args.tensorboard_dir
+    # The writer knows addresses.
+    return bool(name) and "://" not in name and _no_place(name)
 
 
 def _counts_of_nothing(args: Namespace) -> Found:
@@ -181,7 +178,11 @@ def _counts_of_nothing(args: Namespace) -> Found:
 # Once options of a checkpoint and of this machine are in their places.
 COMPLETE = (
     TRANSFORMER_ENGINE,
-    Refusal(_cannot_be_made, "{option} cannot be made: {why}", "name another folder"),
+    Refusal(
+        _no_curves,
+        "--tensorboard-dir {tensorboard_dir} cannot be written: {why}",
+        "name another folder",
+    ),
     Refusal(
         lambda args: args.tokenizer_type == "NullTokenizer" and args.vocab_size is None,
         "--tokenizer-type NullTokenizer needs --vocab-size",

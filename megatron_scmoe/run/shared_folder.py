@@ -21,13 +21,14 @@ def has_several_nodes() -> bool:
 def check_shared(folder: Path, option: str) -> None:
     """Let the first rank write a file that every other node has to see; nothing of it stays.
 
-    A collective: all ranks of the default group call it. On one node there is nothing to check.
+    A collective: all ranks of the default group call it. On one node a folder that is there is not
+    looked at.
 
     Raises:
         SharedFolderError: on every rank, with the hosts that do not see it, or why nothing can be
             written there.
     """
-    if not has_several_nodes():
+    if not has_several_nodes() and folder.is_dir():
         return
     first = torch.distributed.get_rank() == 0
     made = [path for path in (folder, *folder.parents) if not path.exists()]

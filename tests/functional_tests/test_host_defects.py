@@ -76,6 +76,9 @@ def test_nodes_without_a_common_cache_are_told_so(tmp_path: Path) -> None:
     run = look(common)
     assert run.returncode == 0, run.stdout[-3000:]
     assert not list((tmp_path / "common").glob(".shared-*"))
+    alone = launch_forked([*POS1, *data, *nowhere], 1, tmp_path / "alone")
+    assert alone.returncode == 2 and "Traceback" not in alone.stdout
+    assert "cannot be written: Not a dir" in alone.stdout
 
 
 def make_losses_nan() -> None:

@@ -353,10 +353,7 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--scmoe-trace-dir would stay empty: it begins at": Typed(
         COMPLETE, f"{POS2} --scmoe-trace-dir a --profile-step-start 1"
     ),
-    "--data-cache-path /proc/a cannot be made: /proc takes no file": Typed(
-        COMPLETE, "--data-cache-path /proc/a --tensorboard-dir gs://b"
-    ),
-    "--tensorboard-dir /dev/null/a cannot be made: /dev/null is no folder": Typed(
+    "--tensorboard-dir /dev/null/a cannot be written: /dev/null is no folder": Typed(
         COMPLETE, "--tensorboard-dir /dev/null/a"
     ),
     "--scmoe-trace-dir would stay empty: /proc takes no file": Typed(
