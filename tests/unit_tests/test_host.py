@@ -143,6 +143,13 @@ class TestUserErrors:
         assert exit_info.value.code == 2
         assert capsys.readouterr().err.endswith(": error: two lines\n")
 
+    @pytest.mark.parametrize("started", ["a/quality/__main__.py", "a/quality"])
+    def test_program_has_its_name(self, started: str, capsys, monkeypatch) -> None:
+        """Also one that `python -m` has started as a folder."""
+        monkeypatch.setattr(sys, "argv", [started])
+        say.say("wrong")
+        assert capsys.readouterr().err == "quality: error: wrong\n"
+
     def test_bare_assert_shows_its_condition(self, capsys, monkeypatch) -> None:
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(SystemExit), say.user_errors():
