@@ -71,6 +71,15 @@ def test_students_distribution() -> None:
     assert student(0, 3) == 1
 
 
+def test_verdicts_weigh_the_scatter_of_three_seeds() -> None:
+    """t = mean / (scatter / sqrt(3)), with two degrees of freedom."""
+    seeds = PairedSeeds((-1.0, -2.0, -3.0))
+    t = 2 * math.sqrt(3)
+    assert seeds.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    assert seeds.verdict == "no difference"
+    assert PairedSeeds((-1.8, -2.0, -2.2)).verdict == "better"
+
+
 def test_verdicts_over_seeds() -> None:
     def verdict(*pairs: tuple[float, float]) -> str:
         one, other = (dict(enumerate(losses)) for losses in zip(*pairs, strict=True))
