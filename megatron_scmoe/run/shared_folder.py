@@ -22,24 +22,26 @@ def check_shared(folder: Path, option: str) -> None:
     """Let the first rank write a file that every other node has to see; nothing of it stays.
 
     A collective: all ranks of the default group call it. On one node a folder that is there is not
-    looked at.
+    written to. The first rank alone looks whether it is, for another may look when it has just made
+    it.
 
     Raises:
         SharedFolderError: on every rank, with the hosts that do not see it, or why nothing can be
             written there.
     """
-    if not has_several_nodes() and folder.is_dir():
-        return
     first = torch.distributed.get_rank() == 0
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    name: list[Any] = [f".shared-{uuid.uuid4().hex}"]
-    if first:
+    name: list[Any] = [None]
+    if first and (has_several_nodes() or not folder.is_dir()):
+        name = [f".shared-{uuid.uuid4().hex}"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name[0]).touch()
         except OSError as error:
             name = [error]
     torch.distributed.broadcast_object_list(name)
+    if name[0] is None:
+        return
     if isinstance(name[0], OSError):
         raise SharedFolderError(f"{option} {folder} cannot be written: {name[0].strerror}.")
     file = folder / name[0]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +33,31 @@ def test_a_balancing_loss_that_there_is_not_is_not_logged(kind: str, tmp_path: P
     assert " load_balancing_loss:" not in run.stdout
 
 
+def second_rank_sees_the_cache_of_the_first() -> None:
+    """The second rank looks at the folder of data when the first has made it."""
+    if os.environ["RANK"] == "0":
+        return
+    import pretrain_gpt_scmoe
+
+    check_shared = pretrain_gpt_scmoe.check_shared
+
+    def check_late(folder: Path, option: str) -> None:
+        deadline = time.monotonic() + 20
+        while not folder.is_dir():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        check_shared(folder, option)
+
+    pretrain_gpt_scmoe.check_shared = check_late
+
+
 def test_full_validation_of_one_data_set(tmp_path: Path) -> None:
     data = ["--data-path", str(write_text(tmp_path)), "--data-cache-path", str(tmp_path / "cache")]
     options = ["--full-validation", "--split", "900,100,0", "--train-iters", "4"]
     options += ["--vocab-size", "256"]
-    run = launch_forked([*POS1, *data, *options, "--eval-interval", "2"], 2, tmp_path)
+    options += ["--eval-interval", "2"]
+    late = second_rank_sees_the_cache_of_the_first
+    run = launch_forked([*POS1, *data, *options], 2, tmp_path, hook=late)
     assert run.returncode == 0, run.stdout[-3000:]
     assert run.stdout.count("validation loss at iteration 2 ") == 1
     assert run.stdout.count("validation loss at iteration 4 ") >= 1
