@@ -20,13 +20,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from tools.benchmarks.provenance import describe
-from tools.gpu_proof.parts import PACKAGE, PARTS, ProofPart, read_part
+from tools.gpu_proof.parts import PACKAGE, PARTS, ProofPart
 from tools.gpu_proof.processes import adopt_orphans, kill_descendants
 from tools.gpu_proof.results import FINDINGS, ProofFinding, Results, read_findings
 from tools.gpu_proof.summary import write_summary
@@ -44,11 +44,13 @@ class Proof:
     """All parts, one after the other.
 
     Args:
+        package: of the parts' modules.
         folder: receives everything; exists.
         seconds: for all parts together.
     """
 
-    def __init__(self, folder: Path, device: str, seconds: float) -> None:
+    def __init__(self, package: str, folder: Path, device: str, seconds: float) -> None:
+        self._package = package
         self._folder = folder
         self._device = device
         self._deadline = time.time() + seconds
@@ -56,24 +58,22 @@ class Proof:
         self.seconds: dict[str, float] = {}
         """By part."""
 
-    def run(self, name: str, part: ProofPart | None) -> None:
+    def run(self, name: str, part: ProofPart) -> None:
         results = Results(name, self._folder, echo=False)
         left = self._deadline - time.time()
-        if part is None:
-            results.skipped("the part", "is not written yet")
-        elif left < MINIMUM_S:
+        if left < MINIMUM_S:
             results.skipped("the part", f"{max(left, 0):.0f} s are left, it needs {MINIMUM_S:.0f}")
         else:
             limit_s = part.limit_s * (REHEARSAL if self._device == "cpu" else 1)
-            self._run(part, min(limit_s, left), results)
+            self._run(name, min(limit_s, left), results)
         self._show()
 
-    def _run(self, part: ProofPart, limit_s: float, results: Results) -> None:
+    def _run(self, name: str, limit_s: float, results: Results) -> None:
         began = time.time()
         deadline = began + limit_s
-        what = [part.module, part.name, str(self._folder), self._device, str(deadline)]
+        what = [self._package, name, str(self._folder), self._device, str(deadline)]
         with (self._folder / LOG).open("ab") as log:
-            log.write(f"\n==== {part.name}, {limit_s:.0f} s\n".encode())
+            log.write(f"\n==== {name}, {limit_s:.0f} s\n".encode())
             log.flush()
             start = log.tell()
             process = subprocess.Popen(
@@ -89,7 +89,7 @@ class Proof:
             kill_descendants()
         with (self._folder / FINDINGS).open("a") as findings:
             findings.write("\n")  # in case that a line was cut off
-        self.seconds[part.name] = round(time.time() - began, 1)
+        self.seconds[name] = round(time.time() - began, 1)
         if code is None:
             results.check("the part ends", False, f"killed at its limit of {limit_s:.0f} s")
         elif code != 0:
@@ -109,29 +109,27 @@ class Proof:
 
 
 def main(
-    argv: Sequence[str] | None = None, package: str = PACKAGE, names: Sequence[str] = PARTS
+    argv: Sequence[str] | None = None,
+    package: str = PACKAGE,
+    parts: Mapping[str, ProofPart] = PARTS,
 ) -> int:
     """The exit code."""
-    args = parse_args(argv, names)
+    args = parse_args(argv, tuple(parts))
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refused("no CUDA device here; --device cpu rehearses the proof at tiny sizes")
     if (args.output / FINDINGS).exists():
         return _refused(f"{args.output} holds an earlier proof: choose another --output")
-    try:
-        wanted = [name for name in names if name in (args.only or names)]
-        parts = {name: read_part(name, package) for name in wanted}
-    except ValueError as error:
-        return _refused(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault(CONNECTIONS, "32")  # with 1 nothing runs beside anything
     environment = describe()
     (args.output / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
     adopt_orphans()
-    proof = Proof(args.output.resolve(), args.device, args.minutes * 60)
+    proof = Proof(package, args.output.resolve(), args.device, args.minutes * 60)
     try:
         for name, part in parts.items():
-            proof.run(name, part)
+            if name in (args.only or parts):
+                proof.run(name, part)
     finally:
         kill_descendants()
         findings = read_findings(args.output)

@@ -59,9 +59,6 @@ from tools.gpu_proof.timing import (
     judge,
 )
 
-LIMIT_S: float = 120
-CORRECTNESS = False
-
 MODELS = ("gpt2-moe-medium", "gpt3-moe-xl", "llama2-moe")
 SHARE = 0.3
 """Of communication in the stock top-2 MoE layer's time, on the emulated link."""

@@ -43,9 +43,6 @@ from tools.gpu_proof.layers import one_rank, seed
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import PartStep, do_steps
 
-LIMIT_S: float = 45
-CORRECTNESS = True
-
 SLOTS = 2
 """Experts of a layer on the device, of eight."""
 TOLERANCE = 1e-4

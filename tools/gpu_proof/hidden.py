@@ -14,9 +14,6 @@ import torch
 from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
 
-LIMIT_S: float = 110
-CORRECTNESS = False
-
 SETTINGS = (32, 1)
 """The one for overlap first; the other is what tensor parallelism asks for before Blackwell."""
 

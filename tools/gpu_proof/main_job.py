@@ -23,9 +23,6 @@ from tools.gpu_proof.results import Results
 from tools.gpu_proof.runs import LOCAL, MODEL, ProofJob, ProofRun
 from tools.gpu_proof.timing import judge
 
-LIMIT_S: float = 150.0
-CORRECTNESS: bool = True
-
 ITERATIONS = 12
 SAVED = 6
 STEADY = 9

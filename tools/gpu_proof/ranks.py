@@ -31,9 +31,6 @@ from tools.gpu_proof.runs import (
     rank_variables,
 )
 
-LIMIT_S: float = 100.0
-CORRECTNESS: bool = True
-
 TOLERANCE = 1e-4
 """Relative, of a loss. Sums of another order differ by 1e-7 on the CPU, and Adam lets it grow."""
 PROBE_SHARE = 0.6

@@ -55,9 +55,6 @@ from tools.benchmarks.paper_shapes import Inputs, Shape, build
 from tools.gpu_proof.layers import errors, largest, one_rank, seed
 from tools.gpu_proof.results import Results
 
-LIMIT_S: float = 130
-CORRECTNESS = True
-
 # ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 PRESSURE_STEPS = 200

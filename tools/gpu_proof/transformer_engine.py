@@ -51,9 +51,6 @@ from tools.gpu_proof.layers import (
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import PartStep, do_steps
 
-LIMIT_S: float = 75
-CORRECTNESS = True
-
 BFLOAT16_ERROR = 1e-2
 # e4m3 has 3 bits behind the point, e5m2, for gradients, 2; several products follow each other.
 FP8_OUTPUT_ERROR, FP8_GRADIENT_ERROR = 0.1, 0.3
