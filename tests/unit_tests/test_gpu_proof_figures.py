@@ -356,7 +356,7 @@ def test_errors() -> None:
 
 
 SHAPE = Shape(16, 32, 2, 1, 4, False, True)
-UNIT = Contender("pos2", "pos2", 1, True, 1)
+UNIT = Contender("pos2", "pos2", 1, True)
 LOCAL_OPTIONS = {*transformer_engine.GROUPED, "moe_router_dtype"}
 
 
@@ -415,7 +415,7 @@ def test_checks_of_transformer_engine(
     blocks = transformer_engine.Blocks(results, CPU)
     built = blocks._build
 
-    def build_local(case: transformer_engine.BlockCase, **scmoe: Any) -> Any:
+    def build_local(case: layers.LayerPair, **scmoe: Any) -> Any:
         host = {name: value for name, value in case.host.items() if name in LOCAL_OPTIONS}
         return built(replace(case, host=host), **scmoe)
 

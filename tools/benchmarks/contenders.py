@@ -88,8 +88,6 @@ class Contender:
     position: str
     topk: int
     shared_expert: bool
-    slot: int | None = None
-    """The experts' in a block that is built; a run of the entry script chooses its own."""
     baseline: str = "top2"
     """Whose time it is compared with."""
     options: tuple[str, ...] = ()
@@ -101,11 +99,11 @@ class Contender:
         return [*own, *(sizes.shared_expert() if self.shared_expert else ()), *self.options]
 
     def as_run(self, seconds: float) -> dict[str, Any]:
-        """A row of `runs` in the planner's file."""
+        """A row of `runs` in the planner's file, of a block that was built."""
         run: dict[str, Any] = {"position": self.position, "topk": self.topk, "seconds": seconds}
         if self.position == "none":
             return run | {"shared_expert": self.shared_expert}
-        return run | {"slot": self.slot, "overlap": True}
+        return run | {"slot": POSITIONS[self.position].default_slot, "overlap": True}
 
 
 def contenders(layout: MoELayers) -> list[Contender]:
@@ -113,10 +111,7 @@ def contenders(layout: MoELayers) -> list[Contender]:
     return [
         Contender("top2", "none", 2, False),
         Contender("shared", "none", 1, True),
-        *(
-            Contender(position, position, 1, True, POSITIONS[position].default_slot)
-            for position in positions_of(layout)
-        ),
+        *(Contender(position, position, 1, True) for position in positions_of(layout)),
     ]
 
 
@@ -126,7 +121,7 @@ def wider_contenders(layout: MoELayers) -> list[Contender]:
     last = "pos2" if "pos2" in positions else positions[0]
     return [
         Contender("top3", "none", 3, False, baseline="top3"),
-        Contender("scmoe2", last, 2, True, POSITIONS[last].default_slot, baseline="top3"),
+        Contender("scmoe2", last, 2, True, baseline="top3"),
     ]
 
 

@@ -41,7 +41,7 @@ from megatron_scmoe.model.experts.grouped import GroupedExperts
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
 from megatron_scmoe.overlap.measure.cost import UnitTimes
-from megatron_scmoe.overlap.schedule import Slots, window
+from megatron_scmoe.overlap.schedule import Slots, default_slots, window
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender, contenders
@@ -156,8 +156,7 @@ class Bench:
     ) -> tuple[Slots, tuple[UnitTimes, UnitTimes]]:
         """As a run does in its first iterations: the slots, and the times behind the choice."""
         unit = unit_of(block)
-        assert contender.slot is not None
-        unit.slots = Slots(contender.slot, contender.slot)
+        unit.slots = default_slots(contender.position)
         first = FirstIterations(contender.position)
         times = None
         with emulated_link(link):

@@ -41,7 +41,7 @@ from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
-from megatron_scmoe.overlap.schedule import POSITIONS, window
+from megatron_scmoe.overlap.schedule import window
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender, contenders
@@ -129,9 +129,7 @@ def configs(
     """Megatron's config of these layers and ours; `num_layers` counts attention layers."""
     config = host_config(shape, contender, num_layers, **host_options)
     options: dict[str, Any] = {"scmoe_shortcut_position": contender.position}
-    if contender.position != "none":
-        options["scmoe_expert_slot"] = str(contender.slot)
-    elif not contender.shared_expert:
+    if contender.position == "none" and not contender.shared_expert:
         options["scmoe_combine"] = "add"
     scmoe = ScMoEConfig(**{**options, **scmoe_options})
     check_model(config, scmoe)
@@ -254,7 +252,7 @@ class Operators:
 
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         # The widest window holds all dense operators.
-        everything = Contender("operators", "pos3", 1, True, POSITIONS["pos3"].default_slot)
+        everything = Contender("operators", "pos3", 1, True)
         self._block = build(shape, everything, num_layers=2, scmoe_options={"scmoe_overlap": False})
         self._inputs = inputs
         self._samples: dict[Direction, list[dict[str, float]]] = {

@@ -17,9 +17,8 @@ from megatron_scmoe import start
 start.replace_host_symbols()
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -36,10 +35,9 @@ from megatron_scmoe.model.experts.offload import experts
 from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.overlap.schedule import POSITIONS
 from megatron_scmoe.overlap.streams import Clock, Flight
-from tools.benchmarks.contenders import Contender
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Shape, configs
-from tools.gpu_proof.layers import one_rank, seed
+from tools.gpu_proof.layers import LayerPair, one_rank, precision, seed
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import PartStep, do_steps
 
@@ -50,24 +48,15 @@ TOLERANCE = 1e-4
 LATE_S = 1e-3
 
 
-@dataclass(frozen=True)
-class System:
-    """A model of four layers."""
-
-    name: str
-    position: str = "pos2"
-    scmoe: Mapping[str, Any] = field(default_factory=dict)
-    host: Mapping[str, Any] = field(default_factory=dict)
-
-
+# Models of four layers.
 SYSTEMS = (
-    *(System(position, position) for position in POSITIONS),
-    System(
+    *(LayerPair(position, position) for position in POSITIONS),
+    LayerPair(
         "two gates",
         scmoe={"scmoe_dual_gating": "separate", "scmoe_combine": "add"},
         host={"moe_router_topk": 1, "moe_shared_expert_intermediate_size": None},
     ),
-    System("experts at home", scmoe={"scmoe_experts_at_home": {"zero": 1, "constant": 1}}),
+    LayerPair("experts at home", scmoe={"scmoe_experts_at_home": {"zero": 1, "constant": 1}}),
 )
 ARMS = {
     "early": Offload("cpu", SLOTS),
@@ -102,7 +91,7 @@ class GenerationPart:
         self._new = 3 if tiny else 12
         self._vocabulary = 64
 
-    def compare(self, system: System) -> None:
+    def compare(self, system: LayerPair) -> None:
         """Cached with uncached, offloaded with resident."""
         resident = self._build(system)
         prompts = self._prompts(self._lengths)
@@ -168,25 +157,20 @@ class GenerationPart:
         }
 
     def _build(
-        self, system: System, offload: Offload | None = None, dtype: torch.dtype = torch.float32
+        self, system: LayerPair, offload: Offload | None = None, dtype: torch.dtype = torch.float32
     ) -> Module:
         seed()
-        contender = Contender(
-            system.name, system.position, 2, True, POSITIONS[system.position].default_slot
-        )
         combine = system.scmoe.get("scmoe_combine", "cg1")
         config, scmoe = configs(
             self._shape,
-            contender,
+            system.contender,
             4,
             {**system.scmoe, "scmoe_offload": offload},
             **{
                 "moe_layer_freq": [0, 1, 0, 1],
                 "moe_router_force_load_balancing": False,
                 "moe_shared_expert_gate": combine == "cg1",
-                "params_dtype": dtype,
-                "pipeline_dtype": dtype,
-                "bf16": dtype == torch.bfloat16,
+                **precision(dtype),
                 **system.host,
             },
         )

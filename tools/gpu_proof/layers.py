@@ -9,8 +9,9 @@ start.replace_host_symbols()
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -27,19 +28,39 @@ from torch.distributed import Work
 
 from megatron_scmoe.model.builder import ShortcutBlock
 from megatron_scmoe.overlap.collectives import AllToAll
+from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Inputs, Shape
 
-BFLOAT16: dict[str, Any] = {
-    "bf16": True,
-    "params_dtype": torch.bfloat16,
-    "pipeline_dtype": torch.bfloat16,
-}
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """The host's options for weights and activations of this type."""
+    return {"bf16": dtype == torch.bfloat16, "params_dtype": dtype, "pipeline_dtype": dtype}
+
+
+BFLOAT16 = precision(torch.bfloat16)
 RANKS = 4
 """Expert parallel ranks that a lone one stands among: it has a quarter of the experts."""
 TINY = Shape(32, 64, 2, 2, 8, False, False)
 """What a CPU rehearses with."""
 # Name on disk, and where the tensor lies in that of all experts.
 Place = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A dense layer and a MoE layer with a shared expert, of any shape."""
+
+    name: str
+    position: str = "pos2"
+    scmoe: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ScMoEConfig."""
+    host: Mapping[str, Any] = field(default_factory=dict)
+    """Of the host's config."""
+    topk: int = 2
+
+    @property
+    def contender(self) -> Contender:
+        return Contender(self.name, self.position, self.topk, shared_expert=True)
 
 
 @cache

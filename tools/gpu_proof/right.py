@@ -31,9 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,9 @@ from megatron_scmoe.overlap.branch import RoutedBranch
 from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
-from tools.benchmarks.contenders import Contender
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Inputs, Shape, build
-from tools.gpu_proof.layers import errors, largest, one_rank, seed
+from tools.gpu_proof.layers import LayerPair, errors, largest, one_rank, precision, seed
 from tools.gpu_proof.results import Results
 
 # ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
@@ -81,13 +80,9 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class LayerPair:
-    """A pair of layers, top-2."""
+class UnitCase(LayerPair):
+    """A pair of layers whose results are known."""
 
-    name: str
-    position: str = "pos2"
-    scmoe: Mapping[str, Any] = field(default_factory=dict)
-    host: Mapping[str, Any] = field(default_factory=dict)
     any_precision: bool = True
     """Whether rounding decides nothing: which tokens are dropped, it does."""
     rounding: float = 1.0
@@ -97,17 +92,8 @@ class LayerPair:
     def build(self, size: Size, dtype: torch.dtype, **scmoe: Any) -> Any:
         """The block in a precision, with planned routing; the same weights every time."""
         seed()
-        contender = Contender(
-            self.name, self.position, 2, True, POSITIONS[self.position].default_slot
-        )
-        options = {
-            "moe_router_force_load_balancing": False,
-            "params_dtype": dtype,
-            "pipeline_dtype": dtype,
-            "bf16": dtype == torch.bfloat16,
-            **self.host,
-        }
-        block = build(size.shape, contender, 2, {**self.scmoe, **scmoe}, **options)
+        host = {"moe_router_force_load_balancing": False, **precision(dtype), **self.host}
+        block = build(size.shape, self.contender, 2, {**self.scmoe, **scmoe}, **host)
         plan_routing(unit_of(block))
         return block
 
@@ -127,7 +113,7 @@ BALANCED = {
 IN_ORDER = {"moe_expert_capacity_factor": 1.1, "moe_token_drop_policy": "position"}
 NEW_SYSTEMS = [
     *(
-        LayerPair(
+        UnitCase(
             f"two gates, {weights} weights, {position}",
             position,
             {"scmoe_dual_gating": weights, "scmoe_combine": "add"},
@@ -135,7 +121,7 @@ NEW_SYSTEMS = [
         )
         for weights, position in (("shared", "pos2"), ("separate", "pos1"), ("separate", "pos3"))
     ),
-    LayerPair(
+    UnitCase(
         "experts at home",
         scmoe={
             "scmoe_router": "heterogeneous",
@@ -145,7 +131,7 @@ NEW_SYSTEMS = [
         },
         host={**BALANCED, **IN_ORDER},
     ),
-    LayerPair(
+    UnitCase(
         "LongCat",
         scmoe={
             "scmoe_router": "longcat",
@@ -157,13 +143,13 @@ NEW_SYSTEMS = [
         rounding=3,
     ),
 ]
-CHUNKS = LayerPair("3 chunks", scmoe={"scmoe_num_chunks": 3})
+CHUNKS = UnitCase("3 chunks", scmoe={"scmoe_num_chunks": 3})
 OTHERS = [
-    LayerPair("post-norm", scmoe={"scmoe_post_norm": True}),
+    UnitCase("post-norm", scmoe={"scmoe_post_norm": True}),
     CHUNKS,
-    LayerPair("all-gather", host={"moe_token_dispatcher_type": "allgather"}),
-    LayerPair("dropping", host={"moe_expert_capacity_factor": 1.0}, any_precision=False),
-    LayerPair(
+    UnitCase("all-gather", host={"moe_token_dispatcher_type": "allgather"}),
+    UnitCase("dropping", host={"moe_expert_capacity_factor": 1.0}, any_precision=False),
+    UnitCase(
         "padded to capacity",
         host={"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
         any_precision=False,
@@ -172,7 +158,7 @@ OTHERS = [
 ]
 UNITS = [
     *(
-        LayerPair(
+        UnitCase(
             f"{position} {combine} {norm}",
             position,
             {"scmoe_combine": combine, "scmoe_shortcut_norm": norm},
@@ -529,7 +515,7 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
     size = SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for position in POSITIONS:
-        variant = LayerPair(position, position)
+        variant = UnitCase(position, position)
         block = variant.build(size, dtype)
         unit = unit_of(block)
         expected = step(block, size, dtype, micro_batches=2)
@@ -563,7 +549,7 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
             output = block(hidden_states=batch.hidden_states, **batch.attention)
         results.check(f"{name}: evaluation", torch.equal(output, expected["output 0"]))
         for kind, options in (("full", FULL), ("selective", SELECTIVE)):
-            recomputed = LayerPair(position, position, host=options).build(size, dtype)
+            recomputed = UnitCase(position, position, host=options).build(size, dtype)
             same = _same(step(recomputed, size, dtype, micro_batches=2), expected)
             results.check(f"{name}: {kind} recomputation", same)
     for variant in (CHUNKS, *NEW_SYSTEMS):
@@ -633,7 +619,7 @@ def check_pressure(results: Results, device: torch.device) -> None:
     steps = PRESSURE_STEPS if device.type == "cuda" else 3
     losses, free = [], []
     for overlap in (True, False):
-        block = LayerPair("pos2").build(size, dtype, scmoe_overlap=overlap)
+        block = UnitCase("pos2").build(size, dtype, scmoe_overlap=overlap)
         found, left = _train_in_little_memory(block, size, dtype, steps)
         losses.append(found)
         free.append(left)
@@ -706,7 +692,7 @@ def measure_reserved(results: Results, device: torch.device) -> None:
     size = Size(Shape(1024, 4096, 16, 16, 8, False, True), length=2048)
     reserved = {}
     for travels in (False, True):
-        block = LayerPair("pos2").build(size, torch.bfloat16)
+        block = UnitCase("pos2").build(size, torch.bfloat16)
         with mock.patch.object(PerTensor, "moves", lambda _, travels=travels: travels):
             for _ in range(2):
                 torch.cuda.empty_cache()
@@ -754,7 +740,7 @@ def run_sanitized() -> None:
         return work
 
     size = SIZES["cuda"]
-    variants = [*(LayerPair(position, position) for position in POSITIONS), *OTHERS]
+    variants = [*(UnitCase(position, position) for position in POSITIONS), *OTHERS]
     with (
         one_rank(torch.device("cuda")),
         _everything_travels(),

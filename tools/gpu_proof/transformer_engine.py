@@ -19,8 +19,7 @@ start.replace_host_symbols()
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -37,6 +36,7 @@ from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Inputs, Shape, build, host_config
 from tools.gpu_proof.layers import (
     BFLOAT16,
+    LayerPair,
     copy_weights,
     error,
     errors,
@@ -65,24 +65,14 @@ DELAYED = {**FP8, "fp8_recipe": "delayed", "fp8_amax_history_len": 4}
 SHARED_NORM = {"scmoe_shortcut_norm": "shared"}
 
 
-@dataclass(frozen=True)
-class BlockCase:
-    """A block to compare."""
-
-    name: str
-    position: str
-    host: Mapping[str, Any]
-    scmoe: Mapping[str, Any] = field(default_factory=dict)
-    topk: int = 1
-
-
 LINEAR = "a linear layer of Transformer Engine"
-LOCAL_CASE = BlockCase("grouped experts of the local spec", "pos2", GROUPED)
+top1 = partial(LayerPair, topk=1)
+LOCAL_CASE = top1("grouped experts of the local spec", host=GROUPED)
 CASES = (
-    *(BlockCase(f"local and Transformer Engine, {at}", at, WITH_TE) for at in POSITIONS),
-    *(BlockCase(f"shared norm, not fused, {at}", at, WITH_TE, SHARED_NORM) for at in POSITIONS),
-    BlockCase("grouped GEMM of Transformer Engine", "pos2", GROUPED_TE),
-    BlockCase("fused permutation", "pos2", {**GROUPED_TE, "moe_permute_fusion": True}, topk=2),
+    *(top1(f"local and Transformer Engine, {at}", at, host=WITH_TE) for at in POSITIONS),
+    *(top1(f"shared norm, not fused, {at}", at, SHARED_NORM, WITH_TE) for at in POSITIONS),
+    top1("grouped GEMM of Transformer Engine", host=GROUPED_TE),
+    LayerPair("fused permutation", host={**GROUPED_TE, "moe_permute_fusion": True}),
 )
 
 
@@ -138,7 +128,7 @@ class Blocks:
         self._inputs = Inputs.draw(self._shape, *((16, 2) if tiny else (128, 2)))
         self.reference = cache(self._reference)
 
-    def check(self, case: BlockCase) -> None:
+    def check(self, case: LayerPair) -> None:
         """Compare one block with the local spec in float32."""
         reference = self.reference(case.position, case.topk, bool(case.scmoe))
         found = self._errors(case, reference)
@@ -162,7 +152,7 @@ class Blocks:
         reference = self.reference("pos2", 1, False)
         for name, padded in (("padded by the experts", False), ("padded by the router", True)):
             host = {**FP8, "moe_router_padding_for_quantization": padded}
-            found = self._errors(BlockCase("", "pos2", host), reference)
+            found = self._errors(top1("", host=host), reference)
             output, gradient = found["output"], found["gradient of the input"]
             finite = all(map(math.isfinite, found.values()))
             self._results.check(
@@ -192,17 +182,14 @@ class Blocks:
             two_runs_at_slot_4_difference_share=noise,
         )
 
-    def _build(self, case: BlockCase, **scmoe: Any) -> Any:
-        contender = Contender(
-            "", case.position, case.topk, True, POSITIONS[case.position].default_slot
-        )
+    def _build(self, case: LayerPair, **scmoe: Any) -> Any:
         # In bf16 and in float32 the same logits are drawn.
         host = {"moe_router_dtype": "fp32", **case.host}
-        return build(self._shape, contender, 2, {**case.scmoe, **scmoe}, **host)
+        return build(self._shape, case.contender, 2, {**case.scmoe, **scmoe}, **host)
 
     def _reference(self, position: str, topk: int, shared_norm: bool) -> Reference:
         scmoe = SHARED_NORM if shared_norm else {}
-        in_float32 = BlockCase("", position, {}, scmoe, topk)
+        in_float32 = LayerPair("", position, scmoe, topk=topk)
         block, exact = self._build(in_float32), self._build(in_float32)
         with torch.no_grad():
             for parameter in block.parameters():
@@ -210,10 +197,10 @@ class Blocks:
         copy_weights(block, exact)
         expected = outcome(exact, self._inputs)
         reference = Reference(block, expected, {})
-        rounded = self._errors(BlockCase("", position, BFLOAT16, scmoe, topk), reference)
+        rounded = self._errors(replace(in_float32, host=BFLOAT16), reference)
         return Reference(block, expected, rounded)
 
-    def _errors(self, case: BlockCase, reference: Reference) -> dict[str, float]:
+    def _errors(self, case: LayerPair, reference: Reference) -> dict[str, float]:
         block = self._build(case)
         copy_weights(reference.block, block)
         return errors(outcome(block, self._inputs), reference.expected)
@@ -221,7 +208,7 @@ class Blocks:
     def _losses(self, backward_slot: int) -> list[float]:
         """Of a few steps of gradient descent towards a random output."""
         slots = f"{POSITIONS['pos1'].default_slot},{backward_slot}"
-        block = self._build(BlockCase("", "pos1", DELAYED), scmoe_expert_slot=slots)
+        block = self._build(top1("", "pos1", host=DELAYED), scmoe_expert_slot=slots)
         copy_weights(self.reference("pos1", 1, False).block, block)
         optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
         hidden_states = self._inputs.hidden_states.detach().bfloat16()
