@@ -34,11 +34,9 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
 
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import GroupedExperts
-from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, default_slots, window
@@ -54,6 +52,7 @@ from tools.benchmarks.paper_shapes import (
     host_config,
     measure_block,
     seconds,
+    unit_of,
 )
 from tools.benchmarks.provenance import as_markdown, describe
 
@@ -163,7 +162,7 @@ class Bench:
             while times is None:
                 assert first.phase is not None
                 unit.recorder.records_steps = first.phase.records_steps
-                self._step(block)
+                self.inputs.train(block)
                 times = first.observe([unit.recorder.take()])
         unit.recorder.records_steps = False
         return choose_slots(*times), times
@@ -180,7 +179,7 @@ class Bench:
             training, inference = measure_block(block, self.inputs, self.steps)
             if result.slots is None:
                 before = link.seconds
-                self._step(block)
+                self.inputs.train(block)
                 in_flight = exposed = link.seconds - before
             else:
                 exchanges = unit.recorder.take().exchanges
@@ -193,11 +192,6 @@ class Bench:
         result.in_flight += (in_flight - result.in_flight) / (repetition + 1)
         if not no_cuda_device():
             result.peak_bytes = max(result.peak_bytes, torch.cuda.max_memory_allocated())
-
-    def _step(self, block: Any) -> Tensor:
-        output = block(hidden_states=self.inputs.hidden_states, **self.inputs.attention)
-        output.backward(self.inputs.grad)
-        return output
 
     def bitwise(self, link: Link) -> dict[str, bool]:
         """By position: whether overlap changes no bit of the output and of any gradient."""
@@ -212,17 +206,13 @@ class Bench:
                 block = self.build(contender, scmoe_overlap=overlap)
                 self.inputs.hidden_states.grad = None
                 with emulated_link(link):
-                    output = self._step(block)
+                    output = self.inputs.forward(block)
+                    output.backward(self.inputs.grad)
                 grads = [parameter.grad for parameter in block.parameters()]
                 results.append([output.detach(), self.inputs.hidden_states.grad, *grads])
             pairs = zip(*results, strict=True)
             found[contender.name] = all(torch.equal(*pair) for pair in pairs)
         return found
-
-
-def unit_of(block: Any) -> Any:
-    """The shortcut unit of a pair; None in stock layers."""
-    return next((layer for layer in block.layers if isinstance(layer, ShortcutLayer)), None)
 
 
 # Experts. -----------------------------------------------------------------------------------------

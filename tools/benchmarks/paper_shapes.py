@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +40,7 @@ from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
+from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
 from megatron_scmoe.overlap.recorder import Direction, UnitRecord
 from megatron_scmoe.overlap.schedule import window
@@ -198,6 +200,22 @@ class Inputs:
         attention = {"attention_mask": mask, "rotary_pos_emb": rotary(seq_length).cuda()}
         return cls(hidden_states, torch.randn_like(hidden_states), attention)
 
+    def forward(self, block: Any) -> Tensor:
+        """The block's output, [s, b, h]."""
+        return block(hidden_states=self.hidden_states, **self.attention)
+
+    def train(self, block: Any) -> Tensor:
+        """The same, after forward and backward once; no gradient of a parameter stays."""
+        output = self.forward(block)
+        output.backward(self.grad)
+        block.zero_grad(set_to_none=True)
+        return output.detach()
+
+
+def unit_of(block: Any) -> Any:
+    """The shortcut unit of a block; None in stock layers."""
+    return next((layer for layer in block.layers if isinstance(layer, ShortcutLayer)), None)
+
 
 # Measuring. ---------------------------------------------------------------------------------------
 
@@ -216,18 +234,10 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def measure_block(block: Any, inputs: Inputs, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of forward + backward, and of the forward-only pass; the first step is dropped."""
-
-    def forward() -> Tensor:
-        return block(hidden_states=inputs.hidden_states, **inputs.attention)
-
-    def forward_backward() -> None:
-        forward().backward(inputs.grad)
-        block.zero_grad(set_to_none=True)
-
-    training = [seconds(forward_backward) for _ in range(1 + steps)][1:]
+    training = [seconds(partial(inputs.train, block)) for _ in range(1 + steps)][1:]
     block.eval()
     with torch.no_grad():
-        inference = [seconds(forward) for _ in range(1 + steps)][1:]
+        inference = [seconds(partial(inputs.forward, block)) for _ in range(1 + steps)][1:]
     block.train()
     return training, inference
 
@@ -261,21 +271,15 @@ class Operators:
 
     def measure(self, steps: int) -> None:
         """Add samples; the first step is dropped."""
-        unit = self._block.layers[0]
+        unit = unit_of(self._block)
         unit.recorder.records_steps = True
         for step in range(1 + steps):
-            seconds(self._forward_backward)
+            seconds(partial(self._inputs.train, self._block))
             record = unit.recorder.take()
             if step > 0:
                 for direction in DIRECTIONS:
                     self._samples[direction].append(operator_times(record, direction))
         unit.recorder.records_steps = False
-
-    def _forward_backward(self) -> None:
-        inputs = self._inputs
-        output = self._block(hidden_states=inputs.hidden_states, **inputs.attention)
-        output.backward(inputs.grad)
-        self._block.zero_grad(set_to_none=True)
 
     def seconds(self) -> dict[str, dict[str, float]]:
         """By direction and name: median of the samples, mean over ranks."""

@@ -42,8 +42,8 @@ from megatron_scmoe.overlap.recorder import UnitRecord
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
-from tools.benchmarks.one_device import Bench, BlockTimes, unit_of
-from tools.benchmarks.paper_shapes import SHAPES, Inputs
+from tools.benchmarks.one_device import Bench, BlockTimes
+from tools.benchmarks.paper_shapes import SHAPES, Inputs, unit_of
 from tools.gpu_proof import timing
 from tools.gpu_proof.kernels import (
     Kernel,
@@ -62,7 +62,6 @@ from tools.gpu_proof.layers import (
     fastest,
     one_rank,
     seed,
-    train,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import do_steps, in_turns, judge
@@ -197,9 +196,8 @@ class HiddenPart:
             judge(self._results, self._device, name, outcome == "passed", note, **values)
 
     def _forward(self, block: Any, link: Link) -> None:
-        inputs = self._bench.inputs
         with emulated_link(link), torch.no_grad():
-            block(hidden_states=inputs.hidden_states, **inputs.attention)
+            self._bench.inputs.forward(block)
 
     # Beside each other. ---------------------------------------------------------------------------
 
@@ -227,8 +225,8 @@ class HiddenPart:
             block = self._unit("pos2")
             with travel():
                 for _ in range(3):
-                    train(block, self._bench.inputs)
-                kernels = profile(partial(train, block, self._bench.inputs), path)
+                    self._bench.inputs.train(block)
+                kernels = profile(partial(self._bench.inputs.train, block), path)
             report_trace(self._results, f"trace, {kind}, {self._at}", kernels)
 
     @cached_property
@@ -279,7 +277,7 @@ class HiddenPart:
             seed()
             block = self._unit("pos1", slot)
             seed()
-            outputs[slot] = train(block, self._bench.inputs)
+            outputs[slot] = self._bench.inputs.train(block)
         same = torch.equal(*outputs.values())
         records = self._records(block, partial(emulated_link, self._links[0.3]))
         wanted = [Step.CORE_ATTENTION.value, Step.EXPERTS.value, Step.PROJECTION.value]
@@ -312,7 +310,7 @@ class HiddenPart:
             records = []
             for _ in range(1 + RECORDS):
                 for _ in range(PASSES):
-                    train(block, self._bench.inputs)
+                    self._bench.inputs.train(block)
                 records.append(unit.recorder.take())
         unit.recorder.records_steps = False
         return records[1:]

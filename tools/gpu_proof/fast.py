@@ -36,8 +36,8 @@ from megatron_scmoe.planner.memory import MEBIBYTE, Training, memory_of_ranks
 from megatron_scmoe.planner.size import model_size
 from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
-from tools.benchmarks.one_device import Bench, expert_kinds, unit_of
-from tools.benchmarks.paper_shapes import SHAPES, Inputs, Shape, configs, host_config
+from tools.benchmarks.one_device import Bench, expert_kinds
+from tools.benchmarks.paper_shapes import SHAPES, Inputs, Shape, configs, host_config, unit_of
 from tools.gpu_proof.layers import (
     BFLOAT16,
     RANKS,
@@ -46,7 +46,6 @@ from tools.gpu_proof.layers import (
     fastest,
     missing_transformer_engine,
     one_rank,
-    train,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import (
@@ -114,7 +113,7 @@ class FastPart:
         inputs = self._inputs(shape)
         bench = Bench(shape, inputs, RANKS, steps=self._steps, **fastest(self._device))
         blocks = {contender: bench.build(contender) for contender in contenders(shape)}
-        calls = {one.name: partial(train, block, inputs) for one, block in blocks.items()}
+        calls = {one.name: partial(inputs.train, block) for one, block in blocks.items()}
         flops = {one.name: self._flops(bench, one) for one in blocks}
         floors = {
             one.name: self._rates.floor_s(flops[one.name], _least_bytes(block, inputs.grad))

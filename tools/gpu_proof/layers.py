@@ -204,14 +204,6 @@ def gradients(module: Any) -> dict[str, Tensor]:
     }
 
 
-def train(block: Any, inputs: Inputs) -> Tensor:
-    """Forward and backward once; the output, [s, b, h]."""
-    output = block(hidden_states=inputs.hidden_states, **inputs.attention)
-    output.backward(inputs.grad)
-    block.zero_grad(set_to_none=True)
-    return output.detach()
-
-
 def outcome(block: Any, inputs: Inputs) -> dict[str, Tensor]:
     """Output, gradient of the input and of every parameter, of one pass with the same routing.
 

@@ -50,7 +50,7 @@ from megatron_scmoe.overlap.collectives import AllToAll, PerTensor
 from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
 from tools.benchmarks.emulated_link import sleep_on_stream
-from tools.benchmarks.paper_shapes import Inputs, Shape, build
+from tools.benchmarks.paper_shapes import Inputs, Shape, build, unit_of
 from tools.gpu_proof.layers import LayerPair, errors, largest, one_rank, precision, seed
 from tools.gpu_proof.results import Results
 
@@ -486,7 +486,7 @@ def step(
     batches = [inputs(size, dtype, number) for number in range(micro_batches)]
     outputs = []
     for batch in batches:
-        outputs.append(block(hidden_states=batch.hidden_states, **batch.attention))
+        outputs.append(batch.forward(block))
         if not in_flight:
             outputs[-1].backward(batch.grad)
     if in_flight:
@@ -500,11 +500,6 @@ def step(
     return found | {
         f"gradient of {name}": parameter.grad for name, parameter in block.named_parameters()
     }
-
-
-def unit_of(block: Any) -> ShortcutLayer:
-    (unit,) = (layer for layer in block.layers if isinstance(layer, ShortcutLayer))
-    return unit
 
 
 # Bit for bit. -------------------------------------------------------------------------------------
@@ -545,8 +540,7 @@ def check_bits(results: Results, device: torch.device, when: str) -> None:
         results.check(f"{name}: two micro-batches in flight", same)
         block.eval()
         with torch.no_grad():
-            batch = inputs(size, dtype)
-            output = block(hidden_states=batch.hidden_states, **batch.attention)
+            output = inputs(size, dtype).forward(block)
         results.check(f"{name}: evaluation", torch.equal(output, expected["output 0"]))
         for kind, options in (("full", FULL), ("selective", SELECTIVE)):
             recomputed = UnitCase(position, position, host=options).build(size, dtype)
@@ -643,7 +637,7 @@ def _train(block: Any, size: Size, dtype: torch.dtype, steps: int) -> Tensor:
     optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
     losses = []
     for number in range(steps):
-        output = block(hidden_states=batch.hidden_states, **batch.attention)
+        output = batch.forward(block)
         loss = (output.float() - batch.grad.float()).square().mean()
         loss.backward()
         optimizer.step()
