@@ -20,7 +20,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
@@ -54,6 +52,7 @@ from tools.benchmarks.paper_shapes import (
     seconds,
     unit_of,
 )
+from tools.benchmarks.process_groups import one_rank, seed
 from tools.benchmarks.provenance import as_markdown, describe
 
 
@@ -201,8 +200,7 @@ class Bench:
                 continue
             results = []
             for overlap in (False, True):
-                tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-                torch.manual_seed(1234)
+                seed()
                 block = self.build(contender, scmoe_overlap=overlap)
                 self.inputs.hidden_states.grad = None
                 with emulated_link(link):
@@ -418,18 +416,8 @@ def main(argv: list[str] | None = None) -> int:
     if (wrong := check(args)) is not None:
         print(f"one_device: error: {wrong}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group(
-            "gloo" if no_cuda_device() else "nccl",
-            init_method=f"file://{folder}/store",
-            rank=0,
-            world_size=1,
-        )
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    with one_rank():
         run(args)
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -16,7 +16,6 @@ from megatron_scmoe import start
 start.replace_host_symbols()
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,7 +36,6 @@ from torch import Tensor
 
 from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
-from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.specs import block_config, scmoe_block_spec, with_local_replacements
 from megatron_scmoe.model.unit import ShortcutLayer
 from megatron_scmoe.overlap.measure.adaptive import DIRECTIONS, unit_times
@@ -47,6 +44,7 @@ from megatron_scmoe.overlap.schedule import window
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender, contenders
+from tools.benchmarks.process_groups import launched_ranks
 from tools.benchmarks.provenance import as_markdown, describe
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -448,29 +446,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if "WORLD_SIZE" not in os.environ:
-        print(
-            "paper_shapes: error: start it with torchrun --nproc-per-node 2 "
-            "-m tools.benchmarks.paper_shapes",
-            file=sys.stderr,
-        )
-        return 2
-    ranks = int(os.environ["WORLD_SIZE"])
-    if SHAPES[args.shape].num_experts % ranks:
-        if os.environ["RANK"] == "0":
-            print(
-                f"paper_shapes: error: {SHAPES[args.shape].num_experts} experts cannot be spread "
-                f"over {ranks} ranks.",
-                file=sys.stderr,
-            )
-        return 2
-    if not no_cuda_device():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if no_cuda_device() else "nccl")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    run(args)
-    torch.distributed.destroy_process_group()
+    with launched_ranks(SHAPES[args.shape].num_experts):
+        run(args)
     return 0
 
 

@@ -25,7 +25,7 @@ COMMIT = "GPU_PROOF_COMMIT"
 def describe() -> dict[str, Any]:
     """Take it when the run begins: load and date are of that moment."""
     return {
-        "command": shlex.join([*_launcher(), "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join([*_launcher(), "-m", module(), *sys.argv[1:]]),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -100,7 +100,8 @@ def _launcher() -> list[str]:
     return ["torchrun", "--nnodes", nodes, "--nproc-per-node", ranks]
 
 
-def _module() -> str:
+def module() -> str:
+    """This program's, as `python -m` takes it; of another project's the file."""
     path = Path(sys.argv[0]).resolve()
     inside = path.is_relative_to(REPOSITORY)
     if not inside:

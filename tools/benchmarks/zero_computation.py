@@ -13,7 +13,6 @@ from megatron_scmoe import start
 start.replace_host_symbols()
 
 import argparse
-import os
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -21,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.moe import ScMoELayer
 from megatron_scmoe.model.routing.choice import Routing
 from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Shape, build, seconds
+from tools.benchmarks.process_groups import launched_ranks
 from tools.benchmarks.provenance import as_markdown, describe
 
 KINDS = {"zero": 1, "copy": 1, "constant": 2}
@@ -190,6 +188,25 @@ def report(found: list[MeteredLayer]) -> tuple[str, list[dict[str, Any]]]:
     return "\n".join(markdown_table(header, rows)), numbers
 
 
+def run(args: argparse.Namespace) -> None:
+    environment = describe()
+    found = measure(args)
+    if torch.distributed.get_rank() == 0:
+        table, numbers = report(found)
+        write_pair(
+            args.output,
+            "zero_computation",
+            f"# Experts at home, by tau\n\n{as_markdown(environment)}\n\n{table}\n",
+            {
+                "environment": environment,
+                "ranks": torch.distributed.get_world_size(),
+                "sizes": {name: value for name, value in vars(args).items() if name != "output"},
+                "layers": numbers,
+            },
+        )
+        print(table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sizes = {"hidden-size": 768, "ffn-hidden-size": 2048, "num-experts": 8, "tokens": 2048}
@@ -210,32 +227,8 @@ def main() -> int:
         "--output", type=Path, required=True, metavar="DIR", help="Where both files go."
     )
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        print(f"error: start it by torchrun --nproc-per-node 2 -m {__spec__.name}", file=sys.stderr)
-        return 2
-    if not no_cuda_device():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if no_cuda_device() else "nccl")
-    ranks = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    environment = describe()
-    found = measure(args)
-    if torch.distributed.get_rank() == 0:
-        table, numbers = report(found)
-        write_pair(
-            args.output,
-            "zero_computation",
-            f"# Experts at home, by tau\n\n{as_markdown(environment)}\n\n{table}\n",
-            {
-                "environment": environment,
-                "ranks": ranks,
-                "sizes": {name: value for name, value in vars(args).items() if name != "output"},
-                "layers": numbers,
-            },
-        )
-        print(table)
-    torch.distributed.destroy_process_group()
+    with launched_ranks(args.num_experts):
+        run(args)
     return 0
 
 

@@ -44,6 +44,7 @@ from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, BlockTimes
 from tools.benchmarks.paper_shapes import SHAPES, Inputs, unit_of
+from tools.benchmarks.process_groups import one_rank, seed
 from tools.gpu_proof import timing
 from tools.gpu_proof.kernels import (
     Kernel,
@@ -60,8 +61,6 @@ from tools.gpu_proof.layers import (
     describe_layers,
     exchanges_to_itself,
     fastest,
-    one_rank,
-    seed,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import do_steps, in_turns, judge
@@ -85,7 +84,7 @@ def run(results: Results, device: torch.device, deadline: float) -> None:
     # At the setting that is not for overlap one position says it.
     positions = POSITIONS if connections != "1" else ("pos2",)
     missing = None if device.type == "cuda" else "CUDA"
-    with one_rank(device):
+    with one_rank():
         proof = HiddenPart(results, device, at)
         steps = [
             *(

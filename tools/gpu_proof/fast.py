@@ -38,6 +38,7 @@ from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.one_device import Bench, expert_kinds
 from tools.benchmarks.paper_shapes import SHAPES, Inputs, Shape, configs, host_config, unit_of
+from tools.benchmarks.process_groups import one_rank
 from tools.gpu_proof.layers import (
     BFLOAT16,
     RANKS,
@@ -45,7 +46,6 @@ from tools.gpu_proof.layers import (
     describe_layers,
     fastest,
     missing_transformer_engine,
-    one_rank,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import (
@@ -70,7 +70,7 @@ BACKWARD_AND_FORWARD = 3
 def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the module."""
     deadline = time.monotonic() + seconds
-    with one_rank(device):
+    with one_rank():
         rates = Rates.measure(device)
         results.measured(
             "rates of the chip",

@@ -37,7 +37,8 @@ from megatron_scmoe.overlap.schedule import POSITIONS
 from megatron_scmoe.overlap.streams import Clock, Flight
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Shape, configs
-from tools.gpu_proof.layers import LayerPair, one_rank, precision, seed
+from tools.benchmarks.process_groups import one_rank, seed
+from tools.gpu_proof.layers import LayerPair, precision
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import PartStep, do_steps
 
@@ -68,7 +69,7 @@ ARMS = {
 def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the module."""
     deadline = time.monotonic() + seconds
-    with one_rank(device):
+    with one_rank():
         part = GenerationPart(results, device)
         steps = [
             *(PartStep(one.name, partial(part.compare, one), 4) for one in SYSTEMS),

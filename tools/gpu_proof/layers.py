@@ -1,4 +1,4 @@
-"""Layers of the proof: process groups of one rank, equal weights, outputs and gradients by name.
+"""Layers of the proof: equal weights, outputs and gradients by name.
 
 Shapes: s sequence, b batch, h hidden
 """
@@ -7,8 +7,6 @@ from megatron_scmoe import start
 
 start.replace_host_symbols()
 
-import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -30,6 +27,7 @@ from megatron_scmoe.model.builder import ShortcutBlock
 from megatron_scmoe.overlap.collectives import AllToAll
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Inputs, Shape
+from tools.benchmarks.process_groups import seed
 
 
 def precision(dtype: torch.dtype) -> dict[str, Any]:
@@ -103,30 +101,6 @@ def describe_layers(device: torch.device) -> str:
     if missing_transformer_engine(device):
         return "bf16, local spec, grouped experts"
     return f"bf16, Transformer Engine {get_te_version()}"
-
-
-@contextmanager
-def one_rank(device: torch.device) -> Iterator[None]:
-    """Megatron's process groups, with this process alone."""
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl",
-            init_method=f"file://{folder}/store",
-            rank=0,
-            world_size=1,
-        )
-        parallel_state.initialize_model_parallel()
-        seed()
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-def seed(number: int = 1234) -> None:
-    """The same weights, inputs and forced routing again."""
-    torch.manual_seed(number)
-    tensor_parallel.model_parallel_cuda_manual_seed(number, force_reset_rng=True)
 
 
 @contextmanager

@@ -51,7 +51,8 @@ from megatron_scmoe.overlap.recorder import UnitRecorder
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
 from tools.benchmarks.emulated_link import sleep_on_stream
 from tools.benchmarks.paper_shapes import Inputs, Shape, build, unit_of
-from tools.gpu_proof.layers import LayerPair, errors, largest, one_rank, precision, seed
+from tools.benchmarks.process_groups import one_rank, seed
+from tools.gpu_proof.layers import LayerPair, errors, largest, precision
 from tools.gpu_proof.results import Results
 
 # ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
@@ -187,7 +188,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.pt"
         child = _start(["reference", str(reference), device.type], hide_device=True)
-        with one_rank(device), _everything_travels():
+        with one_rank(), _everything_travels():
             with results.guarded("branch"):
                 check_branch(results, device)
             with results.guarded("bit for bit"), _late_exchanges():
@@ -415,7 +416,7 @@ def check_units(
 def write_reference(path: Path, size: Size) -> None:
     """Weights, outputs and gradients of all variants, in float64 on the CPU."""
     found = {}
-    with one_rank(torch.device("cpu")), _everything_travels():
+    with one_rank(), _everything_travels():
         for variant in UNITS:
             block = variant.build(size, torch.float64)
             with torch.no_grad():
@@ -736,7 +737,7 @@ def run_sanitized() -> None:
     size = SIZES["cuda"]
     variants = [*(UnitCase(position, position) for position in POSITIONS), *OTHERS]
     with (
-        one_rank(torch.device("cuda")),
+        one_rank(),
         _everything_travels(),
         mock.patch.object(AllToAll, "issue", written),
     ):

@@ -34,6 +34,7 @@ from megatron_scmoe.model.experts.grouped import GroupedMatmul, why_no_grouped_m
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tools.benchmarks.contenders import Contender
 from tools.benchmarks.paper_shapes import Inputs, Shape, build, host_config
+from tools.benchmarks.process_groups import one_rank, seed
 from tools.gpu_proof.layers import (
     BFLOAT16,
     LayerPair,
@@ -44,9 +45,7 @@ from tools.gpu_proof.layers import (
     largest,
     linear_error,
     missing_transformer_engine,
-    one_rank,
     outcome,
-    seed,
 )
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.timing import PartStep, do_steps
@@ -81,7 +80,7 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     missing = missing_transformer_engine(device)
     installed = HAVE_TE and device.type == "cuda"
-    with one_rank(device):
+    with one_rank():
         blocks = Blocks(results, device)
         steps = [
             PartStep("grouped_mm", partial(check_grouped_mm, results, device), 3),
