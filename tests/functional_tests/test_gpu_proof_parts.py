@@ -26,7 +26,7 @@ NEEDS_CUDA = "needs CUDA"
 def _run(part: str, folder: Path) -> None:
     torch.set_num_threads(1)
     module = importlib.import_module(f"tools.gpu_proof.{part}")
-    module.run(Results(part, folder), torch.device("cpu"), PROOF_S)
+    module.run(Results(part, folder, rehearsal=True), torch.device("cpu"), PROOF_S)
 
 
 def rehearse(part: str, folder: Path) -> dict[str, ProofFinding]:

@@ -57,7 +57,7 @@ from tools.gpu_proof.layers import (
 )
 from tools.gpu_proof.results import ProofFinding, Results, read_findings
 from tools.gpu_proof.runs import ProofRun
-from tools.gpu_proof.timing import PartStep, Rates, Timing, do_steps, in_turns, judge
+from tools.gpu_proof.timing import PartStep, Rates, Timing, do_steps, in_turns
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -207,9 +207,10 @@ def test_steps_end_with_the_time(results: Results) -> None:
 
 
 def test_goals_are_those_of_a_gpu(results: Results) -> None:
-    judge(results, CPU, "on a CPU", False, speed_ratio=0.5)
-    judge(results, CUDA, "missed", False, speed_ratio=0.5)
-    judge(results, CUDA, "reached", True, speed_ratio=1.5)
+    rehearsal = Results("part", results.folder, rehearsal=True)
+    rehearsal.goal("on a CPU", False, speed_ratio=0.5)
+    results.goal("missed", False, speed_ratio=0.5)
+    results.goal("reached", True, speed_ratio=1.5)
     expected = {"on a CPU": "measured", "missed": "failed", "reached": "passed"}
     assert outcomes(results) == expected
 
@@ -295,7 +296,7 @@ COUNTS = ("event", "megatron_scmoe/overlap/streams.py:271 wait", 4)
     ],
 )
 def test_waits_of_a_unit(results: Results, waits: list[tuple[str, str, int]], outcome: str) -> None:
-    main_job._check_waits(results, ProofRun("run", 0, "", 1.0, waits=waits), CUDA)
+    main_job._check_waits(results, ProofRun("run", 0, "", 1.0, waits=waits))
     assert last(results).outcome == outcome
 
 

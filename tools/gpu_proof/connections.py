@@ -63,7 +63,7 @@ from tools.gpu_proof.layers import (
     fastest,
 )
 from tools.gpu_proof.results import Results
-from tools.gpu_proof.timing import do_steps, in_turns, judge
+from tools.gpu_proof.timing import do_steps, in_turns
 
 PART = "hidden"
 SHARES = (0.15, 0.3, 0.6)
@@ -158,7 +158,7 @@ class HiddenPart:
             self._results.measured(name, f"does not fit; {note}", **values)
             return
         passed = values["exposed_share"] <= MOST_EXPOSED
-        judge(self._results, self._device, name, passed, note, **values)
+        self._results.goal(name, passed, note, **values)
 
     def _prefill(self, result: BlockTimes, block: Any, times: tuple[UnitTimes, UnitTimes]) -> None:
         assert result.slots is not None
@@ -192,7 +192,7 @@ class HiddenPart:
             note = note or "the spread is too wide to tell"
             self._results.measured(name, note, **values)
         else:
-            judge(self._results, self._device, name, outcome == "passed", note, **values)
+            self._results.goal(name, outcome == "passed", note, **values)
 
     def _forward(self, block: Any, link: Link) -> None:
         with emulated_link(link), torch.no_grad():
@@ -394,7 +394,8 @@ def _is(kernel: Kernel, parts: tuple[str, ...]) -> bool:
 def main() -> None:
     folder, device, until = sys.argv[1:]
     deadline = time.monotonic() + float(until) - time.time()
-    run(Results(PART, Path(folder)), torch.device(device), deadline)
+    results = Results(PART, Path(folder), rehearsal=device == "cpu")
+    run(results, torch.device(device), deadline)
 
 
 if __name__ == "__main__":

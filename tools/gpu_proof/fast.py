@@ -55,7 +55,6 @@ from tools.gpu_proof.timing import (
     Timing,
     do_steps,
     in_turns,
-    judge,
 )
 
 MODELS = ("gpt2-moe-medium", "gpt3-moe-xl", "llama2-moe")
@@ -133,11 +132,7 @@ class FastPart:
         self, name: str, contender: str, times: dict[str, Timing], floors: dict[str, float]
     ) -> None:
         timing = times[contender]
-        values = {
-            "median_s": timing.median_s,
-            "spread_share": timing.spread_share,
-            "floor_s": floors[contender],
-            "over_floor_ratio": timing.median_s / floors[contender],
+        values = timing.beside(floors[contender]) | {
             "over_top2_ratio": timing.median_s / times["top2"].median_s,
             "over_shared_ratio": timing.median_s / times["shared"].median_s,
         }
@@ -147,7 +142,7 @@ class FastPart:
             return
         # Two decimals, as the goal has.
         worst = max(values["over_top2_ratio"], values["over_shared_ratio"])
-        judge(self._results, self._device, name, round(worst, 2) <= 1.0, note, **values)
+        self._results.goal(name, round(worst, 2) <= 1.0, note, **values)
 
     def _mfu(self, name: str, timing: Timing, flops: int) -> None:
         self._results.measured(
@@ -232,34 +227,14 @@ class FastPart:
 
     def _experts(self, name: str, times: dict[str, Timing], floor_s: float) -> None:
         for kind, timing in times.items():
-            self._results.measured(
-                f"{name}, {kind}",
-                median_s=timing.median_s,
-                spread_share=timing.spread_share,
-                floor_s=floor_s,
-                over_floor_ratio=timing.median_s / floor_s,
-            )
-        grouped = times["grouped_mm"].median_s
-        speed = times["SequentialMLP"].median_s / grouped
-        judge(
-            self._results,
-            self._device,
-            f"{name}: grouped_mm over SequentialMLP",
-            speed >= 1,
-            speed_ratio=speed,
-        )
-        if "Transformer Engine" not in times:
-            why = missing_transformer_engine(self._device)
-            self._results.skipped(f"{name}: grouped_mm over Transformer Engine", f"needs {why}")
-            return
-        speed = times["Transformer Engine"].median_s / grouped
-        judge(
-            self._results,
-            self._device,
-            f"{name}: grouped_mm over Transformer Engine",
-            speed >= 0.95,
-            speed_ratio=speed,
-        )
+            self._results.measured(f"{name}, {kind}", **timing.beside(floor_s))
+        for kind, least in (("SequentialMLP", 1.0), ("Transformer Engine", 0.95)):
+            over = f"{name}: grouped_mm over {kind}"
+            if kind not in times:
+                self._results.skipped(over, f"needs {missing_transformer_engine(self._device)}")
+                continue
+            speed = times[kind].median_s / times["grouped_mm"].median_s
+            self._results.goal(over, speed >= least, speed_ratio=speed)
 
     # Memory. --------------------------------------------------------------------------------------
 
@@ -295,20 +270,13 @@ class FastPart:
                 "the step ran; a CPU's allocator is not measured",
             )
             return
-        reported = (
-            report.weight_and_optimizer_bytes,
-            report.activation_bytes,
-            report.total_bytes,
-        )
-        names = (
-            "weights, gradients, optimizer",
-            "kept activations",
-            "peak of forward and backward",
-        )
-        for what, found, expected in zip(names, measured, reported, strict=True):
-            judge(
-                self._results,
-                self._device,
+        reported = {
+            "weights, gradients, optimizer": report.weight_and_optimizer_bytes,
+            "kept activations": report.activation_bytes,
+            "peak of forward and backward": report.total_bytes,
+        }
+        for (what, expected), found in zip(reported.items(), measured, strict=True):
+            self._results.goal(
                 f"{name}: memory, {transformer_impl}: {what}",
                 abs(found / expected - 1) <= MEMORY_TOLERANCE,
                 measured_mib=found / MEBIBYTE,

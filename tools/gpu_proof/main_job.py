@@ -21,7 +21,6 @@ import torch
 from megatron_scmoe.overlap.collectives import PerTensor
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.runs import LOCAL, MODEL, ProofJob, ProofRun
-from tools.gpu_proof.timing import judge
 
 ITERATIONS = 12
 SAVED = 6
@@ -108,10 +107,10 @@ def run(results: Results, device: torch.device, seconds: float) -> None:
         else:
             results.skipped("exchanges that travel", "this engine has no PerTensor.moves")
         _list_waits(results, observed)
-        _check_waits(results, observed, device)
+        _check_waits(results, observed)
         for system in (job.wait(deadline) for job in systems):
             _check_training(results, system)
-            _check_waits(results, system, device, gates=2 if system.name == "two gates" else 1)
+            _check_waits(results, system, gates=2 if system.name == "two gates" else 1)
         resumed, resumed_async, *others_resumed = (job.wait(deadline) for job in second)
         rest = _rest(local)
         _check_same(results, "resume is bitwise", resumed, rest, trained)
@@ -178,16 +177,14 @@ def _list_waits(results: Results, run: ProofRun) -> None:
         results.measured("host wait", f"{site} ({kind})", count=count)
 
 
-def _check_waits(results: Results, run: ProofRun, device: torch.device, gates: int = 1) -> None:
+def _check_waits(results: Results, run: ProofRun, gates: int = 1) -> None:
     """At most one wait a unit, for each gate; on the CPU, where nobody waits, only counted."""
     if run.code != 0:
         return
     most = gates * UNITS * MICRO_BATCHES
     known = sum(count for _, site, count in run.waits if ROW_COUNTS.match(site))
     others = [site for _, site, _ in run.waits if site.startswith(IN_A_UNIT)]
-    judge(
-        results,
-        device,
+    results.goal(
         f"{run.name}: the host waits once a unit",
         known <= most and not others,
         " ".join(others),

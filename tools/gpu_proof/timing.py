@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tools.benchmarks.turns import spread
 from tools.gpu_proof.results import Results
 
 BFLOAT16_FLOPS_PER_S = 989e12
@@ -27,10 +28,16 @@ class Timing:
     @property
     def spread_share(self) -> float:
         """Distance of the quartiles over the median."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / self.median_s
+        return spread(self.seconds)
+
+    def beside(self, floor_s: float) -> dict[str, float]:
+        """Values of a finding, with what no version of the contender falls below."""
+        return {
+            "median_s": self.median_s,
+            "spread_share": self.spread_share,
+            "floor_s": floor_s,
+            "over_floor_ratio": self.median_s / floor_s,
+        }
 
 
 def in_turns(
@@ -130,13 +137,3 @@ def do_steps(results: Results, steps: Sequence[PartStep], deadline: float) -> No
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def judge(
-    results: Results, device: torch.device, name: str, passed: bool, note: str = "", **values: float
-) -> None:
-    """A goal of speed or memory: of a GPU only, a CPU rehearses it."""
-    if device.type == "cpu":
-        results.measured(name, "rehearsed on a CPU, where the goal says nothing", **values)
-    else:
-        results.check(name, passed, note, **values)
