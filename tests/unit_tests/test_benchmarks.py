@@ -17,7 +17,7 @@ import pytest
 from megatron_scmoe.overlap.recorder import Activity, Exchange, Span, UnitRecord
 from megatron_scmoe.overlap.schedule import window
 from tools.benchmarks import c2r_cluster, job, network, overlap_cluster
-from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
+from tools.benchmarks.calibration import LayerTime, find_rate
 from tools.benchmarks.cluster_report import write_pair, write_report
 from tools.benchmarks.contenders import Contender, Sizes, contenders, fixed_slots
 from tools.benchmarks.goals import judge
@@ -110,7 +110,9 @@ def test_a_run_that_ends_too_early_says_why(
     monkeypatch.setattr(network, "_pids", lambda host: [])
     hosts = network.TwoHosts(("one", "none"))
     with (
-        pytest.raises(job.JobError, match=r"exit codes \[3, 4\](.|\n)*no memory on host 1"),
+        pytest.raises(
+            network.BenchmarkError, match=r"exit codes \[3, 4\](.|\n)*no memory on host 1"
+        ),
         job.Job(hosts, 0, ["script"], [], tmp_path / "run.log") as run,
     ):
         run.take(1)
@@ -201,7 +203,7 @@ def test_hosts_of_two_ranks_have_turns_too(
 
     monkeypatch.setattr(type(bench), "job", start)
     rows = c2r_cluster.contenders(8, "shortcut", tmp_path)
-    with pytest.raises(overlap_cluster.UsageError, match="none-top8 has no checkpoints"):
+    with pytest.raises(network.BenchmarkError, match="none-top8 has no checkpoints"):
         bench.time(rows, tmp_path, 300, 2, 1)
     for name in ("none-top8", "pos2-top7"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
@@ -262,7 +264,7 @@ def test_noise_ends_the_search_with_the_nearest_measurement() -> None:
 
 
 def test_a_share_below_that_of_the_unlimited_link_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="without any limit"):
+    with pytest.raises(network.BenchmarkError, match="without any limit"):
         find_rate(layer, 0.15, layer(None, overhead=0.2), 400e6, tolerance=0.01)
 
 
@@ -538,7 +540,7 @@ def test_a_kernel_without_tbf_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(network.subprocess, "run", lambda *_, **__: Failed())
     with pytest.raises(
-        network.NetworkError, match=r"`tc .* failed: Error: Specified qdisc"
+        network.BenchmarkError, match=r"`tc .* failed: Error: Specified qdisc"
     ) as error:
         network.TwoHosts(("a", "b")).limit(1e6)
     assert "\n" not in str(error.value)

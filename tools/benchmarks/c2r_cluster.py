@@ -34,12 +34,12 @@ from megatron_scmoe.commands import c2r
 from megatron_scmoe.model.dispatch import COPIES
 from megatron_scmoe.words import table
 from tools.benchmarks.contenders import Contender, Sizes, run_options
-from tools.benchmarks.job import Job, JobError
-from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
-from tools.benchmarks.overlap_cluster import ITERATIONS, SCRIPT, UsageError, add_sizes
+from tools.benchmarks.job import Job
+from tools.benchmarks.network import BenchmarkError, TwoHosts, exit_code, two_hosts
+from tools.benchmarks.overlap_cluster import ITERATIONS, SCRIPT, add_common
 from tools.benchmarks.provenance import describe
 from tools.benchmarks.real_text import write_text
-from tools.benchmarks.turns import Ratio, TimedTurn, TurnsRow, summarize
+from tools.benchmarks.turns import Ratio, TimedTurn, TurnsRow, summarize, take_turns
 
 RANKS = 2
 """Of a host."""
@@ -145,7 +145,7 @@ class C2RBench:
         chosen in the second half of the steps.
 
         Raises:
-            JobError: it cannot be trained or placed.
+            BenchmarkError: it cannot be trained or placed.
         """
         folder = model_folder(self.folder, row)
         options = ["--save", str(folder / "checkpoints"), "--save-interval", str(steps // 2)]
@@ -161,7 +161,7 @@ class C2RBench:
             line = ["place", "--matrix", str(matrix), "--output", str(placement_of(folder, copies))]
             line += ["--ranks", str(2 * RANKS), "--ranks-per-node", str(ranks_per_node)]
             if c2r.main(line):
-                raise JobError(f"the experts of {matrix} were not placed")
+                raise BenchmarkError(f"the experts of {matrix} were not placed")
 
     def count(self, rows: list[Contender], steps: int) -> dict[str, dict[str, float]]:
         """Numbers of the last of some steps, by contender."""
@@ -186,7 +186,7 @@ class C2RBench:
         turns: list[TimedTurn] = []
         sent: dict[str, dict[str, float]] = {}
         with ExitStack() as alive:
-            jobs = []
+            jobs: list[tuple[Contender, Job]] = []
             self.hosts.limit(mbit * 1e6)
             for number, row in enumerate(rows):
                 options = [] if trained is None else _goes_on(model_folder(trained, row))
@@ -195,20 +195,10 @@ class C2RBench:
                 job.pause()
                 jobs.append((row, job))
                 print(f"  {row.name}", flush=True)
-            for repetition in range(repetitions):
-                # There and back, so that a drift favours nobody.
-                for row, job in jobs if repetition % 2 == 0 else reversed(jobs):
-                    job.resume()
-                    for rate in (mbit * 1e6, None):
-                        self.hosts.limit(rate)
-                        job.take(1)  # stood still, or the link changed meanwhile
-                        limited, taken = rate is not None, job.take(steps)
-                        turns.append(TimedTurn.of(row.name, mbit, limited, repetition, taken))
-                    job.pause()
-                    self.hosts.limit(mbit * 1e6)
-                    last = taken[-1].fields
-                    sent[row.name] = {name: last[name] for name in COUNTED if name in last}
-                print(f"  {repetition + 1}/{repetitions}", flush=True)
+            for turn, last in take_turns(self.hosts, jobs, (mbit, mbit * 1e6), repetitions, steps):
+                turns.append(turn)
+                found = {name: last.fields[name] for name in COUNTED if name in last.fields}
+                sent[turn.contender] = found
         return [
             Timed(row, unlimited_speed(turns, row), sent[row.contender])
             for row in summarize(turns, rows)
@@ -219,7 +209,7 @@ def _goes_on(folder: Path) -> list[str]:
     """With a trained model that stays as it is."""
     checkpoints = folder / "checkpoints"
     if not checkpoints.exists():
-        raise UsageError(f"{folder} has no checkpoints: train them with --train N --output.")
+        raise BenchmarkError(f"{folder} has no checkpoints: train them with --train N --output.")
     return shlex.split(f"--load {checkpoints} --finetune --no-load-optim --no-load-rng --lr 0")
 
 
@@ -297,24 +287,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--train", type=int, metavar="N", help="train models for N steps, in place of timing")
     add("--trained", type=Path, metavar="FOLDER", help="time models of --train: its --output")
-    add("--repetitions", type=int, default=7, metavar="N", help="turns of each contender")
     add("--steps", type=int, metavar="N", help="of a turn, 1; with --bytes of a run, 50")
-    add("--megatron-options", default="", metavar="OPTIONS", help="of every contender, one string")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/c2r_cluster"),
-        metavar="FOLDER",
-        help="folder of the results",
-    )
-    add_sizes(parser, SIZES)
+    add_common(parser, SIZES)
+    parser.set_defaults(repetitions=7)
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
     if args.train is not None and (args.train < 2 or args.train % 2):
-        raise UsageError(f"--train {args.train} is no even number from 2 on.")
+        raise BenchmarkError(f"--train {args.train} is no even number from 2 on.")
     folder = args.output.resolve()
     results: dict[str, Any] = {
         "environment": describe(),
@@ -343,24 +325,17 @@ def run(args: argparse.Namespace) -> None:
                 results[f"times, top-{topk}, {kind}"] = [asdict(one) for one in timed]
                 texts.append(times_table(timed))
     if args.train:
-        return
+        return 0
     path = folder / ("bytes.json" if args.bytes else "times.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print("\n\n".join(texts))
     print("written:", path)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (JobError, NetworkError, UsageError, OSError) as error:
-        print(f"c2r_cluster: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("c2r_cluster: interrupted, the hosts are removed", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("c2r_cluster", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ line meets the wanted time.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from tools.benchmarks.network import BenchmarkError
+
 MAX_MEASUREMENTS = 5
-
-
-class CalibrationError(Exception):
-    """The wanted share is out of reach; one line."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,12 @@ def find_rate(
         tolerance: a share this near ends the search.
 
     Raises:
-        CalibrationError: without a limit the share is already larger.
+        BenchmarkError: without a limit the share is already larger.
     """
     if not 0 < wanted < 1:
-        raise CalibrationError(f"a share of {wanted:.0%} is not between 0 % and 100 %.")
+        raise BenchmarkError(f"a share of {wanted:.0%} is not between 0 % and 100 %.")
     if unlimited.share > wanted + tolerance:
-        raise CalibrationError(
+        raise BenchmarkError(
             f"communication is {unlimited.share:.0%} of the MoE layer's time without any limit, "
             f"more than the wanted {wanted:.0%}: use larger sizes."
         )

@@ -10,17 +10,19 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from tools.benchmarks.network import ADDRESSES, INTERFACE, JOB_VARIABLE, TwoHosts
+from tools.benchmarks.network import (
+    ADDRESSES,
+    INTERFACE,
+    JOB_VARIABLE,
+    BenchmarkError,
+    TwoHosts,
+)
 from tools.benchmarks.real_text import REPOSITORY
 from tools.benchmarks.step_log import StepReader, TrainingStep
 
 MASTER_PORT = 29500
 KEPT_LINES = 40
 STOP_S = 60
-
-
-class JobError(Exception):
-    """A run ended with an error; the message holds its last lines."""
 
 
 class Job:
@@ -72,12 +74,12 @@ class Job:
         """The next steps.
 
         Raises:
-            JobError: the run ended before they did.
+            BenchmarkError: the run ended before they did; with its last lines.
         """
         steps = list(islice(self._steps, count))
         if len(steps) < count:
             codes = [self._exit_code(node) for node in self._nodes]
-            raise JobError(
+            raise BenchmarkError(
                 f"a run ended too early, with exit codes {codes}; its output is in {self._log}.0 "
                 f"and {self._log}.1, the last lines are:\n{''.join(self._last_lines)}"
             )

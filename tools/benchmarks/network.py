@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,20 @@ _MIN_BURST_BYTES = 66_000
 _TIMER_S = 250e-6
 
 
-class NetworkError(Exception):
-    """This machine cannot make the two hosts; one line that says what to do."""
+class BenchmarkError(Exception):
+    """A mistake on the command line, a machine that cannot do it, a run that failed."""
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """Of a program on two hosts: what `run` returns; 2 and one line for what cannot be done."""
+    try:
+        return run()
+    except (BenchmarkError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted, the hosts are removed", file=sys.stderr)
+        return 130
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ def two_hosts(mtu: int = MTU) -> Iterator[TwoHosts]:
         mtu: bytes of the largest frame.
 
     Raises:
-        NetworkError: not root, no iproute2, or the kernel lacks namespaces, veth or tbf.
+        BenchmarkError: not root, no iproute2, or the kernel lacks namespaces, veth or tbf.
     """
     check_machine()
     remove_stale()
@@ -108,13 +120,13 @@ def check_machine() -> None:
     """Refuse a machine on which the commands below cannot work.
 
     Raises:
-        NetworkError: one line that says what to do.
+        BenchmarkError: one line that says what to do.
     """
     if os.geteuid() != 0:
-        raise NetworkError("network namespaces need root: run it as root, for example with sudo.")
+        raise BenchmarkError("network namespaces need root: run it as root, for example with sudo.")
     for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("taskset", "util-linux")):
         if shutil.which(program) is None:
-            raise NetworkError(f"no `{program}`: install {package} (apt-get install {package}).")
+            raise BenchmarkError(f"no `{program}`: install {package} (apt-get install {package}).")
 
 
 def remove_stale() -> None:
@@ -175,5 +187,5 @@ def _run(command: list[str], check: bool = True) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if check and done.returncode:
         reason = " ".join((done.stderr or done.stdout).split())
-        raise NetworkError(f"`{' '.join(command)}` failed: {reason}")
+        raise BenchmarkError(f"`{' '.join(command)}` failed: {reason}")
     return done.stdout

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from tools.benchmarks.job import start_node
-from tools.benchmarks.network import MTU, NetworkError, two_hosts
+from tools.benchmarks.network import MTU, exit_code, two_hosts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,19 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("script", nargs="+", help="behind --: what torchrun starts")
     args = parser.parse_args(argv)
-    try:
-        if args.mbit is not None and args.mbit <= 0:
-            raise NetworkError(f"--mbit {args.mbit} is not positive.")
+    if args.mbit is not None and args.mbit <= 0:
+        parser.error(f"--mbit {args.mbit} is not positive.")
+
+    def run() -> int:
         with two_hosts(args.mtu) as hosts:
             hosts.limit(None if args.mbit is None else args.mbit * 1e6)
             nodes = [start_node(hosts, host, args.script, None) for host in (0, 1)]
             return max(node.wait() for node in nodes)
-    except NetworkError as error:
-        print(f"on_two_hosts: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("on_two_hosts: interrupted, the hosts are removed", file=sys.stderr)
-        return 130
+
+    return exit_code("on_two_hosts", run)
 
 
 if __name__ == "__main__":

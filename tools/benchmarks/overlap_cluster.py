@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from tools.benchmarks.calibration import CalibrationError, LayerTime, find_rate
+from tools.benchmarks.calibration import LayerTime, find_rate
 from tools.benchmarks.cluster_report import link_name, rate_name, write_report
 from tools.benchmarks.contenders import (
     Contender,
@@ -33,22 +33,18 @@ from tools.benchmarks.contenders import (
     wider_contenders,
 )
 from tools.benchmarks.goals import judge
-from tools.benchmarks.job import Job, JobError
-from tools.benchmarks.network import NetworkError, TwoHosts, two_hosts
+from tools.benchmarks.job import Job
+from tools.benchmarks.network import BenchmarkError, TwoHosts, exit_code, two_hosts
 from tools.benchmarks.provenance import describe
 from tools.benchmarks.real_text import write_text
 from tools.benchmarks.step_log import TrainingStep
-from tools.benchmarks.turns import TimedTurn, summarize
+from tools.benchmarks.turns import TimedTurn, summarize, take_turns
 
 SCRIPT = ["pretrain_gpt_scmoe.py"]
 METER = ["-m", "tools.benchmarks.meter_moe_layer"]
 FIRST_RATE = 400e6  # bits per second, where the search for the rates begins
 SHARE_TOLERANCE = 0.01
 ITERATIONS = 10_000  # a run is ended when it has been measured
-
-
-class UsageError(Exception):
-    """A mistake on the command line; one line."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,6 @@ class TwoHostBench:
         self, rows: list[Contender], share: float, link: LayerTime, settings: Settings
     ) -> list[TimedTurn]:
         """All contenders on one link."""
-        turns: list[TimedTurn] = []
         with ExitStack() as alive:
             jobs: list[tuple[Contender, Job]] = []
             self.hosts.limit(link.rate)
@@ -130,19 +125,10 @@ class TwoHostBench:
                 job.take(settings.warmup)
                 job.pause()
                 jobs.append((row, job))
-            for repetition in range(settings.repetitions):
-                # There and back, so that a drift favours nobody.
-                for row, job in jobs if repetition % 2 == 0 else reversed(jobs):
-                    job.resume()
-                    for limited, rate in ((True, link.rate), (False, None)):
-                        self.hosts.limit(rate)
-                        job.take(1)  # stood still, or the link changed meanwhile
-                        steps = job.take(settings.steps)
-                        turns.append(TimedTurn.of(row.name, share, limited, repetition, steps))
-                    job.pause()
-                    self.hosts.limit(link.rate)
-                print(f"  {repetition + 1}/{settings.repetitions}", flush=True)
-        return turns
+            found = take_turns(
+                self.hosts, jobs, (share, link.rate), settings.repetitions, settings.steps
+            )
+            return [turn for turn, _ in found]
 
 
 def layer_time(rate: float | None, steps: list[TrainingStep]) -> LayerTime:
@@ -164,7 +150,7 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
     """The table, with the slots and contenders that were asked for, without those that were not.
 
     Raises:
-        UsageError: a name that does not exist.
+        BenchmarkError: a name that does not exist.
     """
     table = contenders(sizes) + wider_contenders(sizes)
     added: list[Contender] = []
@@ -172,7 +158,7 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
         added.append(_derived(text, table + added))
     for position in args.slots:
         if position not in positions_of(sizes):
-            raise UsageError(f"--slots {position}: not a position of this layout.")
+            raise BenchmarkError(f"--slots {position}: not a position of this layout.")
         added += fixed_slots(next(row for row in table if row.name == position))
     rows = table + added
     usual = [row.name for row in table if not args.quick or row.name in QUICK_CONTENDERS]
@@ -180,7 +166,7 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
     known = {row.name: row for row in rows}
     for name in names:
         if name not in known:
-            raise UsageError(f"--only {name}: choose from {', '.join(known)}.")
+            raise BenchmarkError(f"--only {name}: choose from {', '.join(known)}.")
     # The rates are found with top2, and who is compared needs whom it is compared with.
     wanted = {"top2", *names, *(known[name].baseline for name in names)}
     return [row for row in rows if row.name in wanted]
@@ -192,7 +178,7 @@ def _derived(text: str, rows: list[Contender]) -> Contender:
     base, *options = shlex.split(rest) or [""]
     known = {row.name: row for row in rows}
     if not separator or base not in known or not name.strip():
-        raise UsageError(
+        raise BenchmarkError(
             f"--contender {text!r}: write 'NAME=BASE OPTIONS', BASE one of {', '.join(known)}."
         )
     options = [*known[base].options, *options]
@@ -205,13 +191,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="one share, few contenders, 5 minutes")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/overlap_cluster"),
-        metavar="FOLDER",
-        help="folder of the results",
-    )
     add(
         "--shares",
         type=float,
@@ -226,7 +205,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="MBIT",
         help="rates of each direction of the link, in place of --shares",
     )
-    add("--repetitions", type=int, metavar="N", help="turns of each contender on each link")
     add("--warmup", type=int, metavar="N", help="first steps of each run, not counted")
     add("--steps", type=int, metavar="N", help="counted steps of each turn")
     add("--only", nargs="+", metavar="NAME", help="these contenders, and their baselines")
@@ -238,18 +216,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="one more contender: BASE's command line with further options",
     )
     add("--slots", nargs="+", default=[], metavar="POSITION", help="also with every fixed slot")
-    add(
-        "--megatron-options",
-        default="",
-        metavar="N",
-        help="further options of every contender, one string",
-    )
-    add_sizes(parser, Sizes())
+    add_common(parser, Sizes())
     return parser.parse_args(argv)
 
 
-def add_sizes(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
-    """An option for every field of Sizes."""
+def add_common(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
+    """Options of all programs on two hosts, one for every field of Sizes among them."""
+    add = parser.add_argument
+    folder = Path("runs", parser.prog)
+    add("--output", type=Path, default=folder, metavar="FOLDER", help="folder of the results")
+    add("--repetitions", type=int, metavar="N", help="turns of each contender on each link")
+    add("--megatron-options", default="", metavar="OPTIONS", help="of every contender, one string")
     sizes = parser.add_argument_group("sizes")
     for field in fields(Sizes):
         flag = "--" + field.name.replace("_", "-")
@@ -265,7 +242,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     """The defaults of --quick or of a full run, with what was given in place of them.
 
     Raises:
-        UsageError: nothing would be measured.
+        BenchmarkError: nothing would be measured.
     """
     settings = QUICK if args.quick else FULL
     given = {
@@ -275,17 +252,17 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     }
     settings = replace(settings, **given, rates=[mbit * 1e6 for mbit in args.mbit or ()])
     if settings.rates and args.shares:
-        raise UsageError("--mbit and --shares: give one of them.")
+        raise BenchmarkError("--mbit and --shares: give one of them.")
     if not all(rate > 0 for rate in settings.rates):
-        raise UsageError("--mbit is positive.")
+        raise BenchmarkError("--mbit is positive.")
     if min(settings.repetitions, settings.steps, settings.warmup) < 1:
-        raise UsageError("--repetitions, --steps and --warmup are at least 1.")
+        raise BenchmarkError("--repetitions, --steps and --warmup are at least 1.")
     if not all(0 < share < 1 for share in settings.shares):
-        raise UsageError("--shares are between 0 and 1, for example 0.6.")
+        raise BenchmarkError("--shares are between 0 and 1, for example 0.6.")
     return settings
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     settings = settings_from_args(args)
     sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
     rows = choose_rows(args, sizes)
@@ -307,19 +284,12 @@ def run(args: argparse.Namespace) -> None:
     paths = write_report(folder, environment, described, unlimited, links, turns, table, goals)
     print(paths[0].read_text())
     print("written:", *paths)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (CalibrationError, JobError, NetworkError, UsageError, OSError) as error:
-        print(f"overlap_cluster: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("overlap_cluster: interrupted, the hosts are removed", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("overlap_cluster", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tools.benchmarks.contenders import Contender
+from tools.benchmarks.job import Job
+from tools.benchmarks.network import TwoHosts
 from tools.benchmarks.step_log import TrainingStep
 
 
@@ -88,6 +90,37 @@ class TurnsRow:
     """Share of the all-to-alls' time that compute did not wait for."""
     slots: str | None
     """Where the experts ran, forward and backward."""
+
+
+def take_turns(
+    hosts: TwoHosts,
+    jobs: Sequence[tuple[Contender, Job]],
+    link: tuple[float, float | None],
+    repetitions: int,
+    steps: int,
+) -> Iterator[tuple[TimedTurn, TrainingStep]]:
+    """Let jobs that stand still go on, one at a time, with the link's limit and without.
+
+    Args:
+        link: the share that names it and its rate, in bits per second.
+        steps: counted ones of a turn; each is preceded by one that is not.
+
+    Yields:
+        every turn, and its last step.
+    """
+    share, rate = link
+    for repetition in range(repetitions):
+        # There and back, so that a drift favours nobody.
+        for row, job in jobs if repetition % 2 == 0 else reversed(jobs):
+            job.resume()
+            for limited in (True, False):
+                hosts.limit(rate if limited else None)
+                job.take(1)  # stood still, or the link changed meanwhile
+                taken = job.take(steps)
+                yield TimedTurn.of(row.name, share, limited, repetition, taken), taken[-1]
+            job.pause()
+            hosts.limit(rate)
+        print(f"  {repetition + 1}/{repetitions}", flush=True)
 
 
 def summarize(turns: list[TimedTurn], rows: list[Contender]) -> list[TurnsRow]:
