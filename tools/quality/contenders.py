@@ -6,6 +6,7 @@ a softmax over the chosen experts, and over all where one is chosen, whose weigh
 
 import shlex
 from dataclasses import dataclass
+from itertools import combinations
 
 from tools.quality.scales import Scale
 
@@ -15,7 +16,7 @@ PAIRS = "--moe-layer-freq ([0,1]*N/2)"
 EVERY = "--moe-layer-freq 1"
 TOP1 = f"{PAIRS} {BALANCED} {PRE} --moe-router-topk 1"
 SHARED = f"{TOP1} --moe-shared-expert-intermediate-size F"
-POS2 = f"{SHARED} --scmoe-shortcut-position pos2"
+AT = f"{SHARED} --scmoe-shortcut-position"
 DGMOE = f"{PAIRS} {BALANCED} --scmoe-preset dgmoe"
 MOEPP = f"{EVERY} --scmoe-preset moepp"
 LISTS = "LISTS"
@@ -28,6 +29,10 @@ LATENT = (
 """Of multi-latent attention, by hidden size and heads."""
 
 
+SIZE = "FLOPs, parameters"
+ONE_MORE = "active FLOPs; the shared expert is one more"
+
+
 @dataclass(frozen=True)
 class QualityContender:
     """One row."""
@@ -35,10 +40,10 @@ class QualityContender:
     name: str
     title: str
     options: str
-    against: str
-    """Whom it is compared with."""
-    equal: str
+    equal: str = SIZE
     """What is equal to the counterpart, beside tokens, their order and the held-out text."""
+    against: str = "top2"
+    """Whom it is compared with."""
     main: bool = False
     """All seeds in place of the first."""
     studied: bool = False
@@ -66,88 +71,82 @@ class QualityContender:
         return [str(sizes.get(word, word)) for word in [*(moe if routed else ()), *words]]
 
 
-def pos2(
-    name: str, title: str, options: str, main: bool = False, against: str = "pos2"
-) -> QualityContender:
-    return QualityContender(name, title, f"{POS2} {options}", against, "FLOPs, parameters", main)
+def like(against: str, name: str, title: str, options: str, main: bool = False) -> QualityContender:
+    """A row of its counterpart's size."""
+    return QualityContender(name, title, options, SIZE, against, main)
 
 
+TOP_K = f"{PAIRS} {BALANCED} --moe-router-topk"
 CONTENDERS = (
-    QualityContender(
-        "top2", "top-2", f"{PAIRS} {BALANCED} --moe-router-topk 2", "top2", "-", True, True
-    ),
+    QualityContender("top2", "top-2", f"{TOP_K} 2", "-", main=True, studied=True),
     QualityContender(
         "dense",
         "dense",
         "--ffn-hidden-size 3F/2",
-        "top2",
         "active FLOPs: every MLP half as wide again",
-        True,
+        main=True,
     ),
     QualityContender(
-        "top1", "top-1", TOP1, "top2", "parameters; an expert's FLOPs less, as in the paper", True
+        "top1", "top-1", TOP1, "parameters; an expert's FLOPs less, as in the paper", main=True
     ),
     QualityContender(
         "shared",
         "top-1 + shared expert, CG-1",
         f"{SHARED} --moe-shared-expert-gate",
-        "top2",
-        "active FLOPs; the shared expert is one more",
-        True,
+        ONE_MORE,
+        main=True,
     ),
     *(
         QualityContender(
             position,
             f"ScMoE Pos-{position[3]}, CG-1",
-            f"{SHARED} --scmoe-shortcut-position {position}",
-            "top2",
-            "active FLOPs; the shared expert is one more",
-            True,
+            f"{AT} {position}",
+            ONE_MORE,
+            main=True,
             studied=position == "pos2",
         )
         for position in ("pos1", "pos2", "pos3")
     ),
-    pos2("pos2-add", "ScMoE Pos-2, add", "--scmoe-combine add", main=True),
-    pos2("pos2-cg2", "ScMoE Pos-2, CG-2", "--scmoe-combine cg2", main=True),
-    QualityContender(
-        "top3", "top-3", f"{PAIRS} {BALANCED} --moe-router-topk 3", "top2", "an expert's FLOPs more"
+    *(
+        like("pos2", f"pos2-{combine}", title, f"{AT} pos2 --scmoe-combine {combine}", main=True)
+        for combine, title in (("add", "ScMoE Pos-2, add"), ("cg2", "ScMoE Pos-2, CG-2"))
     ),
+    QualityContender("top3", "top-3", f"{TOP_K} 3", "an expert's FLOPs more"),
     QualityContender(
         "scmoe2",
         "ScMoE-2, Pos-2, CG-1",
         f"{PAIRS} {BALANCED} --moe-shared-expert-intermediate-size F --scmoe-preset scmoe-2",
+        ONE_MORE,
         "top3",
-        "active FLOPs; the shared expert is one more",
     ),
-    QualityContender("dgmoe", "DGMoE, distinct experts", DGMOE, "top2", "active FLOPs, parameters"),
-    QualityContender(
-        "dgmoe-any",
-        "DGMoE without the rule",
-        f"{DGMOE} --no-scmoe-distinct-experts",
-        "dgmoe",
-        "FLOPs, parameters",
-    ),
-    pos2("pos2-shared-norm", "Pos-2, shared norm", "--scmoe-shortcut-norm shared"),
-    pos2("pos2-post-norm", "Pos-2, post-norm", "--scmoe-post-norm"),
-    pos2(
-        "pos2-shared-post",
-        "Pos-2, shared norm, post-norm",
-        "--scmoe-shortcut-norm shared --scmoe-post-norm",
+    QualityContender("dgmoe", "DGMoE, distinct experts", DGMOE, "active FLOPs, parameters"),
+    like("dgmoe", "dgmoe-any", "DGMoE without the rule", f"{DGMOE} --no-scmoe-distinct-experts"),
+    *(
+        like("pos2", f"pos2-{name}", f"Pos-2, {title}", f"{AT} pos2 {options}")
+        for name, title, options in (
+            ("shared-norm", "shared norm", "--scmoe-shortcut-norm shared"),
+            ("post-norm", "post-norm", "--scmoe-post-norm"),
+            (
+                "shared-post",
+                "shared norm, post-norm",
+                "--scmoe-shortcut-norm shared --scmoe-post-norm",
+            ),
+        )
     ),
     QualityContender(
         "moe",
         "top-2 in every layer",
         f"{EVERY} {BALANCED} {PRE} --moe-router-topk 2 --moe-expert-capacity-factor 1.1",
-        "moe",
         "-",
+        "moe",
     ),
     *(
         QualityContender(
             f"moepp-{tau}",
             f"MoE++, tau {tau}",
             f"{MOEPP} --scmoe-tau {tau}",
-            "moe",
             "parameters; fewer FLOPs, by tau",
+            "moe",
             studied=tau == "0.75",
         )
         for tau in ("0.1", "0.25", "0.5", "0.75", "1.0")
@@ -156,24 +155,22 @@ CONTENDERS = (
         "moepp-plain",
         "MoE++, tau 0.75, no gating residual",
         f"{MOEPP} --no-scmoe-gating-residual",
-        "moepp-0.75",
         "FLOPs, but for the residual's",
+        "moepp-0.75",
     ),
     QualityContender(
         "longcat",
         "LongCat-style",
         f"{PAIRS} --scmoe-preset longcat-flash --moe-router-topk 3 --moe-aux-loss-coeff 0.001 "
         f"--moe-router-bias-update-rate 0.05 {LATENT}",
-        "scmoe2",
         "experts of a token, on average; its attention is latent",
+        "scmoe2",
     ),
     *(
         QualityContender(
             f"c2r-{number}",
             f"C2R, T = {number}",
-            f"{PAIRS} {BALANCED} --moe-router-topk 2 --scmoe-c2r-lists {LISTS} "
-            f"--scmoe-c2r-top-t {number}",
-            "top2",
+            f"{TOP_K} 2 --scmoe-c2r-lists {LISTS} --scmoe-c2r-top-t {number}",
             "FLOPs, parameters; partners from a trained top-2",
         )
         for number in (2, 4)
@@ -182,15 +179,13 @@ CONTENDERS = (
         "top1-wide",
         "top-1, experts twice as wide",
         f"{TOP1} --moe-ffn-hidden-size 2F",
-        "top2",
         "active FLOPs; twice the experts' parameters",
     ),
-    QualityContender(
+    like(
+        "top2",
         "top2-pre",
         "top-2, softmax over all experts",
         f"{PAIRS} {BALANCED} {PRE} --moe-router-topk 2",
-        "top2",
-        "FLOPs, parameters",
     ),
     *(
         QualityContender(
@@ -199,28 +194,18 @@ CONTENDERS = (
             " ".join(
                 [MOEPP, *(f"--scmoe-num-{kind}-experts 0" for kind in KINDS if kind not in kinds)]
             ),
-            "moe",
             "parameters; fewer FLOPs",
+            "moe",
         )
-        for kinds in (
-            ("zero",),
-            ("copy",),
-            ("constant",),
-            ("zero", "copy"),
-            ("zero", "constant"),
-            ("copy", "constant"),
-        )
+        for kinds in (*((kind,) for kind in KINDS), *combinations(KINDS, 2))
     ),
-    QualityContender(
-        "shared-add", "top-1 + shared expert, add", SHARED, "shared", "FLOPs, parameters"
-    ),
+    like("shared", "shared-add", "top-1 + shared expert, add", SHARED),
     *(
-        QualityContender(
+        like(
+            position,
             f"{position}-add",
             f"ScMoE Pos-{position[3]}, add",
-            f"{SHARED} --scmoe-shortcut-position {position} --scmoe-combine add",
-            position,
-            "FLOPs, parameters",
+            f"{AT} {position} --scmoe-combine add",
         )
         for position in ("pos1", "pos3")
     ),
