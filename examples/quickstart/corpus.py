@@ -290,18 +290,14 @@ def build_corpus(
 def main(argv: list[str] | None = None) -> int:
     """Write train.jsonl, valid.jsonl and corpus.json, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="FOLDER", help="receives the .jsonl files"
-    )
-    parser.add_argument(
-        "--max-megabytes", type=float, default=24, metavar="MB", help="train + valid, 10**6 B"
-    )
-    parser.add_argument(
-        "--valid-fraction", type=float, default=0.05, metavar="SHARE", help="share of documents"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="of the sampling and the split"
-    )
+    folder = "receives the .jsonl files"
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="FOLDER", help=folder)
+    for name, default, metavar, text in (
+        ("--max-megabytes", 24.0, "MB", "train + valid, 10**6 B"),
+        ("--valid-fraction", 0.05, "SHARE", "share of documents"),
+        ("--seed", 1234, "N", "of the sampling and the split"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, metavar=metavar, help=text)
     args = parser.parse_args(argv)
     try:
         if not 0 < args.valid_fraction < 1:

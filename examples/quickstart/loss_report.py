@@ -255,28 +255,12 @@ def draw(summary: dict[str, Any], curves: list[Series]) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     """Print the table, write both files, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add(
-        "--run-dir",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="receives summary.json and loss.png",
-    )
-    add(
-        "--tokens-per-iteration",
-        type=int,
-        required=True,
-        metavar="TOKENS",
-        help="global batch x sequence length",
-    )
-    add(
-        "--resumed-from-iteration",
-        type=int,
-        required=True,
-        metavar="N",
-        help="that of the checkpoint",
-    )
+    for name, kind, metavar, text in (
+        ("--run-dir", Path, "FOLDER", "receives summary.json and loss.png"),
+        ("--tokens-per-iteration", int, "TOKENS", "global batch x sequence length"),
+        ("--resumed-from-iteration", int, "N", "that of the checkpoint"),
+    ):
+        parser.add_argument(name, type=kind, required=True, metavar=metavar, help=text)
     args = parser.parse_args(argv)
     try:
         summary, curves = summarize(

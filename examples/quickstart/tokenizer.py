@@ -76,19 +76,12 @@ def save_tokenizer(tokenizer: Tokenizer, output_dir: Path) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help='.jsonl with a "text" per line'
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="Megatron --tokenizer-model",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="entries, special tokens included"
-    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="FILE", help='.jsonl with a "text" per line')
+    folder = "Megatron --tokenizer-model"
+    add("--output-dir", type=Path, required=True, metavar="FOLDER", help=folder)
+    entries = "entries, special tokens included"
+    add("--vocab-size", type=int, default=4096, metavar="N", help=entries)
     return parser.parse_args(argv)
 
 

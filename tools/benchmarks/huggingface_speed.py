@@ -100,13 +100,16 @@ def seconds(task: Callable[[], None], device: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--hidden", type=int, default=512, metavar="H", help="hidden size (default: 512)")
-    add("--layers", type=int, default=4, metavar="L", help="layers (default: 4)")
-    add("--experts", type=int, default=8, metavar="E", help="of a layer (default: 8)")
-    add("--expert-size", type=int, default=896, metavar="F", help="of one expert (default: 896)")
-    add("--batch", type=int, default=4, metavar="B", help="sequences (default: 4)")
-    add("--length", type=int, default=256, metavar="S", help="of a sequence (default: 256)")
-    add("--repetitions", type=int, default=9, metavar="N", help="turns of each (default: 9)")
+    for name, default, text in (
+        ("--hidden", 512, "hidden size"),
+        ("--layers", 4, "layers"),
+        ("--experts", 8, "of a layer"),
+        ("--expert-size", 896, "of one expert"),
+        ("--batch", 4, "sequences"),
+        ("--length", 256, "of a sequence"),
+        ("--repetitions", 9, "turns of each"),
+    ):
+        add(name, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where they run (default: cpu)")
     arguments = parser.parse_args()

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from tools.benchmarks.paper_shapes import (
     SHAPES,
     Inputs,
     Shape,
+    add_sizes,
     build,
     host_config,
     measure_block,
@@ -332,39 +332,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="one_device", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="overlap-cluster", help="sizes of the pair of layers")
-    add(
-        "--ranks",
-        type=int,
-        default=4,
-        metavar="N",
-        help="expert parallel ranks that this one stands among",
-    )
-    shares = "of communication in the top-2 MoE layer's time"
+    add("--ranks", type=int, default=4, metavar="N", help="expert parallel ranks of the job")
     add(
         "--shares",
         type=float,
         nargs="+",
         default=[0.15, 0.3, 0.6, 0.75],
         metavar="SHARE",
-        help=shares,
+        help="of communication in the top-2 MoE layer's time",
     )
-    add("--seq-length", type=int, default=512, metavar="N", help="tokens of a sample")
-    add("--micro-batch-size", type=int, default=1, metavar="N", help="samples of a micro-batch")
-    add(
-        "--repetitions",
-        type=int,
-        default=3,
-        metavar="N",
-        help="how often the contenders take turns",
-    )
-    add("--steps", type=int, default=3, metavar="N", help="counted steps of each turn")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/one_device"),
-        metavar="FOLDER",
-        help="folder of the results",
-    )
+    add_sizes(parser)
     return parser.parse_args(argv)
 
 

@@ -35,7 +35,7 @@ from tools.benchmarks.contenders import (
 from tools.benchmarks.goals import judge
 from tools.benchmarks.job import Job
 from tools.benchmarks.network import BenchmarkError, TwoHosts, exit_code, two_hosts
-from tools.benchmarks.provenance import describe
+from tools.benchmarks.provenance import add_output, describe
 from tools.benchmarks.real_text import write_text
 from tools.benchmarks.step_log import TrainingStep
 from tools.benchmarks.turns import TimedTurn, summarize, take_turns
@@ -191,20 +191,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="one share, few contenders, 5 minutes")
-    add(
-        "--shares",
-        type=float,
-        nargs="+",
-        metavar="SHARE",
-        help="of communication in the top-2 MoE layer's time",
-    )
-    add(
-        "--mbit",
-        type=float,
-        nargs="+",
-        metavar="MBIT",
-        help="rates of each direction of the link, in place of --shares",
-    )
+    share = "of communication in the top-2 MoE layer's time"
+    add("--shares", type=float, nargs="+", metavar="SHARE", help=share)
+    rate = "rates of each direction of the link, in place of --shares"
+    add("--mbit", type=float, nargs="+", metavar="MBIT", help=rate)
     add("--warmup", type=int, metavar="N", help="first steps of each run, not counted")
     add("--steps", type=int, metavar="N", help="counted steps of each turn")
     add("--only", nargs="+", metavar="NAME", help="these contenders, and their baselines")
@@ -223,8 +213,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def add_common(parser: argparse.ArgumentParser, defaults: Sizes) -> None:
     """Options of all programs on two hosts, one for every field of Sizes among them."""
     add = parser.add_argument
-    folder = Path("runs", parser.prog)
-    add("--output", type=Path, default=folder, metavar="FOLDER", help="folder of the results")
+    add_output(parser)
     add("--repetitions", type=int, metavar="N", help="turns of each contender on each link")
     add("--megatron-options", default="", metavar="OPTIONS", help="of every contender, one string")
     sizes = parser.add_argument_group("sizes")

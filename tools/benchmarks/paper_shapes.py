@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -45,7 +44,7 @@ from megatron_scmoe.words import markdown_table
 from tools.benchmarks.cluster_report import write_pair
 from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.process_groups import launched_ranks
-from tools.benchmarks.provenance import as_markdown, describe
+from tools.benchmarks.provenance import add_output, as_markdown, describe
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -377,26 +376,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="paper_shapes", description=(__doc__ or "").split("\n")[0]
     )
-    add = parser.add_argument
-    add("--shape", choices=SHAPES, required=True, help="which of the paper's models")
-    add("--seq-length", type=int, default=512, metavar="N", help="tokens of a sample")
-    add("--micro-batch-size", type=int, default=1, metavar="N", help="samples of a micro-batch")
-    add(
-        "--repetitions",
-        type=int,
-        default=3,
-        metavar="N",
-        help="how often the contenders take turns",
+    parser.add_argument(
+        "--shape", choices=SHAPES, required=True, help="which of the paper's models"
     )
-    add("--steps", type=int, default=3, metavar="N", help="counted steps of each turn")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/paper_shapes"),
-        metavar="FOLDER",
-        help="folder of the results",
-    )
+    add_sizes(parser)
     return parser.parse_args(argv)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options of all programs that measure a pair of layers."""
+    for name, default, text in (
+        ("--seq-length", 512, "tokens of a sample"),
+        ("--micro-batch-size", 1, "samples of a micro-batch"),
+        ("--repetitions", 3, "how often the contenders take turns"),
+        ("--steps", 3, "counted steps of each turn"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:

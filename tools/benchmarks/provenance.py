@@ -1,5 +1,6 @@
 """What a result must say about itself: command, commit, machine, GPU, versions, date."""
 
+import argparse
 import datetime
 import os
 import platform
@@ -45,6 +46,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Where results go: a folder named after the program, unless another is."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs", parser.prog),
+        metavar="FOLDER",
+        help="folder of the results",
+    )
+
+
 def as_markdown(environment: dict[str, Any]) -> str:
     """The same for the head of a report."""
     machine = environment["machine"]
@@ -77,17 +89,13 @@ def _gpu() -> dict[str, Any]:
         answer = subprocess.run(query, capture_output=True, text=True)
         if answer.returncode == 0:
             card, driver, memory = answer.stdout.splitlines()[0].split(", ")
-    try:
-        transformer_engine = metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
-        transformer_engine = "not installed"
     return {
         "card": card,
         "memory": memory,
         "driver": driver,
         "CUDA": torch.version.cuda,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
-        "Transformer Engine": transformer_engine,
+        "Transformer Engine": _version("transformer-engine", "not installed"),
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "not set"),
     }
 
@@ -128,8 +136,8 @@ def _first_value(path: str, key: str) -> str | None:
     return None
 
 
-def _version(package: str) -> str:
+def _version(package: str, absent: str = "from source") -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "from source"
+        return absent

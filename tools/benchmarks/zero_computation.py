@@ -209,22 +209,17 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sizes = {"hidden-size": 768, "ffn-hidden-size": 2048, "num-experts": 8, "tokens": 2048}
-    turns = {"steps": 3, "repetitions": 5}
-    explained = {
-        "hidden-size": "Width of a token.",
-        "ffn-hidden-size": "Width inside an expert.",
-        "num-experts": "Routed experts, of all ranks.",
-        "tokens": "Tokens of a rank.",
-        "steps": "Counted steps of a turn.",
-        "repetitions": "Turns of every layer.",
-    }
-    for name, default in (sizes | turns).items():
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=explained[name]
-        )
+    for name, default, text in (
+        ("--hidden-size", 768, "width of a token"),
+        ("--ffn-hidden-size", 2048, "width inside an expert"),
+        ("--num-experts", 8, "routed experts, of all ranks"),
+        ("--tokens", 2048, "tokens of a rank"),
+        ("--steps", 3, "counted steps of a turn"),
+        ("--repetitions", 5, "turns of every layer"),
+    ):
+        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="Where both files go."
+        "--output", type=Path, required=True, metavar="DIR", help="where both files go"
     )
     args = parser.parse_args()
     with launched_ranks(args.num_experts):
