@@ -2,8 +2,13 @@
 
     python -m tools.gpu_proof.child PACKAGE NAME FOLDER DEVICE DEADLINE
 
-The deadline is in seconds since the epoch: what the imports take is the part's time too.
+The deadline is in seconds since the epoch: what the imports take is the part's time too. The host's
+symbols are replaced before a part imports the host.
 """
+
+from megatron_scmoe import start
+
+start.replace_host_symbols()
 
 import importlib
 import sys

@@ -15,10 +15,6 @@ MFU is over 989 TFLOP/s, dense bf16 of the data sheets. It counts matrix product
 backward twice, and half of the score matrix.
 """
 
-from megatron_scmoe import start
-
-start.replace_host_symbols()
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace

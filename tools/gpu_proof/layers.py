@@ -3,10 +3,6 @@
 Shapes: s sequence, b batch, h hidden
 """
 
-from megatron_scmoe import start
-
-start.replace_host_symbols()
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -13,10 +13,6 @@ spec in bf16 is, twice at most, or 1e-2. Routing is forced to be the same.
 Shapes: R rows, e experts
 """
 
-from megatron_scmoe import start
-
-start.replace_host_symbols()
-
 import math
 import time
 from dataclasses import dataclass, replace
