@@ -54,8 +54,8 @@ def rehearse(python: Path, output: Path, part: str) -> list[ProofFinding]:
 
 
 def test_everything_imports(python: Path) -> None:
-    modules = [f"tools.gpu_proof.{name}" for name in PARTS]
-    names = ", ".join(["pretrain_gpt_scmoe", *modules])
+    modules = {f"tools.gpu_proof.{part.module or name}" for name, part in PARTS.items()}
+    names = ", ".join(["pretrain_gpt_scmoe", *sorted(modules)])
     done = run(python, "-c", f"import {names}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(python, "-c", "import tensorboard").returncode != 0  # it is empty otherwise

@@ -7,6 +7,7 @@ part promises is there.
 
 import importlib
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from tests import distributed_utils  # what the server of the forks has imported
 from tests.limits import PROOF_S
 from tools.gpu_proof import generation, right
+from tools.gpu_proof.parts import PARTS
 from tools.gpu_proof.results import ProofFinding, Results, read_findings
 
 assert distributed_utils  # imported for its effect
@@ -25,7 +27,8 @@ NEEDS_CUDA = "needs CUDA"
 
 def _run(part: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    module = importlib.import_module(f"tools.gpu_proof.{part}")
+    os.environ |= PARTS[part].environment
+    module = importlib.import_module(f"tools.gpu_proof.{PARTS[part].module or part}")
     module.run(Results(part, folder, rehearsal=True), torch.device("cpu"), PROOF_S)
 
 
@@ -119,30 +122,27 @@ def test_transformer_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hidden(tmp_path: Path) -> None:
-    """Both processes, with their setting of the environment."""
-    findings = rehearse("hidden", tmp_path)
-    promised: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    for connections, positions in ((32, POSITIONS), (1, ("pos2",))):
-        at = f"{connections} connections"
-        promised |= {f"process with {at}": "passed", f"experts inside attention, {at}": "passed"}
-        measured = [
-            f"{position}, {share}%, {at}: {what}"
-            for position in positions
-            for share in (15, 30, 60)
-            for what in ("training", "prefill")
-        ]
-        measured += [
-            f"slow-down of dense operators, {kind}, {at}" for kind in ("emulated", "to itself")
-        ]
-        measured += [f"hole behind the route, {position}, {at}" for position in POSITIONS]
-        promised |= dict.fromkeys(measured, "measured")
-        skipped[f"trace, {at}"] = NEEDS_CUDA
-    check_outcomes(findings, promised, skipped)
-    training = findings["pos2, 60%, 32 connections: training"].values
+@pytest.mark.parametrize(
+    ("part", "at", "positions"),
+    [("hidden", "32 connections", POSITIONS), ("hidden_1", "1 connections", ("pos2",))],
+)
+def test_hidden(tmp_path: Path, part: str, at: str, positions: tuple[str, ...]) -> None:
+    findings = rehearse(part, tmp_path)
+    measured = [
+        f"{position}, {share}%, {at}: {what}"
+        for position in positions
+        for share in (15, 30, 60)
+        for what in ("training", "prefill")
+    ]
+    measured += [
+        f"slow-down of dense operators, {kind}, {at}" for kind in ("emulated", "to itself")
+    ]
+    measured += [f"hole behind the route, {position}, {at}" for position in POSITIONS]
+    promised = dict.fromkeys(measured, "measured") | {f"experts inside attention, {at}": "passed"}
+    check_outcomes(findings, promised, {f"trace, {at}": NEEDS_CUDA})
+    training = findings[f"pos2, 60%, {at}: training"].values
     assert 0 <= training["exposed_share"] < 1 and training["in_flight_s"] > 0
-    assert findings["pos2, 60%, 32 connections: prefill"].values["in_flight_s"] > 0
+    assert findings[f"pos2, 60%, {at}: prefill"].values["in_flight_s"] > 0
 
 
 @pytest.mark.slow

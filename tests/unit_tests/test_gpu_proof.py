@@ -162,8 +162,8 @@ def test_without_a_device_it_is_one_line(toys: Path) -> None:
 
 def test_parts_are_modules_that_run() -> None:
     """All together in twelve minutes, as docs/gpu.md has it."""
-    for name in PARTS:
-        source = REPOSITORY / "tools" / "gpu_proof" / f"{name}.py"
+    for name, part in PARTS.items():
+        source = REPOSITORY / "tools" / "gpu_proof" / f"{part.module or name}.py"
         assert (
             "\ndef run(results: Results, device: torch.device, seconds: float)"
             in source.read_text()

@@ -65,13 +65,17 @@ class Proof:
             results.skipped("the part", f"{max(left, 0):.0f} s are left, it needs {MINIMUM_S:.0f}")
         else:
             limit_s = part.limit_s * (REHEARSAL if self._device == "cpu" else 1)
-            self._run(name, min(limit_s, left), results)
+            self._run(name, part, min(limit_s, left), results)
         self._show()
 
-    def _run(self, name: str, limit_s: float, results: Results) -> None:
+    def _run(self, name: str, part: ProofPart, limit_s: float, results: Results) -> None:
         began = time.time()
         deadline = began + limit_s
-        what = [self._package, name, str(self._folder), self._device, str(deadline)]
+        module = f"{self._package}.{part.module or name}"
+        what = [module, name, str(self._folder), self._device, str(deadline)]
+        environment = os.environ | part.environment
+        if self._device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with (self._folder / LOG).open("ab") as log:
             log.write(f"\n==== {name}, {limit_s:.0f} s\n".encode())
             log.flush()
@@ -81,7 +85,7 @@ class Proof:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self._device == "cpu" else {}),
+                env=environment,
             )
             while (code := process.poll()) is None and time.time() < deadline:
                 self._show()
