@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class Timing:
         """Distance of the quartiles over the median."""
         return spread(self.seconds)
 
-    def beside(self, floor_s: float) -> dict[str, float]:
+    def beside(self, floor_s: float) -> dict[str, Any]:
         """Values of a finding, with what no version of the contender falls below."""
         return {
             "median_s": self.median_s,
