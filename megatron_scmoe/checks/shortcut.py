@@ -6,6 +6,7 @@ Rows take the host's config and ours, so that they also protect a model that is 
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from operator import attrgetter
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -78,8 +79,26 @@ def _unsupported(
     )
 
 
-# What the host offers and a unit does not support.
+# What the host offers and a unit does not support: by field, why, and the others.
+_FIELDS = {
+    "moe_shared_expert_overlap": "the unit already runs the shared expert beside the all-to-all",
+    "overlap_moe_expert_parallel_comm": "its schedule knows single layers only and would run the "
+    "unit in the wrong order",
+    "delay_wgrad_compute": "it belongs to --overlap-moe-expert-parallel-comm",
+    "overlap_dispatch_backward_with_experts_wgrad": "it is wired into the host's dispatch, which "
+    "the unit replaces",
+    "mtp_num_layers": "the host builds its multi-token prediction layers without the shortcut",
+    "experimental_attention_variant": "the host builds its layers by another path",
+    "fused_residual_rmsnorm": "the tapped tensor would not exist as a tensor",
+    "fine_grained_activation_offloading": "the units' steps are not offloading groups",
+    "first_last_layers_bf16": "the host counts block layers, and a unit is one block layer with "
+    "two attention layers",
+    "qk_clip": "the host clips one attention for each block layer, and a unit has two",
+    "log_max_attention_logit": "the host looks at one attention for each block layer, and a unit "
+    "has two",
+}
 _UNSUPPORTED = (
+    *(_unsupported(flag(dest), attrgetter(dest), reason) for dest, reason in _FIELDS.items()),
     _unsupported(
         "A model without --num-experts",
         lambda config: config.num_moe_experts is None,
@@ -93,34 +112,9 @@ _UNSUPPORTED = (
         "add it",
     ),
     _unsupported(
-        "--moe-shared-expert-overlap",
-        lambda config: config.moe_shared_expert_overlap,
-        "the unit already runs the shared expert beside the all-to-all",
-    ),
-    _unsupported(
-        "--overlap-moe-expert-parallel-comm",
-        lambda config: config.overlap_moe_expert_parallel_comm,
-        "its schedule knows single layers only and would run the unit in the wrong order",
-    ),
-    _unsupported(
-        "--delay-wgrad-compute",
-        lambda config: config.delay_wgrad_compute,
-        "it belongs to --overlap-moe-expert-parallel-comm",
-    ),
-    _unsupported(
-        "--overlap-dispatch-backward-with-experts-wgrad",
-        lambda config: config.overlap_dispatch_backward_with_experts_wgrad,
-        "it is wired into the host's dispatch, which the unit replaces",
-    ),
-    _unsupported(
         "--cuda-graph-impl",
         lambda config: config.cuda_graph_impl != "none",
         "the number of exchanged rows changes from step to step",
-    ),
-    _unsupported(
-        "--mtp-num-layers",
-        lambda config: bool(config.mtp_num_layers),
-        "the host builds its multi-token prediction layers without the shortcut",
     ),
     _unsupported(
         "--moe-latent-size",
@@ -133,25 +127,10 @@ _UNSUPPORTED = (
         "layers of one unit would have different shapes",
     ),
     _unsupported(
-        "--experimental-attention-variant",
-        lambda config: config.experimental_attention_variant is not None,
-        "the host builds its layers by another path",
-    ),
-    _unsupported(
         "--transformer-impl inference_optimized",
         lambda config: config.transformer_impl == "inference_optimized",
         "it replaces the dispatcher",
         "use local or transformer_engine",
-    ),
-    _unsupported(
-        "--fused-residual-rmsnorm",
-        lambda config: config.fused_residual_rmsnorm,
-        "the tapped tensor would not exist as a tensor",
-    ),
-    _unsupported(
-        "--fine-grained-activation-offloading",
-        lambda config: config.fine_grained_activation_offloading,
-        "the units' steps are not offloading groups",
     ),
     _unsupported(
         "Kitchen quantization",
@@ -167,21 +146,6 @@ _UNSUPPORTED = (
         ),
         "the experts would be recomputed in another precision",
         "use moe_act, or --recompute-granularity full",
-    ),
-    _unsupported(
-        "--first-last-layers-bf16",
-        lambda config: config.first_last_layers_bf16,
-        "the host counts block layers, and a unit is one block layer with two attention layers",
-    ),
-    _unsupported(
-        "--qk-clip",
-        lambda config: config.qk_clip,
-        "the host clips one attention for each block layer, and a unit has two",
-    ),
-    _unsupported(
-        "--log-max-attention-logit",
-        lambda config: config.log_max_attention_logit,
-        "the host looks at one attention for each block layer, and a unit has two",
     ),
     _unsupported(
         "--mlp-chunks-for-training",

@@ -79,6 +79,7 @@ class CpuEvent:
         return (end.seconds - self.seconds) * 1e3
 
 
+Stream, Event = CpuStream, CpuEvent  # as torch.cuda calls them
 CURRENT_STREAM = CpuStream()
 
 
@@ -95,6 +96,14 @@ def stream(stream: CpuStream | None) -> AbstractContextManager[None]:
 
 def current_device() -> torch.device:
     return CPU
+
+
+def set_device(device: Any) -> None:
+    """There is one."""
+
+
+def synchronize(device: Any = None) -> None:
+    """Nothing is pending."""
 
 
 def device_count() -> int:

@@ -19,6 +19,37 @@ def _cpu(symbol: str, host_file: str, reason: str, make: Callable[[Any], Any]) -
     return Replacement(symbol, "cpu", host_file, reason, make)
 
 
+def _stand_in(symbol: str) -> Any:
+    """Of `cpu`, for a symbol of `torch.cuda`."""
+    return getattr(cpu, symbol.rpartition(".")[2])
+
+
+OF_TORCH_CUDA = (
+    ("current_device", "core/tensor_parallel/layers.py:305", "device of parameters and buffers"),
+    ("device_count", "training/initialize.py:270", "0 skips parallel groups and seeds"),
+    ("set_device", "training/initialize.py:282", "one device only"),
+    ("synchronize", "core/timers.py:152", "nothing is pending"),
+    ("get_device_capability", "training/arguments.py:1339", "asserted for --moe-grouped-gemm"),
+    (
+        "get_device_properties",
+        "training/utils/common_utils.py:504",
+        "architecture checks of the options",
+    ),
+    ("memory_stats", "training/training.py:2742", "--log-memory-to-tensorboard"),
+    (
+        "memory.memory_stats",
+        "training/utils/common_utils.py:322",
+        "memory report; the same function under its other name",
+    ),
+    ("Stream", "core/transformer/moe/token_dispatcher.py:469", "no streams"),
+    ("Event", "core/utils.py", "no events"),
+    ("current_stream", "core/transformer/moe/token_dispatcher.py:922", "no streams"),
+    ("stream", "core/transformer/moe/token_dispatcher.py:925", "no streams"),
+    ("get_rng_state", "core/tensor_parallel/random.py:303", "the CPU generator"),
+    ("set_rng_state", "core/rerun_state_machine.py:992", "the CPU generator"),
+    ("manual_seed", "core/tensor_parallel/random.py:305", "the CPU generator"),
+)
+"""What `cpu` has under torch's own names: the symbol, where the host uses it, and why."""
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
 
 TABLE: tuple[Replacement, ...] = (
@@ -29,90 +60,9 @@ TABLE: tuple[Replacement, ...] = (
         "compiling the fused functions takes minutes and gains nothing here",
         _use(cpu.run_eagerly),
     ),
-    _cpu(
-        "torch.cuda.current_device",
-        "core/tensor_parallel/layers.py:305",
-        "device of parameters and buffers",
-        _use(cpu.current_device),
-    ),
-    _cpu(
-        "torch.cuda.device_count",
-        "training/initialize.py:270",
-        "0 skips parallel groups and seeds",
-        _use(cpu.device_count),
-    ),
-    _cpu(
-        "torch.cuda.set_device",
-        "training/initialize.py:282",
-        "one device only",
-        _use(cpu.stay),
-    ),
-    _cpu(
-        "torch.cuda.synchronize",
-        "core/timers.py:152",
-        "nothing is pending",
-        _use(lambda device=None: None),
-    ),
-    _cpu(
-        "torch.cuda.get_device_capability",
-        "training/arguments.py:1339",
-        "asserted for --moe-grouped-gemm",
-        _use(cpu.get_device_capability),
-    ),
-    _cpu(
-        "torch.cuda.get_device_properties",
-        "training/utils/common_utils.py:504",
-        "architecture checks of the options",
-        _use(cpu.get_device_properties),
-    ),
-    _cpu(
-        "torch.cuda.memory_stats",
-        "training/training.py:2742",
-        "--log-memory-to-tensorboard",
-        _use(cpu.memory_stats),
-    ),
-    _cpu(
-        "torch.cuda.memory.memory_stats",
-        "training/utils/common_utils.py:322",
-        "memory report; the same function under its other name",
-        _use(cpu.memory_stats),
-    ),
-    _cpu(
-        "torch.cuda.Stream",
-        "core/transformer/moe/token_dispatcher.py:469",
-        "no streams",
-        _use(cpu.CpuStream),
-    ),
-    _cpu("torch.cuda.Event", "core/utils.py", "no events", _use(cpu.CpuEvent)),
-    _cpu(
-        "torch.cuda.current_stream",
-        "core/transformer/moe/token_dispatcher.py:922",
-        "no streams",
-        _use(cpu.current_stream),
-    ),
-    _cpu(
-        "torch.cuda.stream",
-        "core/transformer/moe/token_dispatcher.py:925",
-        "no streams",
-        _use(cpu.stream),
-    ),
-    _cpu(
-        "torch.cuda.get_rng_state",
-        "core/tensor_parallel/random.py:303",
-        "the CPU generator",
-        _use(cpu.get_rng_state),
-    ),
-    _cpu(
-        "torch.cuda.set_rng_state",
-        "core/rerun_state_machine.py:992",
-        "the CPU generator",
-        _use(cpu.set_rng_state),
-    ),
-    _cpu(
-        "torch.cuda.manual_seed",
-        "core/tensor_parallel/random.py:305",
-        "the CPU generator",
-        _use(cpu.manual_seed),
+    *(
+        _cpu(f"torch.cuda.{name}", host_file, reason, _use(_stand_in(name)))
+        for name, host_file, reason in OF_TORCH_CUDA
     ),
     _cpu(
         "torch.Tensor.cuda",
