@@ -8,7 +8,7 @@ attention layers and `{expert}` routed experts, both from 0. Shapes are in the n
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_scmoe.words import markdown_table
@@ -40,19 +40,24 @@ class TensorRow:
 
 
 def _row(
-    megatron: str,
-    parts: str,
-    shapes: str,
-    needs: str = "",
-    layout: str = "joined",
-    keeps_dtype: bool = False,
+    megatron: str, parts: str, shapes: str, needs: str = "", layout: str = "joined"
 ) -> TensorRow:
     """Parts by blanks, their shapes by blanks, dimensions by commas, needs by commas."""
     names = parts.split()
     dimensions = [tuple(shape.split(",")) for shape in shapes.split()]
     tensors = tuple(TensorPart(*pair) for pair in zip(names, dimensions, strict=True))
     conditions = tuple(filter(None, needs.split(",")))
-    return TensorRow(megatron, tensors, layout, conditions, keeps_dtype)
+    return TensorRow(megatron, tensors, layout, conditions)
+
+
+def _under(
+    megatron: str, hugging_face: str, *rows: tuple[str, ...], keeps_dtype: bool = False
+) -> list[TensorRow]:
+    """Rows whose names begin alike; each has the rest of both names, and what follows in `_row`."""
+    found = [
+        _row(megatron + ours, hugging_face + theirs, *others) for ours, theirs, *others in rows
+    ]
+    return [replace(row, keeps_dtype=keeps_dtype) for row in found]
 
 
 def _norm(megatron: str, hugging_face: str, size: str = "h", needs: str = "") -> list[TensorRow]:
@@ -124,19 +129,13 @@ ATTENTION = [
     _row("self_attention.linear_qkv.bias", _QKV.format("bias"), "q kv kv", "qkv bias", "qkv"),
     *_norm("self_attention.q_layernorm.{}", "self_attn.q_norm", "head", "no latent,qk norm"),
     *_norm("self_attention.k_layernorm.{}", "self_attn.k_norm", "head", "no latent,qk norm"),
-    _row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "h,values"),
-    _row("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "h", "o bias"),
-    _row(
-        "self_attention.linear_q_proj.weight",
-        "self_attn.q_proj.weight",
-        "q,h",
-        "latent,no latent q",
-    ),
-    _row(
-        "self_attention.linear_q_down_proj.weight",
-        "self_attn.q_a_proj.weight",
-        "q_rank,h",
-        "latent,latent q",
+    *_under(
+        "self_attention.linear_",
+        "self_attn.",
+        ("proj.weight", "o_proj.weight", "h,values"),
+        ("proj.bias", "o_proj.bias", "h", "o bias"),
+        ("q_proj.weight", "q_proj.weight", "q,h", "latent,no latent q"),
+        ("q_down_proj.weight", "q_a_proj.weight", "q_rank,h", "latent,latent q"),
     ),
     *_norm(
         "self_attention.linear_q_up_proj.layer_norm_{}",
@@ -144,17 +143,11 @@ ATTENTION = [
         "q_rank",
         "latent,latent q,qk norm",
     ),
-    _row(
-        "self_attention.linear_q_up_proj.weight",
-        "self_attn.q_b_proj.weight",
-        "q,q_rank",
-        "latent,latent q",
-    ),
-    _row(
-        "self_attention.linear_kv_down_proj.weight",
-        "self_attn.kv_a_proj_with_mqa.weight",
-        "kv_down,h",
-        "latent",
+    *_under(
+        "self_attention.linear_",
+        "self_attn.",
+        ("q_up_proj.weight", "q_b_proj.weight", "q,q_rank", "latent,latent q"),
+        ("kv_down_proj.weight", "kv_a_proj_with_mqa.weight", "kv_down,h", "latent"),
     ),
     *_norm(
         "self_attention.linear_kv_up_proj.layer_norm_{}",
@@ -180,70 +173,32 @@ DENSE = [
 MOE = [
     *_norm("pre_mlp_layernorm.{}", "post_attention_layernorm"),
     *_norm("shortcut_layernorm.{}", "mlp.shortcut_layernorm", needs="own norm"),
-    _row("mlp.router.weight", "mlp.gate.weight", "choices,gate_input", keeps_dtype=True),
-    _row(
-        "mlp.router.inner_weight",
-        "mlp.gate.inner_weight",
-        "gate_input,h",
-        "two gate layers",
+    *_under(
+        "mlp.router.",
+        "mlp.gate.",
+        ("weight", "weight", "choices,gate_input"),
+        ("inner_weight", "inner_weight", "gate_input,h", "two gate layers"),
+        ("residual_weight", "residual_weight", "choices,choices", "gating residual,no first MoE"),
+        ("bias", "bias", "choices", "router bias"),
+        ("expert_bias", "e_score_correction_bias", "choices", "expert bias"),
+        ("partners", "partners", "choices,others", "partners"),
         keeps_dtype=True,
     ),
-    _row(
-        "mlp.router.residual_weight",
-        "mlp.gate.residual_weight",
-        "choices,choices",
-        "gating residual,no first MoE",
-        keeps_dtype=True,
-    ),
-    _row(
-        "mlp.router.bias",
-        "mlp.gate.bias",
-        "choices",
-        "router bias",
-        keeps_dtype=True,
-    ),
-    _row(
-        "mlp.router.expert_bias",
-        "mlp.gate.e_score_correction_bias",
-        "choices",
-        "expert bias",
-        keeps_dtype=True,
-    ),
-    _row(
-        "mlp.router.partners",
-        "mlp.gate.partners",
-        "choices,others",
-        "partners",
-        keeps_dtype=True,
-    ),
-    _row(
-        "mlp.current_router.weight",
-        "mlp.current_gate.weight",
-        "choices,h",
-        "separate gates",
-        keeps_dtype=True,
-    ),
-    _row(
-        "mlp.current_router.expert_bias",
-        "mlp.current_gate.e_score_correction_bias",
-        "choices",
-        "separate gates,expert bias",
+    *_under(
+        "mlp.current_router.",
+        "mlp.current_gate.",
+        ("weight", "weight", "choices,h", "separate gates"),
+        ("expert_bias", "e_score_correction_bias", "choices", "separate gates,expert bias"),
         keeps_dtype=True,
     ),
     *_mlp("mlp.shared_experts.", "mlp.shared_expert.", "shared_ffn", "shared"),
     _row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1,h", "shared,cg1"),
     _row("mlp.combine_gate.weight", "mlp.combine_gate.weight", "2,h", "cg2"),
-    _row(
-        "mlp.at_home.constant.mix_weight",
-        "mlp.zero_computation.constant.mix_weight",
-        "constants,2,h",
-        "constants",
-    ),
-    _row(
-        "mlp.at_home.constant.vector",
-        "mlp.zero_computation.constant.vector",
-        "constants,h",
-        "constants",
+    *_under(
+        "mlp.at_home.constant.",
+        "mlp.zero_computation.constant.",
+        ("mix_weight", "mix_weight", "constants,2,h", "constants"),
+        ("vector", "vector", "constants,h", "constants"),
     ),
     *_norm("post_layernorm.{}", "mlp.post_layernorm", needs="post norm"),
 ]
