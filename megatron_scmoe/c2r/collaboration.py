@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scmoe.c2r.layer_file import SCHEMA, checked_layers, whole
 from megatron_scmoe.words import read_json, write_whole
 
-SCHEMA = 1
 NOBODY = -1
 """In the place of an expert that a set does not have."""
 
@@ -169,29 +169,20 @@ def _safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, dict[str, Any
 
 
 def _checked(head: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> Collaboration:
-    if head.get("schema") != SCHEMA:
-        raise ValueError(f"it has schema {head.get('schema')}, this version reads {SCHEMA}")
-    experts, topk = (_whole(head.get(name), name) for name in ("experts", "topk"))
+    found = checked_layers(head, layers)
+    experts, topk = whole(head, "experts"), whole(head, "topk")
     if not 1 <= topk <= experts:
         raise ValueError(f"topk is {topk} and experts is {experts}")
-    if not layers:
-        raise ValueError("it has no layers")
-    provenance = head.get("provenance", {})
-    if not isinstance(provenance, dict):
-        raise ValueError("its provenance is no object")
-    found = {}
-    for key, layer in layers.items():
-        if not key.isdecimal() or len(key) > 6 or int(key) < 1:
-            raise ValueError(f"{key!r:.20} is no number of a layer")
+    for number, layer in found.items():
         try:
-            found[int(key)] = _layer(layer, experts, topk)
+            found[number] = _layer(layer, experts, topk)
         except ValueError as error:
-            raise ValueError(f"layer {key}: {error}") from error
-    return Collaboration(experts, topk, dict(sorted(found.items())), provenance)
+            raise ValueError(f"layer {number}: {error}") from error
+    return Collaboration(experts, topk, found, head.get("provenance", {}))
 
 
 def _layer(layer: Mapping[str, Any], experts: int, topk: int) -> LayerCounts:
-    tokens = _whole(layer.get("tokens"), "tokens")
+    tokens = whole(layer, "tokens")
     chosen = counts_of(layer.get("chosen"), "chosen", (experts,))
     together = counts_of(layer.get("together"), "together", (experts, experts))
     if (together != together.T).any() or together.diagonal().any():
@@ -207,14 +198,6 @@ def _layer(layer: Mapping[str, Any], experts: int, topk: int) -> LayerCounts:
     return LayerCounts(tokens, chosen, together, sets, set_tokens)
 
 
-def _whole(value: Any, name: str) -> int:
-    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iu":
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} is no whole number")
-    return value
-
-
 def counts_of(value: Any, name: str, shape: tuple[int, ...], least: int = 0) -> np.ndarray:
     """An array of whole numbers.
 
@@ -226,8 +209,8 @@ def counts_of(value: Any, name: str, shape: tuple[int, ...], least: int = 0) -> 
         if array.size == 0 == np.prod(shape):
             return np.zeros(shape, np.int64)
         if array.dtype.kind in "iu" and array.shape == shape:
-            whole = array.astype(np.int64)
-            if (whole >= least).all():
-                return whole
+            counts = array.astype(np.int64)
+            if (counts >= least).all():
+                return counts
     sizes = " x ".join(map(str, shape))
     raise ValueError(f"{name} is not {sizes} whole numbers from {least}")

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.c2r.collaboration import Collaboration, counts_of
-from megatron_scmoe.words import numbers, read_json, write_whole
-
-SCHEMA = 1
+from megatron_scmoe.c2r.layer_file import SCHEMA, checked_layers, other_layers, whole
+from megatron_scmoe.words import read_json, write_whole
 
 
 @dataclass
@@ -35,12 +34,7 @@ class Lists:
         None if they are."""
         if experts != self.experts:
             return f"it has lists of {self.experts} experts, and --num-experts is {experts}"
-        wanted = set(layers)
-        if missing := wanted - self.layers.keys():
-            return f"it has no lists for layer {numbers([*missing])}"
-        if more := self.layers.keys() - wanted:
-            return f"it has lists for layer {numbers([*more])}, which has no MoE in this model"
-        return None
+        return other_layers(self.layers, layers)
 
 
 def lists_of(counts: Collaboration) -> Lists:
@@ -78,26 +72,16 @@ def read(path: Path) -> Lists:
     """
     try:
         content = read_json(path)
-        if content.get("schema") != SCHEMA or not isinstance(content.get("lists"), dict):
-            raise ValueError(f"it has no lists of schema {SCHEMA}")
-        experts = content.get("experts")
-        if not isinstance(experts, int) or isinstance(experts, bool) or experts < 1:
-            raise ValueError("experts is no number of experts")
-        provenance = content.get("provenance", {})
-        if not isinstance(provenance, dict):
-            raise ValueError("its provenance is no object")
-        layers = {}
-        for key, value in content["lists"].items():
-            if not key.isdecimal() or len(key) > 6 or int(key) < 1:
-                raise ValueError(f"{key!r:.20} is no number of a layer")
-            layers[int(key)] = partners_of(value, experts, f"layer {key}")
-        if not layers:
-            raise ValueError("it has no layers")
+        experts = whole(content, "experts", least=1)
+        layers = {
+            number: partners_of(value, experts, f"layer {number}")
+            for number, value in checked_layers(content, content.get("lists")).items()
+        }
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} holds no lists of partners ({error}): write it anew with c2r.py lists"
         ) from error
-    return Lists(experts, dict(sorted(layers.items())), provenance)
+    return Lists(experts, layers, content.get("provenance", {}))
 
 
 def partners_of(value: Any, experts: int, name: str) -> np.ndarray:

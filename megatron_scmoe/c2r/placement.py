@@ -21,9 +21,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from megatron_scmoe.c2r.collaboration import Collaboration
+from megatron_scmoe.c2r.layer_file import SCHEMA, checked_layers, other_layers, whole
 from megatron_scmoe.words import numbers, read_json, write_whole
-
-SCHEMA = 1
 
 Ranks = tuple[tuple[int, ...], ...]
 """The experts of every rank, as many on each."""
@@ -66,12 +65,7 @@ class Placement:
             return f"it has {self.experts} experts, and --num-experts is {experts}"
         if ranks != self.ranks:
             return f"it has {self.ranks} ranks, and --expert-model-parallel-size is {ranks}"
-        wanted = set(layers)
-        if missing := wanted - self.layers.keys():
-            return f"it lacks layer {numbers([*missing])}"
-        if more := self.layers.keys() - wanted:
-            return f"it has layer {numbers([*more])}, which has no MoE in this model"
-        return None
+        return other_layers(self.layers, layers)
 
 
 def rank_of(ranks: Ranks) -> np.ndarray:
@@ -159,37 +153,21 @@ def _refuse(path: Path | str, why: str) -> NoReturn:
 
 
 def _placement(content: dict[str, Any]) -> Placement:
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"it has schema {content.get('schema')}, this version reads {SCHEMA}")
-    experts, ranks, ranks_per_node = (
-        _size(content, name) for name in ("experts", "ranks", "ranks_per_node")
-    )
+    layers = checked_layers(content, content.get("layers"))
+    sizes = (whole(content, name, least=1) for name in ("experts", "ranks", "ranks_per_node"))
+    experts, ranks, ranks_per_node = sizes
     if experts % ranks or ranks % ranks_per_node:
         raise ValueError(
             f"{experts} experts, {ranks} ranks and {ranks_per_node} ranks a node do not divide"
         )
-    layers, provenance = content.get("layers"), content.get("provenance", {})
-    if not isinstance(layers, dict) or not isinstance(provenance, dict):
-        raise ValueError("its layers, or its provenance, are no object")
-    if not layers:
-        raise ValueError("it has no layers")
-    for name, lists in layers.items():
-        if not name.isdecimal() or len(name) > 6 or int(name) < 1:
-            raise ValueError(f"'{name[:20]}' is no number of a layer")
+    for number, lists in layers.items():
         if not _deals_out(lists, experts, ranks):
             raise ValueError(
-                f"layer {name} is not {ranks} lists of {experts // ranks} experts, each of the "
+                f"layer {number} is not {ranks} lists of {experts // ranks} experts, each of the "
                 f"{experts} once"
             )
-    placed = {int(name): tuple(tuple(rank) for rank in lists) for name, lists in layers.items()}
-    return Placement(experts, ranks, ranks_per_node, placed, provenance)
-
-
-def _size(content: dict[str, Any], name: str) -> int:
-    size = content.get(name)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"{name} is no number above 0")
-    return size
+    placed = {number: tuple(tuple(rank) for rank in lists) for number, lists in layers.items()}
+    return Placement(experts, ranks, ranks_per_node, placed, content.get("provenance", {}))
 
 
 def _deals_out(lists: Any, experts: int, ranks: int) -> bool:

@@ -215,11 +215,11 @@ def test_a_file_holds_a_placement(tmp_path: Path) -> None:
     [
         ({"schema": 2}, "it has schema 2, this version reads 1"),
         ({"ranks": 3}, "8 experts, 3 ranks and 2 ranks a node do not divide"),
-        ({"experts": True}, "experts is no number above 0"),
+        ({"experts": True}, "experts is no whole number from 1"),
         ({"layers": {"two": []}}, "'two' is no number of a layer"),
         ({"layers": {"2": [[0, 5], [1, 2], [3, 7], [4, 4]]}}, "layer 2 is not 4 lists of 2"),
         ({"layers": {"2": [[0, 5, 1], [2], [3, 7], [4, 6]]}}, "layer 2 is not 4 lists of 2"),
-        ({"layers": []}, "its layers, or its provenance, are no object"),
+        ({"layers": []}, "it has no layers"),
         ({"layers": {}}, "it has no layers"),
     ],
 )
