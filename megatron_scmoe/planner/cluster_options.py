@@ -16,17 +16,32 @@ from megatron_scmoe.words import flag
 
 COMPUTE = ("cluster_tflops", "cluster_flops_efficiency")
 NETWORK = ("cluster_intra_node_gbytes", "cluster_bandwidth_efficiency")
+PART = Range(0, 1, open_least=True)
+# By the end of their names: kind, name of the value, which values there are, what it is.
+OPTIONS: dict[str, tuple[type, str, Range, str]] = {
+    "nodes": (int, "N", Range(1), "Machines of the job."),
+    "gpus_per_node": (int, "N", Range(1), "GPUs of one of them."),
+    "tflops": (float, "TFLOPS", POSITIVE, "Peak of one GPU."),
+    "intra_node_gbytes": (float, "GB/S", POSITIVE, "NVLink or PCIe."),
+    "network_gbytes": (float, "GB/S", POSITIVE, "Between nodes."),
+    "memory_gib": (float, "GIB", POSITIVE, "Memory of one GPU."),
+    "flops_efficiency": (float, "SHARE", PART, "Share of the peak that operators reach."),
+    "bandwidth_efficiency": (
+        float,
+        "SHARE",
+        PART,
+        "Share of the bandwidths that an all-to-all reaches.",
+    ),
+    "message_us": (
+        float,
+        "US",
+        NOT_NEGATIVE,
+        "Microseconds that an all-to-all needs for each peer, whatever the size.",
+    ),
+}
 OF_CLUSTER = {
     **RANGES,
-    "cluster_nodes": Range(1),
-    "cluster_gpus_per_node": Range(1),
-    "cluster_tflops": POSITIVE,
-    "cluster_intra_node_gbytes": POSITIVE,
-    "cluster_network_gbytes": POSITIVE,
-    "cluster_memory_gib": POSITIVE,
-    "cluster_flops_efficiency": Range(0, 1, open_least=True),
-    "cluster_bandwidth_efficiency": Range(0, 1, open_least=True),
-    "cluster_message_us": NOT_NEGATIVE,
+    **{f"cluster_{name}": bounds for name, (_, _, bounds, _) in OPTIONS.items()},
 }
 
 
@@ -34,39 +49,9 @@ def add_cluster_args(parser: argparse.ArgumentParser) -> list[_ArgumentGroup]:
     """Add the planner's own options; returns their groups."""
     cluster = parser.add_argument_group("cluster", "Bandwidths: GB/s, one direction, for each GPU.")
     cluster.add_argument("--cluster-preset", choices=sorted(PRESETS), help="Peak numbers of a GPU.")
-    cluster.add_argument("--cluster-nodes", type=int, metavar="N", help="Machines of the job.")
-    cluster.add_argument(
-        "--cluster-gpus-per-node", type=int, metavar="N", help="GPUs of one of them."
-    )
-    cluster.add_argument("--cluster-tflops", type=float, metavar="TFLOPS", help="Peak of one GPU.")
-    cluster.add_argument(
-        "--cluster-intra-node-gbytes", type=float, metavar="GB/S", help="NVLink or PCIe."
-    )
-    cluster.add_argument(
-        "--cluster-network-gbytes", type=float, metavar="GB/S", help="Between nodes."
-    )
-    cluster.add_argument(
-        "--cluster-memory-gib", type=float, metavar="GIB", help="Memory of one GPU."
-    )
-    cluster.add_argument(
-        "--cluster-flops-efficiency",
-        type=float,
-        metavar="SHARE",
-        help="Share of the peak that operators reach.",
-    )
-    cluster.add_argument(
-        "--cluster-bandwidth-efficiency",
-        type=float,
-        metavar="SHARE",
-        help="Share of the bandwidths that an all-to-all reaches.",
-    )
-    cluster.add_argument(
-        "--cluster-message-us",
-        type=float,
-        metavar="US",
-        default=0.0,
-        help="Microseconds that an all-to-all needs for each peer, whatever the size.",
-    )
+    for name, (kind, metavar, _, text) in OPTIONS.items():
+        cluster.add_argument(flag(f"cluster_{name}"), type=kind, metavar=metavar, help=text)
+    parser.set_defaults(cluster_message_us=0.0)
     planner = parser.add_argument_group("planner")
     planner.add_argument("--measured", type=Path, metavar="FILE", help="Measured operator times.")
     planner.add_argument(
