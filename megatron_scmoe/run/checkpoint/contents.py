@@ -4,14 +4,13 @@ Reads files, never loads tensors.
 """
 
 import io
-import os
 import pickle
 import zipfile
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_scmoe.run.checkpoint.unpickle import UntrustedError, read_metadata
-from megatron_scmoe.words import read_json
+from megatron_scmoe.words import read_json, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DISTRIBUTED = "metadata.json"  # the host writes it last, into every distributed checkpoint
@@ -153,6 +152,4 @@ def whole(folder: Path, iteration: int) -> bool:
 
 def write_tracker(folder: Path, iteration: int) -> None:
     """Name the iteration that the next run loads, whole or not at all."""
-    partial = folder / f"{TRACKER}.partial"
-    partial.write_text(str(iteration))
-    os.replace(partial, folder / TRACKER)
+    write_whole(folder / TRACKER, str(iteration))

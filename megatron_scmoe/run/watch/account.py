@@ -9,10 +9,11 @@ import json
 import re
 import sysconfig
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import CodeType, TracebackType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -76,23 +77,15 @@ class Report:
 Line = tuple[CodeType, int]  # what a frame executes, and the line number
 
 
-def lines_of_thread(frame: Any) -> list[Line]:
+def lines_of_thread(frame: FrameType | None) -> list[Line]:
     """A running thread's stack, innermost first."""
-    lines = []
-    while frame is not None:
-        lines.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
-    return lines
+    return [(each.f_code, number) for each, number in traceback.walk_stack(frame)]
 
 
 def lines_of_error(error: BaseException) -> list[Line]:
     """Where an error was raised, innermost first."""
-    lines = []
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        lines.append((trace.tb_frame.f_code, trace.tb_lineno))
-        trace = trace.tb_next
-    return lines[::-1]
+    frames = traceback.walk_tb(error.__traceback__)
+    return [(each.f_code, number) for each, number in frames][::-1]
 
 
 def make_report(lines: list[Line], seconds: float, failed: bool = False) -> Report:
