@@ -133,7 +133,7 @@ MUTATIONS = (
         "megatron_scmoe/model/dispatch/flex.py",
         "manager.token_indices = chosen.masked_fill(~is_routed, -1)",
         "manager.token_indices = chosen",
-        f"{DISTRIBUTED}flex_dispatcher.py",
+        f"{DISTRIBUTED}variants_apart.py",
     ),
     # Experts that lie on other ranks.
     Mutation(
@@ -156,8 +156,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megatron_scmoe/c2r/place.py",
-        "kept += alone.T @ member",
-        "kept += member.T @ alone",
+        "needed += member.T @ ((per_group == 0) * counts[:, None])",
+        "needed += member.T @ ((per_group <= 1) * counts[:, None])",
         f"{UNIT}place.py -k search",
     ),
     Mutation(

@@ -73,6 +73,16 @@ VARIANTS = {
 EVERY_SLOT = ("skewed, top-2", "full recompute", "selective recompute")
 # With one of these; the others at every slot, in flight and in both orders are slow.
 HARDEST = "full recompute"
+# Where it lies makes no difference to what is sent: at Pos-2; at the others they are slow.
+AT_POS2 = (
+    "balanced",
+    "skewed",
+    "an empty expert, top-2",
+    "all to one",
+    "padded to capacity",
+    "post norm, add",
+    "allgather",
+)
 FOUR_RANKS = (*EVERY_SLOT, "balanced", "an empty expert, top-2", "all to one", "capacity")
 
 # One model: position, slot, variant.
@@ -84,13 +94,22 @@ KEYS: dict[str, list[Key]] = {
         (position, slot, name)
         for position, slot in SLOTS
         for name in VARIANTS
-        if slot == POSITIONS[position].default_slot or name == HARDEST
+        if name == HARDEST
+        or (
+            slot == POSITIONS[position].default_slot and (position == "pos2" or name not in AT_POS2)
+        )
     ],
     "2 ranks, every slot": [
         (position, slot, name)
         for position, slot in SLOTS
         for name in EVERY_SLOT
         if slot != POSITIONS[position].default_slot and name != HARDEST
+    ]
+    + [
+        (position, slot, name)
+        for position, slot in DEFAULT_SLOTS
+        for name in AT_POS2
+        if position != "pos2"
     ],
     "4 ranks": [(position, slot, name) for position, slot in DEFAULT_SLOTS for name in FOUR_RANKS],
 }
