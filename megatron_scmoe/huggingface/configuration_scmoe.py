@@ -104,11 +104,6 @@ class ScMoEConfig(PreTrainedConfig):
     model_type = "scmoe"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
-    base_model_pp_plan: ClassVar[dict] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -17,6 +17,7 @@ Shapes: b batch, s sequence, h hidden, T = b*s tokens, E routed experts, Z zero-
         K top-k, n query heads, g key-value heads, d head size, F intermediate size
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -509,6 +510,27 @@ class ScMoEStackedExperts(nn.Module):
 
     def _bias(self, projection: str, expert: int) -> Tensor | None:
         return getattr(self, f"{projection}_proj_bias")[expert] if self.has_bias else None
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *others: Any
+    ) -> None:
+        """Take experts by their names on disk, too, as many as there are: when the Trainer resumes
+        it gives the content of a file to `load_state_dict`, which converts nothing."""
+        on_disk = re.compile(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+        for name, match in [(name, on_disk.fullmatch(name)) for name in state_dict]:
+            if match is None:
+                continue
+            expert, projection, kind = match.groups()
+            own = "down_proj" if projection == "down" else "gate_up_proj"
+            own += "_bias" if kind == "bias" else ""
+            weight = getattr(self, own)
+            rows = weight[int(expert)]
+            if projection != "down" and self.has_gate:
+                rows = rows.chunk(2)[projection == "up"]
+            rows.copy_(state_dict.pop(name))
+            state_dict[prefix + own] = weight
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class ScMoEExperts(ScMoEStackedExperts):
