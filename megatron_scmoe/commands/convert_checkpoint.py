@@ -15,7 +15,9 @@ behind. docs/huggingface.md has the names of all tensors.
 
 import argparse
 import importlib.util
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     to.add_argument(
         "--max-shard-gb",
-        type=float,
+        type=above_0(float),
         metavar="GB",
         default=SHARD_BYTES / 1e9,
         help="Largest file. Default: 5.",
@@ -88,7 +90,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--text", type=Path, metavar="FILE", help="For logits and perplexity; a paragraph without."
     )
     same.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="Processes of Megatron's model."
+        "--ranks", type=above_0(int), default=1, metavar="N", help="Processes of Megatron's model."
     )
     for verb in (back, more):
         verb.add_argument(
@@ -107,7 +109,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         ("--granularity", 1, "How many times smaller than the MLP an expert is."),
     ):
         more.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} Default: {default}."
+            option,
+            type=above_0(int),
+            default=default,
+            metavar="N",
+            help=f"{text} Default: {default}.",
         )
     for verb in (to, back, more):
         verb.add_argument(
@@ -121,6 +127,18 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if others and args.verb != "verify":
         raise ValueError(f"{args.verb} has no option {others[0]}")
     return args, others
+
+
+def above_0(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """An argparse type."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return convert
 
 
 def run_export(args: argparse.Namespace) -> int:

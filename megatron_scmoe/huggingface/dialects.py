@@ -31,6 +31,11 @@ class Where:
     """Of what is drawn."""
 
 
+def is_computed(name: str, config: Config) -> bool:
+    """The angles of rotary embeddings, which older files hold and every model computes."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 @dataclass(frozen=True)
 class Dialect:
     config: Callable[[Config], Config]
@@ -40,7 +45,7 @@ class Dialect:
     """
     where: Callable[[str, Config, set[str]], Where]
     """A name of ours, our config, and the names in their files."""
-    is_ignored: Callable[[str, Config], bool] = lambda name, config: False
+    is_ignored: Callable[[str, Config], bool] = is_computed
     """Whether a name in their files is left out on purpose."""
 
 

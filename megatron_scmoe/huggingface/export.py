@@ -66,23 +66,31 @@ class Counts:
         return {name: f"{value:08x}" for name, value in found.items()}
 
 
-def open_checkpoint(load: Path, step: int | None = None) -> SourceCheckpoint:
+def open_checkpoint(
+    load: Path, step: int | None = None, tokenizer_folder: Path | None = None
+) -> SourceCheckpoint:
     """Find an iteration, read its record, and see that it is whole.
+
+    Args:
+        load: the folder of all iterations.
+        step: the iteration; None for the one that the tracker names.
+        tokenizer_folder: in place of the record's.
 
     Raises:
         ValueError: one line that says what is wrong with which file.
     """
     if not load.is_dir():
-        raise ValueError(f"--load {load} is no folder")
+        raise ValueError(f"{load} is no folder")
+    if (load / contents.DISTRIBUTED).exists():
+        raise ValueError(f"{load} is one iteration: use the folder that it lies in, {load.parent}")
+    found = ", ".join(map(str, contents.saved_iterations(load))) or "none"
     iteration = step if step is not None else contents.tracked_iteration(load)
-    if iteration is None:
-        raise ValueError(f"--load {load} has no {contents.TRACKER}: say which with --ckpt-step")
     if not isinstance(iteration, int):
-        raise ValueError(f"--load {load} is a {iteration}: say which iteration with --ckpt-step")
+        tracked = f"has no {contents.TRACKER}" if iteration is None else f"is a {iteration}"
+        raise ValueError(f"{load} {tracked}: say which with --ckpt-step (there: {found})")
     checkpoint = contents.iteration_folder(load, iteration)
     if not checkpoint.is_dir():
-        found = ", ".join(map(str, contents.saved_iterations(load))) or "none"
-        raise ValueError(f"--load {load} has no iteration {iteration} (there: {found})")
+        raise ValueError(f"{load} has no iteration {iteration} (there: {found})")
     if not (checkpoint / contents.DISTRIBUTED).exists() and any(checkpoint.glob("mp_rank_0*")):
         raise ValueError(
             f"{checkpoint} is in Megatron's older format: load it and save it with --ckpt-format "
@@ -100,7 +108,7 @@ def open_checkpoint(load: Path, step: int | None = None) -> SourceCheckpoint:
         config = from_record(record)
     except KeyError as error:
         raise ValueError(f"{checkpoint}.json does not say what {error.args[0]} is") from error
-    config = tokenizer.complete(config, record)
+    config = tokenizer.complete(config, record, tokenizer_folder)
     return SourceCheckpoint(load, iteration, TorchDistReader(checkpoint), config, record)
 
 
@@ -199,7 +207,9 @@ def export(
             says, or is no model of the target; one line.
         OSError: the disk is full.
     """
-    source = open_checkpoint(load, step)
+    if tokenizer_folder is not None and not tokenizer.is_there(tokenizer_folder):
+        raise ValueError(f"--tokenizer {tokenizer_folder} has no tokenizer.json and none like it")
+    source = open_checkpoint(load, step, tokenizer_folder)
     located, left = locate(source)
     reader, config = source.reader, source.config
     config["dtype"] = _dtype_name(dtype, reader, located)

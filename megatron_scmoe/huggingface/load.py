@@ -22,7 +22,7 @@ from megatron_scmoe.huggingface.dialects import Dialect, Where
 from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
 from megatron_scmoe.huggingface.layouts import LAYOUTS
 from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
-from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader, read_file
+from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader, converted, read_file
 from megatron_scmoe.huggingface.tensor_names import Config, Tensor
 from megatron_scmoe.huggingface.torch_dist import TorchDistWriter
 from megatron_scmoe.run.checkpoint import contents
@@ -33,6 +33,7 @@ from megatron_scmoe.words import read_json, size
 FIRST_ITERATION = 1  # the host refuses a tracker that names 0
 VOCABULARY_MULTIPLE = 128  # the host's --make-vocab-size-divisible-by
 TOKENIZER = "tokenizer"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BYTES = {name: dtype.itemsize for dtype, name in STORED.items()}
 # What the host's newer checkpoints say of themselves, checkpointing.py.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -73,6 +74,12 @@ def open_directory(
         raise ValueError(f"{path} lacks {error.args[0]}") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    tokens = tokenizer.size_of(folder)
+    if tokens > config["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokens} tokens, and vocab_size of {path} is "
+            f"{config['vocab_size']}"
+        )
     return Directory(folder, SafetensorsReader(folder), dialect, config)
 
 
@@ -105,6 +112,9 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
             f"{directory.folder} lacks {len(missing)} tensors of the model of its config.json, the "
             f"first is {missing[0]}"
         )
+    if config["tie_word_embeddings"] and HEAD in present:
+        _check_tied(directory)
+        used.add(HEAD)
     unknown = sorted(
         name for name in present - used if not directory.dialect.is_ignored(name, config)
     )
@@ -114,6 +124,18 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
             f"not have, the first is {unknown[0]}"
         )
     return found
+
+
+def _check_tied(directory: Directory) -> None:
+    """Some programs write a tied output layer too."""
+    reader = directory.reader
+    if reader.entries[HEAD] != reader.entries.get(EMBEDDING) or not torch.equal(
+        reader.read(HEAD), reader.read(EMBEDDING)
+    ):
+        raise ValueError(
+            f"{directory.folder} says tie_word_embeddings true, and its {HEAD} is another tensor "
+            f"than {EMBEDDING}: set it to false"
+        )
 
 
 def _check(directory: Directory, where: Where, shape: tuple[int, ...]) -> None:
@@ -187,7 +209,7 @@ def write(
             for tensor, wheres in located:
                 values = _join(tensor, wheres, directory, padding, options)
                 if dtype and not tensor.row.keeps_dtype:
-                    values = values.to(DTYPES[dtype])
+                    values = converted(tensor.megatron, values, DTYPES[dtype])
                 writer.write(tensor.megatron, values)
                 bar.update(values.numel())
         state = {

@@ -80,7 +80,8 @@ class SafetensorsWriter:
         """The next tensor, converted to the type of its entry.
 
         Raises:
-            ValueError: another one was to come, or one of another shape.
+            ValueError: another one was to come, one of another shape, or one that the type cannot
+                hold.
         """
         entry = next(self._due, None)
         if entry is None or entry.name != name or entry.shape != tuple(values.shape):
@@ -89,7 +90,8 @@ class SafetensorsWriter:
         checksum: Future[int] | None = None
         flat = values.contiguous().view(-1)
         for block in flat.split(BLOCK_BYTES // entry.dtype.itemsize):
-            data = memoryview(block.to(entry.dtype).view(torch.uint8).numpy())
+            own = converted(name, block, entry.dtype)
+            data = memoryview(own.view(torch.uint8).numpy())
             before = 0 if checksum is None else checksum.result()
             checksum = self._beside.submit(zlib.crc32, data, before)
             file.write(data)
@@ -137,6 +139,18 @@ def _header(entries: Iterable[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text
+
+
+def converted(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another type.
+
+    Raises:
+        ValueError: some are too large for fp16, the only type whose range is narrower.
+    """
+    own = values.to(dtype)
+    if dtype == torch.float16 != values.dtype and (own.isinf() & values.isfinite()).any():
+        raise ValueError(f"{name} has numbers beyond 65504, where fp16 ends: use bf16")
+    return own
 
 
 class SafetensorsReader:

@@ -33,15 +33,37 @@ def folder_of(record: dict[str, Any]) -> Path | None:
 
 
 def complete(config: Config, record: dict[str, Any], folder: Path | None = None) -> Config:
-    """The config with the tokenizer's size, where the record has none, and its special tokens."""
+    """The config with the tokenizer's size, where the record has none, and its special tokens.
+
+    Args:
+        folder: in place of the record's.
+
+    Raises:
+        ValueError: the tokenizer is damaged, or has tokens that the model does not have.
+    """
     folder = folder or folder_of(record)
     tokens = _tokens(folder) if folder else {}
     config = {**config, **dict.fromkeys(IDS)}
     if tokens and record["tokenizer"]["vocab_size"] is None:
-        config["vocab_size"] = max(tokens.values()) + 1
+        config["vocab_size"] = _size(tokens)
+        rows = record["padded_vocab_size"]
+        if config["vocab_size"] > rows:
+            raise ValueError(
+                f"the tokenizer in {folder} has {config['vocab_size']} tokens, and the model's "
+                f"vocabulary {rows} rows"
+            )
     for field, token in _special(folder).items() if folder else ():
         config[field] = tokens.get(token)
     return config
+
+
+def size_of(folder: Path) -> int:
+    """Of the vocabulary that a folder's tokenizer.json wants; 0 without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _size(_tokens(folder))
 
 
 def encode(folder: Path, text: str) -> list[int]:
@@ -65,6 +87,11 @@ def copy(output: Path, record: dict[str, Any], folder: Path | None = None) -> li
     return []
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of any kind."""
+    return any((folder / name).is_file() for name in FILES)
+
+
 def copy_files(folder: Path, output: Path) -> None:
     for name in FILES:
         if (folder / name).is_file():
@@ -82,6 +109,10 @@ def _tokens(folder: Path) -> dict[str, int]:
         return Tokenizer.from_file(str(path)).get_vocab()
     except Exception as error:  # the library has no class for it
         raise ValueError(f"{path} is no tokenizer ({error})") from error
+
+
+def _size(tokens: dict[str, int]) -> int:
+    return max(tokens.values(), default=-1) + 1
 
 
 def _special(folder: Path) -> dict[str, str]:

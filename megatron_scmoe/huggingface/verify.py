@@ -8,7 +8,7 @@ Shapes: b samples, s tokens, v vocabulary
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -25,6 +25,8 @@ from megatron_scmoe.words import read_json, size
 LARGEST_DIFFERENCE = 1e-4
 """Of two logits in fp32."""
 SAMPLE_TOKENS = 64
+TEXT_TOKENS = 2048
+"""At most, of a file."""
 TEXT = (
     "We hold these truths to be self-evident, that all men are created equal, that they are "
     "endowed by their Creator with certain unalienable Rights, that among these are Life, Liberty "
@@ -38,6 +40,7 @@ OF_TRAINING = (
     "router_tau",
     "routed_topk",
     "balance_groups",
+    *tokenizer.IDS,
 )
 """Fields of config.json that no logit depends on."""
 PROGRAM = ("-m", "megatron_scmoe.huggingface.logits")
@@ -56,7 +59,7 @@ def compare_tensors(
     Raises:
         ValueError: one of the two is not whole; one line.
     """
-    source = export.open_checkpoint(checkpoints, step)
+    source = _opened(checkpoints, folder, step)
     directory = load.open_directory(folder)
     changed = sorted(
         name
@@ -129,7 +132,7 @@ def compare_logits(
     """Compute both models on a text.
 
     Args:
-        text: a file, of which as much is read as the model has positions; None for a paragraph.
+        text: a file, of which TEXT_TOKENS are read; None for a paragraph.
         ranks: processes of Megatron's model.
         options: of Megatron, such as the layout of these ranks.
         dtype: in which both are computed, a key of TYPES.
@@ -139,12 +142,20 @@ def compare_logits(
     """
     if find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'megatron-scmoe[hf]'")
-    source = export.open_checkpoint(checkpoints, step)
+    source = _opened(checkpoints, folder, step)
     tokens = sample(folder, source.config, text)
     kind, more = TYPES[dtype]
     there = _logits_there(folder, tokens, kind)
     here = _logits_here(source, tokens, ranks, [*(options or []), *more])[..., : there.shape[-1]]
     return _compare(here, there, tokens, _is_rounded(source, folder), dtype)
+
+
+def _opened(checkpoints: Path, folder: Path, step: int | None) -> export.SourceCheckpoint:
+    """A checkpoint, with the directory's tokenizer where the record's is not on this machine."""
+    source = export.open_checkpoint(checkpoints, step)
+    if tokenizer.folder_of(source.record) is not None:
+        return source
+    return replace(source, config=tokenizer.complete(source.config, source.record, folder))
 
 
 def why_not(checkpoints: Path, step: int | None = None) -> str | None:
@@ -169,25 +180,30 @@ def free_memory() -> int:
 
 
 def sample(folder: Path, config: Config, text: Path | None) -> Tensor:
-    """Tokens, [1, s]: of a text where there is a tokenizer, else all of them in turn.
+    """Tokens, [b, s]: of a text where there is a tokenizer, else all of them in turn.
 
     Raises:
         ValueError: there is no tokenizer to read the text with, or it is empty.
     """
-    longest = min(config["max_position_embeddings"], SAMPLE_TOKENS if text is None else 2048)
-    if (folder / "tokenizer.json").exists():
-        content = TEXT if text is None else text.read_text(encoding="utf-8")
-        tokens = tokenizer.encode(folder, content)[:longest]
-        if len(tokens) < 2:
-            raise ValueError(f"{text} has no text")
+    most = SAMPLE_TOKENS if text is None else TEXT_TOKENS
+    longest = min(config["max_position_embeddings"], most)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    if text is None:
+        tokens = tokenizer.encode(folder, TEXT)[:longest] if has_tokenizer else []
+        if len(tokens) < 2:  # a tokenizer may know none of its words
+            return (torch.arange(longest)[None] * 7919 + 1) % config["vocab_size"]
         return torch.tensor([tokens])
-    if text is not None:
+    if not has_tokenizer:
         raise ValueError(f"{folder} has no tokenizer.json to read {text} with")
-    return (torch.arange(longest)[None] * 7919 + 1) % config["vocab_size"]
+    tokens = tokenizer.encode(folder, text.read_text(encoding="utf-8"))[:most]
+    if len(tokens) < 2:
+        raise ValueError(f"{text} has no text")
+    samples = max(1, len(tokens) // longest)
+    return torch.tensor(tokens[: samples * longest]).view(samples, -1)
 
 
 def _logits_there(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the directory's model, [1, s, v]."""
+    """Of the directory's model, [b, s, v]."""
     import transformers
 
     from megatron_scmoe.huggingface.modeling_scmoe import ScMoEForCausalLM
@@ -203,7 +219,7 @@ def _logits_there(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits_here(
     source: export.SourceCheckpoint, tokens: Tensor, ranks: int, options: list[str]
 ) -> Tensor:
-    """Of Megatron's model, [1, s, v]."""
+    """Of Megatron's model, [b, s, v]."""
     from safetensors.torch import load_file, save_file
 
     with TemporaryDirectory() as scratch:
@@ -236,7 +252,7 @@ def _is_rounded(source: export.SourceCheckpoint, folder: Path) -> bool:
 
 def _compare(here: Tensor, there: Tensor, tokens: Tensor, rounded: bool, dtype: str) -> Agreement:
     own, other = (
-        torch.nn.functional.cross_entropy(logits[0, :-1].double(), tokens[0, 1:]).exp().item()
+        torch.nn.functional.cross_entropy(logits[:, :-1].double().mT, tokens[:, 1:]).exp().item()
         for logits in (here, there)
     )
     return Agreement(
