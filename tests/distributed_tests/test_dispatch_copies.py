@@ -23,9 +23,10 @@ from tests.distributed_tests.test_overlap_parity import (
     differences,
     inputs,
 )
-from tests.distributed_utils import asked_for, run_distributed
+from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block, run_block
 from tests.routing_cases import planned_logits
+from tests.selected import asked_for
 
 WORLD_SIZE, EXPERTS, HIDDEN = 4, 8, 16
 RANKS_PER_NODE = 2

@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 from torch import distributed as dist
 
-from tests.distributed_utils import asked_for, run_distributed
+from tests.distributed_utils import run_distributed
 from tests.models import SEQUENCE, Case, build_block, parameters_by_expert, run_block
 from tests.reference import (
     Parameters,
@@ -25,6 +25,7 @@ from tests.reference import (
     reference_block,
     unit_shapes,
 )
+from tests.selected import asked_for
 
 WORLD_SIZE = 4
 BATCH = 4  # sequences over all ranks

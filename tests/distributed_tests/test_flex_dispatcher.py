@@ -33,8 +33,9 @@ from tests.distributed_tests.test_overlap_order import (
     record,
 )
 from tests.distributed_tests.test_overlap_parity import differences, train
-from tests.distributed_utils import asked_for, run_distributed
+from tests.distributed_utils import run_distributed
 from tests.models import BATCH, SEQUENCE, Case, build_block
+from tests.selected import asked_for
 
 # The kernels take router weights, and so their gradients, in float32 only.
 TOLERANCE = 2e-6

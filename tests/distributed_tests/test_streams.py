@@ -9,8 +9,9 @@ from megatron_scmoe.overlap.schedule import POSITIONS
 from tests import deep_ep
 from tests.distributed_tests.test_flex_dispatcher import flex
 from tests.distributed_tests.test_overlap_parity import train
-from tests.distributed_utils import asked_for, run_distributed
+from tests.distributed_utils import run_distributed
 from tests.models import Case, build_block
+from tests.selected import asked_for
 from tests.stream_model import StreamModel
 
 WORLD_SIZE = 2

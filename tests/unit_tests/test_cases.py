@@ -1,5 +1,7 @@
 """The runner of test_cases/ sees what its lanes are for; every case is sound on every platform."""
 
+import ast
+import multiprocessing.forkserver
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_scmoe.planner.plan_arguments import parse_command_line
 from tests.functional_tests import cases
 from tests.functional_tests.cases import CaseError, GoldenCase, attempt, judge, junit
-from tests.functional_tests.launch import Run
+from tests.functional_tests.launch import REPOSITORY, Run
 
 SCMOE, RESUME, RESHARD = map(GoldenCase, ("pos2_alltoall", "resume", "reshard"))
 
@@ -130,3 +132,29 @@ def test_the_planner_takes_every_case_on_a_node_of_eight(
         monkeypatch.setattr(sys, "argv", ["plan_overlap.py", *options, *cluster])
         args, _, _ = parse_command_line()
         assert args.world_size == 8
+
+
+def imported(file: Path) -> list[str]:
+    """Modules that a file names in its imports; of `from tests import x` also tests.x."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_an_image_without_pytest_runs_the_cases() -> None:
+    """With all that the server of forked ranks imports."""
+    preloaded = multiprocessing.forkserver._forkserver._preload_modules  # type: ignore[attr-defined]
+    modules, seen = [cases.__name__, *preloaded], set[str]()
+    while modules:
+        module = modules.pop()
+        file = REPOSITORY / f"{module.replace('.', '/')}.py"
+        if module in seen or not module.startswith("tests.") or not file.exists():
+            continue
+        seen.add(module)
+        modules += (names := imported(file))
+        assert not {"pytest", "hypothesis"} & {name.split(".")[0] for name in names}, file
+    assert {"tests.limits", "tests.forkserver", "tests.models"} <= seen
