@@ -22,7 +22,7 @@ from megatron_scmoe.overlap.measure.adaptive import (
     FirstIterations,
     Phase,
     SlowDown,
-    choose_slots,
+    choose_routes,
     describe_choice,
     slow_down,
     unit_times,
@@ -87,7 +87,7 @@ def test_directions_choose_for_themselves() -> None:
     dense = (1.0,) * 5
     forward = UnitTimes(dense, experts=1.0, dispatch=1.0, combine=4.0)
     backward = UnitTimes(dense, experts=1.0, dispatch=4.0, combine=1.0)
-    assert choose_slots(forward, backward) == Slots(1, 4)
+    assert choose_routes("pos2", (), forward, backward) == (Slots(1, 4), ())
     text = describe_choice("pos2", Slots(1, 4), Slots(2, 2), forward, backward).splitlines()
     assert text[0].startswith("expert slot 1 forward (ms: dense_mlp 1000.00, ")
     assert "predicted 6000.00 with 0.00 exposed; slot 2, so far: 7000.00, 1000.00" in text[0]

@@ -34,7 +34,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.model.experts.grouped import GroupedExperts
-from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_slots
+from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_routes
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, default_slots, window
 from megatron_scmoe.words import markdown_table
@@ -164,7 +164,8 @@ class Bench:
                 self.inputs.train(block)
                 times = first.observe([unit.recorder.take()])
         unit.recorder.records_steps = False
-        return choose_slots(*times), times
+        slots, _ = choose_routes(contender.position, (), *times)
+        return slots, times
 
     def measure(self, result: BlockTimes, block: Any, link: Link, repetition: int) -> None:
         """Add a turn to the result; `repetition` counts from 0."""

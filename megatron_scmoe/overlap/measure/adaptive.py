@@ -22,7 +22,6 @@ import torch
 from megatron_scmoe.overlap.measure.cost import (
     RoutedTimes,
     UnitTimes,
-    best_slot,
     best_slots,
     slot_seconds,
     walk,
@@ -167,11 +166,6 @@ class FirstIterations:
         operators = len(window(self._position))
         forward, backward = means[: self._parts], means[self._parts :]
         return _from_list(forward, operators), _from_list(backward, operators)
-
-
-def choose_slots(forward: UnitTimes, backward: UnitTimes) -> Slots:
-    """The best slot of each direction, for units with one route."""
-    return Slots(best_slot(forward), best_slot(backward))
 
 
 def choose_routes(

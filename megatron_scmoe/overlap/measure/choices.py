@@ -48,10 +48,11 @@ class Choices:
     """Counts of one layer since the last `take`, on its device: nothing waits for them."""
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None
-        self._sums: Tensor | None = None
-        self._entropy: Tensor | None = None
-        self._visits: Tensor | None = None
+        self._found: dict[str, Tensor] = {}
+
+    def _add(self, name: str, found: Tensor) -> None:
+        before = self._found.get(name)
+        self._found[name] = found if before is None else before + found
 
     def add(self, routing_map: Tensor, at_home: Tensor | None, slots: int) -> None:
         """Count one pass of one gate.
@@ -74,9 +75,8 @@ class Choices:
                     per_token.square().sum(),
                 ]
             )
-            counts = chosen.sum(dim=0)
-            self._counts = counts if self._counts is None else self._counts + counts
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._add("counts", chosen.sum(dim=0))
+            self._add("sums", sums)
 
     def visited(self, routing_map: Tensor, nodes: Sequence[int]) -> None:
         """Count where the tokens of one pass of one gate are sent.
@@ -93,8 +93,8 @@ class Choices:
                 ranks[:, [rank for rank, other in enumerate(nodes) if other == node]].any(dim=1)
                 for node in dict.fromkeys(nodes)
             ]
-            found = torch.stack([ranks.sum(), torch.stack(of_nodes).sum()]).double()
-            self._visits = found if self._visits is None else self._visits + found
+            found = torch.stack([ranks.sum(), torch.stack(of_nodes).sum()])
+            self._add("visits", found.double())
 
     def watching(self, routing: Callable[..., Any]) -> Callable[..., Any]:
         """A router's `routing`, of which the entropy of the scores is taken.
@@ -109,7 +109,7 @@ class Choices:
                     scores = logits.flatten(0, -2).float().log_softmax(dim=-1)
                     each = -(scores.exp() * scores).sum(dim=-1).double()
                     found = torch.stack([each.sum(), torch.full_like(each[0], len(each))])
-                    self._entropy = found if self._entropy is None else self._entropy + found
+                    self._add("entropy", found)
             return routing(logits, *others, **named)
 
         return watched
@@ -120,18 +120,15 @@ class Choices:
         Args:
             bias: what selects experts, [E + H].
         """
-        counts, sums = self._counts, self._sums
-        entropy, visits = self._entropy, self._visits
-        self._counts = self._sums = self._entropy = self._visits = None
-        if counts is None or sums is None:
+        found, self._found = self._found, {}
+        if "sums" not in found:
             return None
-        if entropy is None:
-            entropy = sums.new_zeros(2)
-        if visits is None:
-            visits = sums.new_zeros(2)
+        sums = found["sums"]
+        nothing = sums.new_zeros(2)
+        entropy, visits = found.get("entropy", nothing), found.get("visits", nothing)
         range_of_bias = sums.new_zeros(()) if bias is None else (bias.max() - bias.min()).double()
         own = torch.stack([range_of_bias, torch.ones_like(range_of_bias)])
-        return torch.cat([counts.double(), sums, entropy, visits, own])
+        return torch.cat([found["counts"].double(), sums, entropy, visits, own])
 
 
 def statistics(row: Sequence[float], kinds: Mapping[str, int], biased: bool) -> dict[str, float]:
