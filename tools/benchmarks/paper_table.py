@@ -101,45 +101,21 @@ def rows_by_flops() -> list[Claim]:
     xl, xl_2 = (pair_by_flops(GPT3_XL, 0.15, topk) for topk in (1, 2))
     xl_top_2 = stock_seconds(xl, wider=True, shared_expert=False)
     xl_top_3 = stock_seconds(xl_2, wider=True, shared_expert=False)
+    figure_8, table_2 = "Fig. 8, 8xA30, 60 %", "Table 2, 8xA800, 15 %"
+    table_4 = "Table 4, 8xA800, share not stated, 15 %"
+    over_shared = predict_best(pcie, "pos2").over_shared
+    stated = sequential / (sequential - hidden)
+    shared_over_top_2 = over_top_2.over_wider / over_top_2.over_shared
+    scmoe_2 = xl_top_2 / predict_best(xl_2, "pos2").seconds
     return [
-        Claim(
-            "Fig. 8, 8xA30, 60 %",
-            "Pos-2 over shared expert",
-            predict_best(pcie, "pos2").over_shared,
-            (1.27,),
-        ),
-        Claim(
-            "Fig. 8, 8xA30, 60 %",
-            "the same with 70 % hidden, as stated",
-            sequential / (sequential - hidden),
-            (1.27,),
-        ),
+        Claim(figure_8, "Pos-2 over shared expert", over_shared, (1.27,)),
+        Claim(figure_8, "the same with 70 % hidden, as stated", stated, (1.27,)),
         Claim("Fig. 8, 16xA800, 50 %", "Pos-2 over shared expert", two_nodes.over_shared, (1.24,)),
-        Claim(
-            "Table 2, 8xA800, 15 %",
-            "shared expert over top-2",
-            over_top_2.over_wider / over_top_2.over_shared,
-            (1.04, 1.06),
-        ),
-        Claim("Table 2, 8xA800, 15 %", "Pos-2 over top-2", over_top_2.over_wider, (1.12, 1.17)),
-        Claim(
-            "Table 4, 8xA800, share not stated, 15 %",
-            "ScMoE over top-2",
-            predict_best(xl, "pos2").over_wider,
-            (1.12, 1.18),
-        ),
-        Claim(
-            "Table 4, 8xA800, share not stated, 15 %",
-            "top-3 over top-2",
-            xl_top_2 / xl_top_3,
-            (0.94, 0.92),
-        ),
-        Claim(
-            "Table 4, 8xA800, share not stated, 15 %",
-            "ScMoE-2 over top-2",
-            xl_top_2 / predict_best(xl_2, "pos2").seconds,
-            (1.05, 1.08),
-        ),
+        Claim(table_2, "shared expert over top-2", shared_over_top_2, (1.04, 1.06)),
+        Claim(table_2, "Pos-2 over top-2", over_top_2.over_wider, (1.12, 1.17)),
+        Claim(table_4, "ScMoE over top-2", predict_best(xl, "pos2").over_wider, (1.12, 1.18)),
+        Claim(table_4, "top-3 over top-2", xl_top_2 / xl_top_3, (0.94, 0.92)),
+        Claim(table_4, "ScMoE-2 over top-2", scmoe_2, (1.05, 1.08)),
     ]
 
 
