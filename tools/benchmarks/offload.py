@@ -51,22 +51,14 @@ from megatron_scmoe.words import markdown_table, percent, size
 from tools.benchmarks.provenance import as_markdown, describe
 from tools.benchmarks.real_text import REPOSITORY
 
-
-class Arm(NamedTuple):
-    """One way to hold the experts."""
-
-    name: str
-    early: bool
-    keeps: bool
-
-
 RESIDENT = "resident"
-ARMS = (
-    Arm("on demand", early=False, keeps=False),
-    Arm("LRU", early=False, keeps=True),
-    Arm("early", early=True, keeps=False),
-    Arm("both", early=True, keeps=True),
-)
+# Whether experts are fetched early, and kept.
+ARMS = {
+    "on demand": (False, False),
+    "LRU": (False, True),
+    "early": (True, False),
+    "both": (True, True),
+}
 
 
 class ArmTurn(NamedTuple):
@@ -211,12 +203,12 @@ def main() -> int:
         generate(resident, prompts, Sampling(greedy=True), limits, batch, lambda *_: None)
         for _ in range(args.repetitions):
             turns[RESIDENT, plan.experts].append(take_turn(resident, prompts, args, plan, limits))
-            for share, arm in itertools.product(args.shares, ARMS):
+            for share, (arm, (early, keeps)) in itertools.product(args.shares, ARMS.items()):
                 slots = max(args.moe_router_topk, int(share * plan.experts))
                 for layer in layers_of(offloaded):
-                    layer.early = arm.early
-                    layer.cache = ExpertCache(slots, layer._fetch, arm.keeps)
-                turns[arm.name, slots].append(take_turn(offloaded, prompts, args, plan, limits))
+                    layer.early = early
+                    layer.cache = ExpertCache(slots, layer._fetch, keeps)
+                turns[arm, slots].append(take_turn(offloaded, prompts, args, plan, limits))
         expected = turns[RESIDENT, plan.experts][0].tokens
         same = all(turn.tokens == expected for each in turns.values() for turn in each)
         print(
