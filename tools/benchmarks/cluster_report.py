@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ def write_report(
     goals: list[Goal],
 ) -> tuple[Path, Path]:
     """Write overlap_cluster.md and .json; returns their paths."""
+    sections = {"Links": link_table(unlimited, links)}
+    for share, time in links.items():
+        own = [row for row in rows if row.share == share]
+        sections[link_name(share, time)] = row_table(own)
+    if goals:
+        sections["Goals"] = goal_table(goals)
     content = {
         "environment": environment,
         "settings": settings,
@@ -36,7 +42,7 @@ def write_report(
         "goals": [asdict(goal) for goal in goals],
         "turns": [asdict(turn) for turn in turns],
     }
-    markdown = as_tables(environment, settings, unlimited, links, rows, goals)
+    markdown = page("Two hosts, slow link", environment, settings, sections)
     return write_pair(folder, "overlap_cluster", markdown, content)
 
 
@@ -59,24 +65,23 @@ def write_pair(
     return folder / f"{name}.md", folder / f"{name}.json"
 
 
-def as_tables(
+def page(
+    title: str,
     environment: dict[str, Any],
-    settings: dict[str, Any],
-    unlimited: LayerTime,
-    links: dict[float, LayerTime],
-    rows: list[TurnsRow],
-    goals: list[Goal],
+    settings: Mapping[str, Any],
+    sections: Mapping[str, list[str]],
 ) -> str:
-    """The whole report."""
-    lines = ["# Two hosts, slow link", "", as_markdown(environment), ""]
+    """A report in Markdown: what a result must say about itself, then lines by heading."""
+    lines = [f"# {title}", "", as_markdown(environment), ""]
     lines += [", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
-    lines += ["## Links", "", *link_table(unlimited, links), ""]
-    for share, time in links.items():
-        lines += [f"## {link_name(share, time)}", ""]
-        lines += [*row_table([row for row in rows if row.share == share]), ""]
-    if goals:
-        lines += ["## Goals", "", *goal_table(goals), ""]
+    for heading, section in sections.items():
+        lines += [f"## {heading}", "", *section, ""]
     return "\n".join(lines)
+
+
+def table_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a table whose rows have the same columns, by name."""
+    return markdown_table(list(rows[0]), (list(row.values()) for row in rows))
 
 
 def link_name(share: float, time: LayerTime) -> str:
@@ -89,22 +94,20 @@ def rate_name(time: LayerTime) -> str:
 
 
 def link_table(unlimited: LayerTime, links: dict[float, LayerTime]) -> list[str]:
-    body = [
-        (
-            wanted,
-            rate_name(time),
-            f"{time.share:.1%}",
-            f"{time.inference_share:.1%}",
-            f"{time.exchange * 1e3:.0f}",
-            f"{time.other * 1e3:.0f}",
-        )
-        for wanted, time in (
-            ("-", unlimited),
-            *((f"{share:.0%}", time) for share, time in links.items()),
-        )
-    ]
-    head = ("wanted", "link", "training", "inference", "all-to-all ms", "rest of the layer ms")
-    return markdown_table(head, body)
+    all_links = {"-": unlimited} | {f"{share:.0%}": time for share, time in links.items()}
+    return table_of(
+        [
+            {
+                "wanted": wanted,
+                "link": rate_name(time),
+                "training": f"{time.share:.1%}",
+                "inference": f"{time.inference_share:.1%}",
+                "all-to-all ms": f"{time.exchange * 1e3:.0f}",
+                "rest of the layer ms": f"{time.other * 1e3:.0f}",
+            }
+            for wanted, time in all_links.items()
+        ]
+    )
 
 
 def row_table(rows: list[TurnsRow]) -> list[str]:
@@ -112,38 +115,25 @@ def row_table(rows: list[TurnsRow]) -> list[str]:
 
     Ratios are the median over repetitions, with their quartiles.
     """
-    body = [
-        (
-            row.contender,
-            row.slots or "-",
-            f"{row.train * 1e3:.0f} +- {row.spread:.1%}",
-            f"{_times(row.speed)} {row.baseline}",
-            f"{1 - 1 / row.speed.median:.1%}",
-            _times(row.layers_speed),
-            "-" if row.hidden is None else f"{row.hidden:.1%}",
-            _over(row.unlimited),
-            _over(row.layers_unlimited),
-            f"{row.inference * 1e3:.0f}",
-            _times(row.inference_speed),
-            _over(row.inference_unlimited),
-        )
-        for row in rows
-    ]
-    head = (
-        "contender",
-        "slots",
-        "step ms",
-        "speed",
-        "time saved",
-        "speed, forward + backward",
-        "hidden",
-        "step / unlimited",
-        "forward + backward / unlimited",
-        "inference ms",
-        "inference speed",
-        "inference / unlimited",
+    return table_of(
+        [
+            {
+                "contender": row.contender,
+                "slots": row.slots or "-",
+                "step ms": f"{row.train * 1e3:.0f} +- {row.spread:.1%}",
+                "speed": f"{_times(row.speed)} {row.baseline}",
+                "time saved": f"{1 - 1 / row.speed.median:.1%}",
+                "speed, forward + backward": _times(row.layers_speed),
+                "hidden": "-" if row.hidden is None else f"{row.hidden:.1%}",
+                "step / unlimited": _over(row.unlimited),
+                "forward + backward / unlimited": _over(row.layers_unlimited),
+                "inference ms": f"{row.inference * 1e3:.0f}",
+                "inference speed": _times(row.inference_speed),
+                "inference / unlimited": _over(row.inference_unlimited),
+            }
+            for row in rows
+        ]
     )
-    return markdown_table(head, body)
 
 
 def goal_table(goals: list[Goal]) -> list[str]:

@@ -47,7 +47,8 @@ from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.experts.offload import experts
 from megatron_scmoe.model.experts.offload.cache import Account, ExpertCache
 from megatron_scmoe.overlap import streams
-from megatron_scmoe.words import markdown_table, percent, size
+from megatron_scmoe.words import percent, size
+from tools.benchmarks.cluster_report import table_of
 from tools.benchmarks.provenance import as_markdown, describe
 from tools.benchmarks.real_text import REPOSITORY
 
@@ -214,32 +215,23 @@ def main() -> int:
         print(
             f"\nBatch {batch}, prompts of {length} tokens; the same text from every arm: {same}.\n"
         )
-        header = (
-            "experts on the device, a layer",
-            "arm",
-            "first token, ms",
-            "tokens/s",
-            "fetched a token",
-            "there",
-            "waited, ms a token",
-            "hidden",
-            "hidden, prompt",
-        )
         rows = [
-            (
-                f"{slots} of {plan.experts}",
-                name,
-                f"{median(each, 'first_token') * 1e3:.0f}",
-                f"{median(each, 'tokens_per_second'):.1f}",
-                size(median(each, "bytes_per_token")),
-                percent(median(each, "hits")),
-                f"{median(each, 'exposed') * 1e3 / (args.max_new_tokens - 1):.1f}",
-                percent(median(each, "hidden")),
-                percent(median(each, "prompt_hidden")),
-            )
+            {
+                "experts on the device, a layer": f"{slots} of {plan.experts}",
+                "arm": name,
+                "first token, ms": f"{median(each, 'first_token') * 1e3:.0f}",
+                "tokens/s": f"{median(each, 'tokens_per_second'):.1f}",
+                "fetched a token": size(median(each, "bytes_per_token")),
+                "there": percent(median(each, "hits")),
+                "waited, ms a token": (
+                    f"{median(each, 'exposed') * 1e3 / (args.max_new_tokens - 1):.1f}"
+                ),
+                "hidden": percent(median(each, "hidden")),
+                "hidden, prompt": percent(median(each, "prompt_hidden")),
+            }
             for (name, slots), each in turns.items()
         ]
-        print("\n".join(markdown_table(header, rows)), flush=True)
+        print("\n".join(table_of(rows)), flush=True)
     torch.distributed.destroy_process_group()
     return 0
 

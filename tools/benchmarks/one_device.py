@@ -38,7 +38,7 @@ from megatron_scmoe.overlap.measure.adaptive import FirstIterations, choose_rout
 from megatron_scmoe.overlap.measure.cost import UnitTimes
 from megatron_scmoe.overlap.schedule import Slots, default_slots, window
 from megatron_scmoe.words import markdown_table
-from tools.benchmarks.cluster_report import write_pair
+from tools.benchmarks.cluster_report import page, write_pair
 from tools.benchmarks.contenders import Contender, contenders
 from tools.benchmarks.emulated_link import Link, emulated_link
 from tools.benchmarks.paper_shapes import (
@@ -53,7 +53,7 @@ from tools.benchmarks.paper_shapes import (
     unit_of,
 )
 from tools.benchmarks.process_groups import one_rank, seed
-from tools.benchmarks.provenance import as_markdown, describe
+from tools.benchmarks.provenance import describe
 
 
 @dataclass
@@ -263,24 +263,23 @@ def measure_experts(bench: Bench, topk: int) -> dict[str, dict[str, float]]:
 # Reporting. ---------------------------------------------------------------------------------------
 
 
-def as_tables(
-    head: list[str],
+def sections(
     links: dict[float, Link],
     results: list[BlockTimes],
     experts: dict[str, dict[str, float]],
     bitwise: dict[str, bool],
-) -> str:
-    """The report: stock layers, and the chosen and best slots of each position, on every link."""
-    lines = [*head, "## Overlap on and off", ""]
-    lines += [
-        f"{name}: {'bitwise equal' if same else '**DIFFER**'}" for name, same in bitwise.items()
-    ]
-    lines += ["", "## Experts, forward + backward ms", ""]
+) -> dict[str, list[str]]:
+    """Stock layers, and the chosen and best slots of each position, on every link."""
+    found = {
+        "Overlap on and off": [
+            f"{name}: {'bitwise equal' if same else '**DIFFER**'}" for name, same in bitwise.items()
+        ]
+    }
     names = list(next(iter(experts.values())))
     rows = [
         (dtype, *(f"{times[name] * 1e3:.2f}" for name in names)) for dtype, times in experts.items()
     ]
-    lines += markdown_table(("precision", *names), rows)
+    found["Experts, forward + backward ms"] = markdown_table(("precision", *names), rows)
     unlimited = {(r.contender, r.slots): r for r in results if r.share == 0}
     columns = (
         *("contender", "slots", "forward + backward ms", "speed", "exposed ms", "hidden"),
@@ -291,8 +290,8 @@ def as_tables(
         limit = link.bytes_per_s
         name = "without a limit" if limit is None else f"{limit / 1e9:.3f} GB/s, share {share:.0%}"
         table = [_row(note, result, mine[0], unlimited) for note, result in _shown(mine)]
-        lines += ["", f"## Link {name}", "", *markdown_table(columns, table)]
-    return "\n".join([*lines, ""])
+        found[f"Link {name}"] = markdown_table(columns, table)
+    return found
 
 
 def _shown(mine: list[BlockTimes]) -> Iterator[tuple[str, BlockTimes]]:
@@ -360,9 +359,9 @@ def run(args: argparse.Namespace) -> None:
     print("overlap on = off:", bitwise, flush=True)
     experts = measure_experts(bench, topk=1)
     results = bench.run(links, args.repetitions)
-    head = [f"# One device: {args.shape} on {device}", "", as_markdown(environment), ""]
-    head += [", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
-    markdown = as_tables(head, links, results, experts, bitwise)
+    title = f"One device: {args.shape} on {device}"
+    tables = sections(links, results, experts, bitwise)
+    markdown = page(title, environment, settings, tables)
     content = {
         "environment": environment,
         "settings": settings,
