@@ -17,6 +17,12 @@ from typing import Any, Protocol
 from megatron_scmoe.overlap.schedule import POSITIONS, window
 from tools.benchmarks.real_text import VOCABULARY
 
+# Layers of Megatron's own, without kernels of Transformer Engine and apex, which need a build.
+LOCAL = shlex.split(
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
+    "--no-rope-fusion --no-persist-layer-norm"
+)
+
 
 def _size(default: int, what: str) -> Any:
     return field(default=default, metadata={"help": what})

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from megatron_scmoe.overlap.collectives import PerTensor
+from tools.benchmarks.contenders import LOCAL
 from tools.gpu_proof.results import Results
-from tools.gpu_proof.runs import LOCAL, MODEL, ProofJob, ProofRun
+from tools.gpu_proof.runs import MODEL, ProofJob, ProofRun
 
 ITERATIONS = 12
 SAVED = 6

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from tools.benchmarks.contenders import LOCAL
 from tools.benchmarks.real_text import REPOSITORY
 from tools.gpu_proof.results import Results
 from tools.gpu_proof.runs import (
     ENVIRONMENT,
-    LOCAL,
     MODEL,
     ProofJob,
     ProofRun,

@@ -43,11 +43,6 @@ MODEL = shlex.split(
     "--moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-grouped-gemm "
     "--scmoe-shortcut-position pos2"
 )
-# Layers of Megatron's own, without the kernels of Transformer Engine and apex.
-LOCAL = shlex.split(
-    "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
-    "--no-rope-fusion --no-persist-layer-norm"
-)
 
 
 @dataclass(frozen=True)

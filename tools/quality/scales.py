@@ -4,11 +4,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-# Without kernels of Transformer Engine and apex, which need a build.
-LOCAL = shlex.split(
-    "--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
-    "--no-rope-fusion --no-persist-layer-norm"
-)
+from tools.benchmarks.contenders import LOCAL
 
 
 @dataclass(frozen=True)
