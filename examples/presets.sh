@@ -30,47 +30,9 @@ shift
 RUN_DIR=${RUN_DIR:-runs/$PRESET}
 TEXT_DIR=${TEXT_DIR:-runs/text}
 
-MODEL_ARGS=(
-    --num-layers 4
-    --hidden-size 128
-    --ffn-hidden-size 256
-    --num-attention-heads 4
-    --seq-length 128
-    --max-position-embeddings 128
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --hidden-dropout 0
-    --attention-dropout 0
-    --num-experts 8
-    --moe-ffn-hidden-size 256
-    --moe-token-dispatcher-type alltoall
-    --expert-model-parallel-size "$RANKS"
-)
-TRAINING_ARGS=(
-    --micro-batch-size 8
-    --global-batch-size 16
-    --lr 2e-3
-    --min-lr 2e-4
-    --lr-decay-style cosine
-    --lr-warmup-iters 30
-    --train-iters 200
-    --weight-decay 0.1
-    --adam-beta2 0.95
-    --seed 1234
-    --use-distributed-optimizer
-)
-DATA_ARGS=(
-    --tokenizer-type HuggingFaceTokenizer
-    --tokenizer-model "$TEXT_DIR/tokenizer"
-    --train-data-path "$TEXT_DIR/train_text_document"
-    --valid-data-path "$TEXT_DIR/valid_text_document"
-    --test-data-path "$TEXT_DIR/valid_text_document"
-    --data-cache-path "$TEXT_DIR/cache"
-    --num-workers 0
-)
+. examples/small.sh
+OWN+=(--num-experts 8 --moe-ffn-hidden-size 256)
+SCHEDULE=(--min-lr 2e-4 --lr-decay-style cosine --train-iters 200)
 LOGGING_ARGS=(
     --log-interval 10
     --eval-interval 100
@@ -83,4 +45,4 @@ LOGGING_ARGS=(
 examples/text.sh "$TEXT_DIR"
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt_scmoe.py \
     --scmoe-preset "$PRESET" "${OWN[@]}" "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" \
-    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
+    "${SCHEDULE[@]}" "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"

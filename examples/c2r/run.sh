@@ -18,52 +18,18 @@ BEFORE=${BEFORE:-300}
 AFTER=${AFTER:-150}
 RANKS=${RANKS:-2}
 TABLE_RANKS=${TABLE_RANKS:-4 8} # what the table counts copies for
-SEED=${SEED:-1234}
 
-MODEL_ARGS=(
+. examples/small.sh
+MODEL_ARGS+=(
     --scmoe-shortcut-position pos2
-    --num-layers 4
     --moe-layer-freq '([0,1]*2)' # dense, MoE, dense, MoE
-    --hidden-size 128
-    --ffn-hidden-size 256
-    --num-attention-heads 4
-    --seq-length 128
-    --max-position-embeddings 128
-    --position-embedding-type rope
-    --normalization RMSNorm
-    --swiglu
-    --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --hidden-dropout 0
-    --attention-dropout 0
     --num-experts "$EXPERTS"
     --moe-ffn-hidden-size 128
     --moe-router-topk "$TOPK"
     --moe-router-load-balancing-type aux_loss
     --moe-aux-loss-coeff 0.01
-    --moe-token-dispatcher-type alltoall
-    --expert-model-parallel-size "$RANKS"
 )
-TRAINING_ARGS=(
-    --micro-batch-size 8
-    --global-batch-size 16
-    --lr 2e-3
-    --lr-decay-style constant
-    --lr-warmup-iters 30
-    --weight-decay 0.1
-    --adam-beta2 0.95
-    --seed "$SEED"
-    --use-distributed-optimizer
-)
-DATA_ARGS=(
-    --tokenizer-type HuggingFaceTokenizer
-    --tokenizer-model "$TEXT_DIR/tokenizer"
-    --train-data-path "$TEXT_DIR/train_text_document"
-    --valid-data-path "$TEXT_DIR/valid_text_document"
-    --test-data-path "$TEXT_DIR/valid_text_document"
-    --data-cache-path "$TEXT_DIR/cache"
-    --num-workers 0
-)
+TRAINING_ARGS+=(--lr-decay-style constant)
 LOGGING_ARGS=(--log-interval 10 --eval-interval 100000 --eval-iters 20)
 
 train() { # name, iterations, further options
