@@ -4,8 +4,9 @@ Intervals are (begin, end) in seconds.
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,30 +75,18 @@ def busiest_stream(kernels: Iterable[Kernel]) -> int:
     return Counter(kernel.stream for kernel in kernels).most_common(1)[0][0]
 
 
-def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time without overlaps, in order."""
-    result: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if result and begin <= result[-1][1]:
-            result[-1] = result[-1][0], max(result[-1][1], end)
-        else:
-            result.append((begin, end))
-    return result
-
-
 def total_s(intervals: Iterable[Interval]) -> float:
     """Seconds in which at least one of them runs."""
-    return sum(end - begin for begin, end in merged(intervals))
+    seconds, until = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return seconds
 
 
-def beside_s(these: Iterable[Interval], those: Iterable[Interval]) -> float:
+def beside_s(these: Sequence[Interval], those: Sequence[Interval]) -> float:
     """Seconds in which one of these and one of those run at once."""
-    others = merged(those)
-    return sum(
-        max(0.0, min(end, other_end) - max(begin, other_begin))
-        for begin, end in merged(these)
-        for other_begin, other_end in others
-    )
+    return total_s(these) + total_s(those) - total_s([*these, *those])
 
 
 def holes(kernels: Iterable[Kernel]) -> list[Hole]:
