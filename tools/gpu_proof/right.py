@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from tools.benchmarks.paper_shapes import Inputs, Shape, build, unit_of
 from tools.benchmarks.process_groups import one_rank, seed
 from tools.gpu_proof.layers import LayerPair, errors, largest, precision
 from tools.gpu_proof.results import Results
+from tools.gpu_proof.timing import PartStep, do_steps
 
 # ||found - expected|| / ||expected||. bf16 has 8 bits, and products follow each other.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -177,42 +178,42 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_a
 
 def run(results: Results, device: torch.device, seconds: float) -> None:
     """See the head of this file."""
-    began = time.perf_counter()
+    deadline = time.monotonic() + seconds
+    on_gpu = device.type == "cuda"
 
-    def enough_time(name: str, needed: float) -> bool:
-        left = seconds - (time.perf_counter() - began)
-        if left < needed:
-            results.skipped(name, f"{left:.0f} s are left, it may take {needed:.0f} s")
-        return left >= needed
+    def late(what: str, made_late: Callable[[], AbstractContextManager[None]]) -> None:
+        with made_late():
+            check_bits(results, device, f"late {what}")
 
-    with tempfile.TemporaryDirectory() as folder:
+    def units() -> None:
+        lines = _errors_of(child, deadline - time.monotonic())
+        if child.returncode != 0:
+            raise RuntimeError(f"the CPU's reference: {lines[-1]}")
+        expected = torch.load(reference, weights_only=True)
+        for dtype in TOLERANCE:
+            check_units(results, device, expected, dtype)
+
+    def sanitizer() -> None:
+        check_sanitizer(results, deadline - time.monotonic())
+
+    steps = [
+        PartStep("branch", partial(check_branch, results, device), 0),
+        PartStep("bit for bit", partial(late, "exchanges", _late_exchanges), 0),
+        PartStep("bit for bit", partial(late, "compute", _late_compute), 0),
+        PartStep("units", units, 0),
+        PartStep("pressure", partial(check_pressure, results, device), 20 if on_gpu else 0),
+        PartStep(
+            "memory reserved beyond what is allocated",
+            partial(measure_reserved, results),
+            10,
+            None if on_gpu else "CUDA's allocator",
+        ),
+        PartStep("sanitizer", sanitizer, 30, None if on_gpu else "CUDA"),
+    ]
+    with tempfile.TemporaryDirectory() as folder, one_rank(), _everything_travels():
         reference = Path(folder) / "reference.pt"
         child = _start(["reference", str(reference), device.type], hide_device=True)
-        with one_rank(), _everything_travels():
-            with results.guarded("branch"):
-                check_branch(results, device)
-            with results.guarded("bit for bit"), _late_exchanges():
-                check_bits(results, device, "late exchanges")
-            with results.guarded("bit for bit"), _late_compute():
-                check_bits(results, device, "late compute")
-            with results.guarded("units"):
-                lines = _errors_of(child, seconds - (time.perf_counter() - began))
-                if child.returncode != 0:
-                    raise RuntimeError(f"the CPU's reference: {lines[-1]}")
-                expected = torch.load(reference, weights_only=True)
-                for dtype in TOLERANCE:
-                    check_units(results, device, expected, dtype)
-            if enough_time("pressure", 20 if device.type == "cuda" else 0):
-                with results.guarded("pressure"):
-                    check_pressure(results, device)
-            if enough_time("memory reserved beyond what is allocated", 10):
-                with results.guarded("memory reserved beyond what is allocated"):
-                    measure_reserved(results, device)
-    if device.type == "cpu":
-        results.skipped("sanitizer", "needs CUDA")
-    elif enough_time("sanitizer", 30):
-        with results.guarded("sanitizer"):
-            check_sanitizer(results, seconds - (time.perf_counter() - began))
+        do_steps(results, steps, deadline)
 
 
 # The branch alone. --------------------------------------------------------------------------------
@@ -677,13 +678,9 @@ def _train_in_little_memory(
     raise RuntimeError(f"{PRESSURE[-1]} times the peak of a step, {peak} bytes, do not suffice")
 
 
-def measure_reserved(results: Results, device: torch.device) -> None:
+def measure_reserved(results: Results) -> None:
     """What the allocator holds back: rows that were received, and that the host has freed, come
     back when the device has passed them. Eight pairs, whose backward never waits for the device."""
-    name = "memory reserved beyond what is allocated"
-    if device.type == "cpu":
-        results.skipped(name, "needs CUDA's allocator")
-        return
     size = Size(Shape(1024, 4096, 16, 16, 8, False, True), length=2048)
     reserved = {}
     for travels in (False, True):
@@ -702,7 +699,7 @@ def measure_reserved(results: Results, device: torch.device) -> None:
         reserved[travels] = peaks[0] - peaks[1]
     allocated = peaks[1]
     results.measured(
-        name,
+        "memory reserved beyond what is allocated",
         "8 pairs forward and backward, with exchanges and without",
         with_exchanges_bytes=reserved[True],
         without_bytes=reserved[False],
