@@ -45,6 +45,7 @@ RANKS = 2
 """Of a host."""
 SIZES = Sizes(ffn_hidden_size=256, num_experts=16, micro_batch_size=4)
 COUNTED = ("a2a (MB)", "a2a between nodes (MB)", "copies per token")
+SENT = ("rows of a token", "MB to the other host", "MB")
 WARMUP, WARMUP_PLAIN = 9, 2
 """Eight steps measure, and choose the expert slot, where there is a shortcut."""
 KINDS = ("plain", "shortcut")
@@ -248,27 +249,22 @@ def times_table(found: list[Timed]) -> str:
         return f"{one.median:.2f}x ({one.low:.2f} to {one.high:.2f})"
 
     rows = [
-        [
-            one.row.contender,
-            f"{one.row.train * 1e3:.0f}",
-            ratio(one.row.speed),
-            ratio(one.row.inference_speed),
-            f"{one.row.unlimited.median:.2f}x",
-            ratio(one.fast),
-            "-" if one.row.hidden is None else f"{one.row.hidden:.0%}",
-            *(f"{one.sent[name]:.4g}" if name in one.sent else "-" for name in COUNTED[::-1]),
-        ]
+        {
+            "contender": one.row.contender,
+            "step (ms)": f"{one.row.train * 1e3:.0f}",
+            "over stock": ratio(one.row.speed),
+            "inference over stock": ratio(one.row.inference_speed),
+            "of its own without limit": f"{one.row.unlimited.median:.2f}x",
+            "over stock, no limit": ratio(one.fast),
+            "hidden": "-" if one.row.hidden is None else f"{one.row.hidden:.0%}",
+            **{
+                heading: f"{one.sent[name]:.4g}" if name in one.sent else "-"
+                for heading, name in zip(SENT, COUNTED[::-1], strict=True)
+            },
+        }
         for one in found
     ]
-    header = [
-        "contender",
-        "step (ms)",
-        "over stock",
-        "inference over stock",
-        "of its own without limit",
-    ]
-    header += ["over stock, no limit", "hidden", "rows of a token", "MB to the other host", "MB"]
-    return table(header, rows)
+    return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

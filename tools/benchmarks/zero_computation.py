@@ -143,16 +143,9 @@ def measure(args: argparse.Namespace) -> list[MeteredLayer]:
 def report(found: list[MeteredLayer]) -> tuple[str, list[dict[str, Any]]]:
     """The table, and its numbers."""
     base = found[0]
-    median = {
-        arm.name: (statistics.median(arm.forward), statistics.median(arm.both)) for arm in found
-    }
     rows, numbers = [], []
     for arm in found:
-        gains = [
-            before / now - 1
-            for before, now in zip(median[base.name], median[arm.name], strict=True)
-        ]
-        share = arm.bytes / base.bytes if base.bytes else float("nan")
+        forward, both = statistics.median(arm.forward), statistics.median(arm.both)
         paper = PAPER_GAIN.get(arm.tau) if arm.tau is not None else None
         numbers.append(
             {
@@ -160,8 +153,8 @@ def report(found: list[MeteredLayer]) -> tuple[str, list[dict[str, Any]]]:
                 "tau": arm.tau,
                 "routed_per_token": arm.routed,
                 "bytes": arm.bytes,
-                "forward_seconds": median[arm.name][0],
-                "both_seconds": median[arm.name][1],
+                "forward_seconds": forward,
+                "both_seconds": both,
             }
         )
         rows.append(
@@ -169,11 +162,11 @@ def report(found: list[MeteredLayer]) -> tuple[str, list[dict[str, Any]]]:
                 arm.name,
                 f"{arm.routed:.3f}",
                 f"{arm.routed / TOPK:.3f}",
-                f"{share:.3f}",
-                f"{median[arm.name][0] * 1e3:.1f}",
-                f"{gains[0]:+.1%}",
-                f"{median[arm.name][1] * 1e3:.1f}",
-                f"{gains[1]:+.1%}",
+                f"{arm.bytes / base.bytes if base.bytes else float('nan'):.3f}",
+                f"{forward * 1e3:.1f}",
+                f"{statistics.median(base.forward) / forward - 1:+.1%}",
+                f"{both * 1e3:.1f}",
+                f"{statistics.median(base.both) / both - 1:+.1%}",
                 "" if paper is None else f"{paper:+.1%}",
             ]
         )
