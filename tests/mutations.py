@@ -262,13 +262,13 @@ MUTATIONS = (
         "megatron_scmoe/inference/generation.py",
         "chosen = sampler.choose(step.logits[:, : limits.vocabulary], step.rows, draws)",
         "chosen = sampler.choose(step.logits, step.rows, draws)",
-        f"{DISTRIBUTED}inference.py -k document",
+        f"{DISTRIBUTED}inference.py -k 'single and pos2'",
     ),
     Mutation(
         "megatron_scmoe/inference/generation.py",
         "numbers = order[first : first + batch_size * replicas][rank::replicas]",
         "numbers = order[first : first + batch_size * replicas]",
-        f"{DISTRIBUTED}inference.py -k single",
+        f"{DISTRIBUTED}inference.py -k replicas",
     ),
     Mutation(
         "megatron_scmoe/inference/generation.py",

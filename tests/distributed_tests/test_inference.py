@@ -167,6 +167,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
 NEW = 6
+TOKENS = 24  # the others pad the vocabulary, and are never chosen
 
 
 def quiet(_number: int, _token: int) -> None:
@@ -177,7 +178,7 @@ def uncached(model: GPTModel, prompt: list[int]) -> Continuation:
     """The likeliest tokens, from a full forward pass for each of them."""
     found = Continuation()
     while len(found.tokens) < NEW:
-        (logits,) = forward(model, torch.tensor([prompt + found.tokens]), 0)[:, -1]
+        (logits,) = forward(model, torch.tensor([prompt + found.tokens]), 0)[:, -1, :TOKENS]
         log_probs = logits.float().log_softmax(-1)
         found.tokens.append(int(log_probs.argmax()))
         found.log_probs.append(float(log_probs.max()))
@@ -188,7 +189,7 @@ def uncached(model: GPTModel, prompt: list[int]) -> Continuation:
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_equals_uncached_and_batched_equals_single(name: str) -> None:
     model = build_model(*MODELS[name])
-    limits = Limits(NEW, VOCABULARY, end=None)
+    limits = Limits(NEW, TOKENS, end=None)
     batched, speed = generate(model, PROMPTS, Sampling(greedy=True), limits, 2, quiet)
     for prompt, found in zip(PROMPTS, batched, strict=True):
         alone, _ = generate(model, [prompt], Sampling(greedy=True), limits, 8, quiet)
@@ -197,6 +198,27 @@ def test_cached_equals_uncached_and_batched_equals_single(name: str) -> None:
         for each in (found, alone[0]):
             assert each.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
     assert speed.prefill_tokens == 1 + 3 + 8 - 2 and speed.decode_tokens == 3 * NEW - 2
+
+
+def shared_among_replicas() -> tuple[list[Continuation], list[int], int]:
+    """What both replicas know, of which prompts this one was told, and how much both computed."""
+    model = build_model(*MODELS["pos2"])
+    told: list[int] = []
+    limits = Limits(NEW, TOKENS, end=None)
+    found, speed = generate(
+        model, PROMPTS, Sampling(greedy=True), limits, 1, lambda number, _: told.append(number)
+    )
+    return found, told, speed.prefill_tokens
+
+
+def test_replicas_share_the_prompts() -> None:
+    """By length, in turns; there is no third prompt for the second."""
+    (found, one, computed), (same, other, computed_there) = run_distributed(
+        shared_among_replicas, 2
+    )
+    assert found == same and [len(each.tokens) for each in found] == [NEW] * 3
+    assert one == [1] * NEW + [0] * NEW and other == [2] * NEW
+    assert computed == computed_there == sum(map(len, PROMPTS))
 
 
 @pytest.mark.usefixtures("single_rank")

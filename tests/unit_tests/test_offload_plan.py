@@ -73,22 +73,26 @@ def test_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_fills_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the size of which an expert more fits in every layer, and from a file."""
+    """From the size of which an expert more fits in every layer, and from a file.
 
-    def slots(free: int) -> int:
-        asked = {"scmoe_offload_experts": "disk", "scmoe_expert_cache_size": CacheSize()}
+    Experts that wait in the same memory leave less of it.
+    """
+
+    def slots(free: int, tier: str = "disk") -> int:
+        asked = {"scmoe_offload_experts": tier, "scmoe_expert_cache_size": CacheSize()}
         return plan(monkeypatch, free=free, **asked).slots
 
-    least = next(free for free in range(60_000, 10**6, 500) if _fits(slots, free))
+    def fits(free: int, tier: str = "disk") -> bool:
+        try:
+            return slots(free, tier) == 2
+        except ValueError:
+            return False
+
+    least = next(free for free in range(60_000, 10**6, 500) if fits(free))
     one_more = 4 * EXPERT / offload.SHARE_OF_FREE
     assert [slots(int(least + n * one_more)) for n in (0, 1, 2, 9)] == [2, 3, 4, 4]
-
-
-def _fits(slots: Any, free: int) -> bool:
-    try:
-        return slots(free) == 2
-    except ValueError:
-        return False
+    home = 16 * EXPERT
+    assert fits(least + home, "cpu") and not fits(least + home - 1000, "cpu")
 
 
 @pytest.mark.parametrize(
