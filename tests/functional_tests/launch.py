@@ -173,8 +173,13 @@ def free_port() -> int:
 logging.getLogger("tensorboard").setLevel(logging.WARNING)
 
 
-def read_scalars(folder: Path, tag: str) -> dict[int, float]:
-    """A TensorBoard curve in full float32: {iteration: value}."""
+def read_events(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """A TensorBoard curve in full float32: (iteration, value), as often as it was logged."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def read_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """The same as {iteration: value}, the last of those that were logged twice."""
+    return dict(read_events(folder, tag))
