@@ -11,7 +11,6 @@ anything is wrong.
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ from jsonschema import Draft202012Validator
 Kind = tuple[str, str]  # apiVersion, kind
 
 
-def schemas(files: Iterable[Path]) -> dict[Kind, dict[str, Any]]:
-    """The strict schema of every version of the kinds that are defined in some files."""
+def schemas(file: Path) -> dict[Kind, dict[str, Any]]:
+    """The strict schema of every version of the kind that a file defines."""
     found = {}
-    for file in files:
-        spec = yaml.safe_load(file.read_text())["spec"]
-        for version in spec["versions"]:
-            schema = version["schema"]["openAPIV3Schema"]
-            kind = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
-            found[kind] = strict(schema)
+    spec = yaml.safe_load(file.read_text())["spec"]
+    for version in spec["versions"]:
+        schema = version["schema"]["openAPIV3Schema"]
+        kind = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
+        found[kind] = strict(schema)
     return found
 
 
@@ -70,8 +68,18 @@ def main() -> int:
         "--schema", action="append", required=True, type=Path, metavar="CRD", help="what is allowed"
     )
     options = parser.parse_args()
-    known = schemas(options.schema)
-    found = [line for manifest in options.manifests for line in defects(manifest, known)]
+    known: dict[Kind, dict[str, Any]] = {}
+    found = []
+    for file in [*options.schema, *options.manifests]:
+        try:
+            if file in options.schema:
+                known |= schemas(file)
+            else:
+                found += defects(file, known)
+        except OSError as error:
+            parser.error(f"{file}: {error.strerror}")
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            parser.error(f"{file} is no YAML of this kind: {' '.join(str(error).split())[:120]}")
     print(*found or [f"valid: {', '.join(map(str, options.manifests))}"], sep="\n")
     return 1 if found else 0
 
