@@ -1,7 +1,8 @@
 """What the measurements are held against; the paper's best figures where it has one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tools.benchmarks.turns import TurnsRow
@@ -29,75 +30,41 @@ def judge(rows: list[TurnsRow]) -> list[Goal]:
     """All claims that these rows can answer."""
     goals: list[Goal] = []
     for share in dict.fromkeys(row.share for row in rows):
-        link = {row.contender: row for row in rows if row.share == share}
-        positions = [row for name, row in link.items() if name in POSITIONS]
-        if share in PAPER and positions:
-            goals += _paper(share, positions)
-        goals += _fits(share, positions)
-        goals += _against_shared(share, positions, link)
-        goals += _adaptive(share, positions, link)
+        goals += _of_link(share, [row for row in rows if row.share == share])
     return goals
 
 
-def _paper(share: float, positions: list[TurnsRow]) -> Iterable[Goal]:
-    for kind, wanted in zip(("training", "inference"), PAPER[share], strict=True):
-        speeds = {
-            row.contender: (row.speed if kind == "training" else row.inference_speed).median
-            for row in positions
-        }
-        best = max(speeds, key=lambda name: speeds[name])
-        yield Goal(
-            f"{share:.0%}: {kind} {wanted:.2f} times as fast as top-2",
-            f"{speeds[best]:.2f} ({best})",
-            speeds[best] >= wanted,
-        )
-
-
-def _fits(share: float, positions: list[TurnsRow]) -> Iterable[Goal]:
-    if share > FITTING_SHARE:
-        return
+def _of_link(share: float, rows: list[TurnsRow]) -> Iterator[Goal]:
+    link = {row.contender: row for row in rows}
+    positions = [row for row in rows if row.contender in POSITIONS]
+    at = f"{share:.0%}:"
+    if share in PAPER and positions:
+        training, inference = PAPER[share]
+        for what, speed, wanted in (
+            ("training", attrgetter("speed.median"), training),
+            ("inference", attrgetter("inference_speed.median"), inference),
+        ):
+            best = max(positions, key=speed)
+            claim = f"{at} {what} {wanted:.2f} times as fast as top-2"
+            yield Goal(claim, f"{speed(best):.2f} ({best.contender})", speed(best) >= wanted)
     for row in positions:
-        if row.hidden is not None:
-            yield Goal(
-                f"{share:.0%}: {row.contender} hides {MIN_HIDDEN:.0%}",
-                f"{row.hidden:.1%}",
-                row.hidden >= MIN_HIDDEN,
-            )
-        over = row.layers_unlimited.median
-        yield Goal(
-            f"{share:.0%}: {row.contender}, forward and backward at most {MAX_UNLIMITED} of "
-            "the unlimited link",
-            f"{over:.3f}",
-            over <= MAX_UNLIMITED,
-        )
-
-
-def _against_shared(
-    share: float, positions: list[TurnsRow], link: dict[str, TurnsRow]
-) -> Iterable[Goal]:
-    if "shared" not in link:
-        return
-    for row in positions:
+        name = row.contender
+        if share <= FITTING_SHARE and row.hidden is not None:
+            reached = row.hidden >= MIN_HIDDEN
+            yield Goal(f"{at} {name} hides {MIN_HIDDEN:.0%}", f"{row.hidden:.1%}", reached)
+        if share <= FITTING_SHARE:
+            over = row.layers_unlimited.median
+            claim = f"forward and backward at most {MAX_UNLIMITED} of the unlimited link"
+            yield Goal(f"{at} {name}, {claim}", f"{over:.3f}", over <= MAX_UNLIMITED)
+    for row in positions if "shared" in link else ():
         ratio = row.speed.median / link["shared"].speed.median
-        yield Goal(
-            f"{share:.0%}: {row.contender} not slower than stock top-1 + shared expert",
-            f"{ratio:.3f}",
-            ratio >= 1,
-        )
-
-
-def _adaptive(share: float, positions: list[TurnsRow], link: dict[str, TurnsRow]) -> Iterable[Goal]:
+        claim = f"{at} {row.contender} not slower than stock top-1 + shared expert"
+        yield Goal(claim, f"{ratio:.3f}", ratio >= 1)
     for row in positions:
-        fixed = {
-            name: other.speed.median
-            for name, other in link.items()
-            if name.startswith(f"{row.contender}/slot")
-        }
+        fixed = [other for other in rows if other.contender.startswith(f"{row.contender}/slot")]
         if fixed:
-            best = max(fixed, key=lambda name: fixed[name])
-            ratio = fixed[best] / row.speed.median
-            yield Goal(
-                f"{share:.0%}: {row.contender} takes at most {MAX_ADAPTIVE} of its best fixed slot",
-                f"{ratio:.3f} ({best})",
-                ratio <= MAX_ADAPTIVE,
-            )
+            best = max(fixed, key=attrgetter("speed.median"))
+            ratio = best.speed.median / row.speed.median
+            claim = f"takes at most {MAX_ADAPTIVE} of its best fixed slot"
+            measured = f"{ratio:.3f} ({best.contender})"
+            yield Goal(f"{at} {row.contender} {claim}", measured, ratio <= MAX_ADAPTIVE)
