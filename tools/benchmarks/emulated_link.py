@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
@@ -91,19 +91,14 @@ def sleep_on_stream(seconds: float) -> None:
     torch.cuda._sleep(round(seconds * _cycles_per_s()))
 
 
-class _Blocking(torch.autograd.Function):
-    """Stock Megatron's all-to-all of one rank: identity, after the time of the transfer."""
-
-    @staticmethod
-    def forward(ctx, link: Link, tensor: Tensor) -> Tensor:
-        ctx.link = link
-        _block(link, tensor)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:
-        _block(ctx.link, grads[0])
-        return None, grads[0]
+def _blocking(link: Link, tensor: Tensor) -> Tensor:
+    """Stock Megatron's all-to-all of one rank: the identity, after the time of the transfer, and so
+    is its gradient."""
+    _block(link, tensor)
+    output = tensor.view_as(tensor)
+    if output.requires_grad:
+        output.register_hook(partial(_block, link))
+    return output
 
 
 def _block(link: Link, tensor: Tensor) -> None:
@@ -132,7 +127,7 @@ def emulated_link(link: Link) -> Iterator[None]:
         return streams.launch(exchange, sent, ready)
 
     def all_to_all(_group: Any, tensor: Tensor, *_splits: Any, **_options: Any) -> Tensor:
-        return _Blocking.apply(link, tensor)
+        return _blocking(link, tensor)
 
     with (
         mock.patch.object(AllToAll, "moves", lambda _: True),

@@ -63,31 +63,18 @@ class LayerClock:
         self.seconds[field] += time.perf_counter() - started
 
 
-class _Timestamp(torch.autograd.Function):
-    """The identity; `reached` is called when the gradient passes."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, reached: Callable[[], None]) -> Tensor:
-        ctx.reached = reached
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.reached()
-        return grad, None
-
-
 def timed_forward(forward: Callable[..., Any], clock: LayerClock) -> Callable[..., Any]:
     """`MoELayer.forward` between two readings of the clock, forward and backward."""
 
     @functools.wraps(forward)
     def replacement(self: MoELayer, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         clock.begin(torch.is_grad_enabled())
-        # Backward goes the other way: it enters at the output and leaves at the input.
-        hidden_states = _Timestamp.apply(hidden_states, clock.end)
         output, bias = forward(self, hidden_states, *args, **kwargs)
-        output = _Timestamp.apply(output, functools.partial(clock.begin, True))
         clock.end()
+        if output.requires_grad:
+            # Backward goes the other way: it enters at the output and leaves at the input.
+            output.register_hook(lambda _: clock.begin(True))
+            hidden_states.register_hook(lambda _: clock.end())
         return output, bias
 
     return replacement

@@ -44,7 +44,6 @@ TOLERANCE = 1e-4
 """Of a log-probability: a matrix of one row is multiplied by another kernel than one of many."""
 LATE_S = 1e-3
 
-
 # Models of four layers.
 SYSTEMS = (
     *(LayerPair(position, position) for position in POSITIONS),
