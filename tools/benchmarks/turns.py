@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tools.benchmarks.contenders import Contender
@@ -131,12 +131,10 @@ def summarize(turns: list[TimedTurn], rows: list[Contender]) -> list[TurnsRow]:
     by_key = {(one.contender, one.share, one.limited, one.repetition): one for one in turns}
     repetitions = sorted({one.repetition for one in turns})
 
-    def ratio(
-        over: tuple[str, float, bool], under: tuple[str, float, bool], steps: Callable
-    ) -> Ratio:
+    def ratio(over: tuple[str, float, bool], under: tuple[str, float, bool], steps: str) -> Ratio:
         return Ratio.of(
-            statistics.median(steps(by_key[(*over, repetition)]))
-            / statistics.median(steps(by_key[(*under, repetition)]))
+            statistics.median(getattr(by_key[(*over, repetition)], steps))
+            / statistics.median(getattr(by_key[(*under, repetition)], steps))
             for repetition in repetitions
         )
 
@@ -155,29 +153,17 @@ def summarize(turns: list[TimedTurn], rows: list[Contender]) -> list[TurnsRow]:
                     train=statistics.median(all_steps),
                     spread=spread(all_steps),
                     inference=statistics.median(s for one in mine for s in one.inference),
-                    speed=ratio(base, here, train),
-                    layers_speed=ratio(base, here, layers),
-                    inference_speed=ratio(base, here, inference),
-                    unlimited=ratio(here, lifted, train),
-                    layers_unlimited=ratio(here, lifted, layers),
-                    inference_unlimited=ratio(here, lifted, inference),
+                    speed=ratio(base, here, "train"),
+                    layers_speed=ratio(base, here, "layers"),
+                    inference_speed=ratio(base, here, "inference"),
+                    unlimited=ratio(here, lifted, "train"),
+                    layers_unlimited=ratio(here, lifted, "layers"),
+                    inference_unlimited=ratio(here, lifted, "inference"),
                     hidden=hidden_share(mine),
                     slots=mine[-1].slots,
                 )
             )
     return table
-
-
-def train(turn: TimedTurn) -> list[float]:
-    return turn.train
-
-
-def layers(turn: TimedTurn) -> list[float]:
-    return turn.layers
-
-
-def inference(turn: TimedTurn) -> list[float]:
-    return turn.inference
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

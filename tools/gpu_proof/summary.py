@@ -1,6 +1,7 @@
 """All findings on one page: what failed first, then a table for each part."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,10 +27,14 @@ def write_summary(
         a short text for the screen.
     """
     parts = list(dict.fromkeys(finding.part for finding in findings))
-    counts = {part: _counts(part, findings) for part in parts}
+    counts = {part: Counter(f.outcome for f in findings if f.part == part) for part in parts}
     whole = {
         "environment": environment,
-        "parts": {part: counts[part] | {"seconds": seconds.get(part)} for part in parts},
+        "parts": {
+            part: {outcome: counts[part][outcome] for outcome in OUTCOMES}
+            | {"seconds": seconds.get(part)}
+            for part in parts
+        },
         "findings": [asdict(finding) for finding in findings],
     }
     write_whole(folder / "summary.json", json.dumps(whole, indent=1) + "\n")
@@ -63,10 +68,3 @@ def _page(
 def _row(finding: ProofFinding) -> tuple[str, ...]:
     cells = (finding.outcome, finding.name, finding.values_text, finding.note)
     return f"{finding.at_s:.1f}", *(cell.replace("|", "\\|") for cell in cells)
-
-
-def _counts(part: str, findings: Sequence[ProofFinding]) -> dict[str, int]:
-    return {
-        outcome: sum(f.part == part and f.outcome == outcome for f in findings)
-        for outcome in OUTCOMES
-    }
