@@ -24,7 +24,7 @@ TRAINING=(
     --micro-batch-size 4 --global-batch-size "$((4 * NODES * RANKS))" --train-iters "$ITERATIONS"
     --lr 2e-3 --lr-decay-style constant --use-distributed-optimizer --seed 1
     --save "$DATA/checkpoints" --load "$DATA/checkpoints" --save-interval 10
-    --data-path "$DATA/text_text_document" --data-cache-path "$DATA/cache" --split '95,5,0'
+    --data-path "$DATA/train_text_document" --data-cache-path "$DATA/cache" --split '95,5,0'
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$DATA/tokenizer" --num-workers 0
     --eval-iters 0 --eval-interval 1000 --log-interval 10 --tensorboard-dir "$DATA/tensorboard"
     # A lost node is noticed within a minute.

@@ -6,12 +6,12 @@ The digest of its tokens stands in every result.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_scmoe.words import write_whole
 from tools.benchmarks.provenance import REPOSITORY
 from tools.quality.scales import Scale
 
@@ -51,17 +51,16 @@ def write(folder: Path, scale: Scale) -> Text:
         ValueError: it is too short for one epoch, or the data sets cannot be read; one line.
         subprocess.CalledProcessError: a program of the quick start failed; `stderr` says why.
     """
-    if not (folder / "complete").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for command in _programs(folder, scale):
-            subprocess.run(
-                [sys.executable, *command],
-                cwd=REPOSITORY,
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        write_whole(folder / "complete", "")
+    sizes = {"MEGABYTES": f"{scale.megabytes:g}", "VOCABULARY": str(scale.vocabulary)}
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(
+        ["bash", "examples/text.sh", str(folder.resolve())],
+        cwd=REPOSITORY,
+        env=os.environ | sizes | path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     tokens, sha = {}, hashlib.sha256()
     for split in SPLITS:
         content = Path(f"{folder / split}_text_document.bin").read_bytes()
@@ -78,26 +77,3 @@ def write(folder: Path, scale: Scale) -> Text:
                 "epoch is never trained."
             )
     return Text(folder, sha.hexdigest()[:16], tokens)
-
-
-def _programs(folder: Path, scale: Scale) -> list[list[str]]:
-    quickstart = "examples/quickstart"
-    tokenizer = str(folder / "tokenizer")
-    return [
-        [
-            *(f"{quickstart}/corpus.py", "--output-dir", str(folder)),
-            *("--max-megabytes", f"{scale.megabytes:g}"),
-        ],
-        [
-            *(f"{quickstart}/tokenizer.py", "--input", str(folder / "train.jsonl")),
-            *("--output-dir", tokenizer, "--vocab-size", str(scale.vocabulary)),
-        ],
-        *(
-            [
-                *("tools/preprocess_data.py", "--input", str(folder / f"{split}.jsonl")),
-                *("--output-prefix", str(folder / split), "--append-eod"),
-                *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer),
-            ]
-            for split in SPLITS
-        ),
-    ]
