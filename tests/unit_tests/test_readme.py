@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 README, OPTIONS = ROOT / "README.md", ROOT / "docs" / "options.md"
 WITH_OPTIONS = (
     *(README, OPTIONS, ROOT / "docs" / "operations.md"),
-    *sorted((ROOT / "examples" / "dgmoe").glob("*.sh")),
+    *(ROOT / "examples" / name for name in ("paper_size.sh", "presets.sh", "small.sh")),
 )
 COMMANDS = (README, OPTIONS, ROOT / "docs" / "generation.md")
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))

@@ -7,7 +7,7 @@ ways to a prediction, neither of which looks at a row of ScMoE:
 
 by FLOPs    A pair of layers, nothing fitted. The share splits the top-2 MoE into exchanges and two
             experts; a shared expert and a dense MLP take what one expert takes, attention what its
-            FLOPs say. Slot and hidden share come from `overlap.cost`.
+            FLOPs say. Slot and hidden share come from `overlap.measure.cost`.
 by the rows A whole model. With the top-2 MoE's time as the unit, the rest of the model comes from
             the row "top-1" and the shared expert's time from the row "shared expert" of the same
             table. What is hidden is stated (70 %), or bounded by nothing and everything.
