@@ -46,6 +46,7 @@ TRACED_PARAMETERS = (
     "parameter_bytes",
 )
 TRACED_LAYOUT = ("params_dtype", "backend", "expert_parallel_ranks", "compute_slow_down")
+BY_ITERATION = ("expert_slots", "copies_per_token", "expert_rows")
 MOST_CHUNKS = 1000
 LANES = ("dense compute", "experts", "dispatch", "combine")
 EXCHANGES = ("dispatch", "combine")
@@ -64,10 +65,8 @@ class TraceWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank-{rank:05d}.json"
         self._rank = rank
-        self._facts = dict(facts)
-        self._slots: dict[int, Slots] = {}
-        self._copies: dict[int, float | None] = {}
-        self._rows: dict[int, int] = {}
+        self._by_iteration: dict[str, dict[int, Any]] = {name: {} for name in BY_ITERATION}
+        self._facts = dict(facts) | self._by_iteration
         # The largest difference is that of two readings with nothing in between.
         self._offset = max(time.time() - time.perf_counter() for _ in range(10))
         self._events: list[dict[str, Any]] = [
@@ -92,13 +91,10 @@ class TraceWriter:
             slots: where the experts ran.
             copies: rows that an all-to-all made of a token, mean; None where none was made.
         """
-        self._slots[iteration] = slots
-        self._copies[iteration] = copies
-        self._rows[iteration] = sum(
-            int(record.tokens_per_expert.sum())
-            for record in records.values()
-            if record.tokens_per_expert is not None
-        )
+        counts = [record.tokens_per_expert for record in records.values()]
+        rows = sum(int(count.sum()) for count in counts if count is not None)
+        for name, value in zip(BY_ITERATION, (slots, copies, rows), strict=True):
+            self._by_iteration[name][iteration] = value
         for layer, record in records.items():
             for span in record.steps:
                 self._add(iteration, layer, span.activity, span.begin, span.end)
@@ -113,12 +109,8 @@ class TraceWriter:
                     bytes=exchange.bytes,
                     bytes_between_nodes=exchange.bytes_between_nodes,
                 )
-        facts = self._facts | {
-            "expert_slots": self._slots,
-            "copies_per_token": self._copies,
-            "expert_rows": self._rows,
-        }
-        write_whole(self._path, json.dumps({"traceEvents": self._events, "otherData": facts}))
+        content = {"traceEvents": self._events, "otherData": self._facts}
+        write_whole(self._path, json.dumps(content))
 
     def _add(
         self, iteration: int, layer: int, activity: Activity, begin: float, end: float, **more: Any
