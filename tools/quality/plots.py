@@ -12,21 +12,19 @@ BASE = "top2"
 
 def draw(found: Found, folder: Path) -> list[Path]:
     """Both pictures, as far as there are results; needs matplotlib, of the extra `plot`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     return [*_curves(found, folder / CURVES), *_ranking(found, folder / RANKING)]
 
 
 def _curves(found: Found, path: Path) -> list[Path]:
     """Training loss, and its difference from top-2's, seed by seed; bands reach from the least to
     the largest seed."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [each.name for each in CONTENDERS if each.main and found.runs.get(each.name)]
     if BASE not in names:
         return []
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     base = {seed: dict(result.losses) for seed, result in found.runs[BASE].items()}
     for number, name in enumerate(names):
         color = f"C{number}" if number < 10 else None
@@ -54,7 +52,6 @@ def _curves(found: Found, path: Path) -> list[Path]:
         right.set_ylim(min(*late, 0) - margin, max(*late, 0) + margin)
     left.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return [path]
 
 
@@ -78,7 +75,7 @@ def _smooth(losses: dict[int, float], over: int = 7) -> dict[int, float]:
 
 def _ranking(found: Found, path: Path) -> list[Path]:
     """Held-out loss of every contender, best on top; a dot for each seed."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = sorted(
         ((each, list(found.held_out(each.name).values())) for each in CONTENDERS),
@@ -88,7 +85,8 @@ def _ranking(found: Found, path: Path) -> list[Path]:
     rows = [(each, losses) for each, losses in rows if losses]
     if not rows:
         return []
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for height, (each, losses) in enumerate(rows):
         color = "C0" if each.main else "C1"
         axes.plot(losses, [height] * len(losses), "o", color=color, alpha=0.5, markersize=5)
@@ -103,5 +101,4 @@ def _ranking(found: Found, path: Path) -> list[Path]:
     )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return [path]
