@@ -201,7 +201,7 @@ def test_hosts_of_two_ranks_have_turns_too(
         assert not uniform
         return machine.job(number, row, "", [])
 
-    monkeypatch.setattr(type(bench), "job", start)
+    monkeypatch.setattr(type(bench), "start", start)
     rows = c2r_cluster.contenders(8, "shortcut", tmp_path)
     with pytest.raises(network.BenchmarkError, match="none-top8 has no checkpoints"):
         bench.time(rows, tmp_path, 300, 2, 1)

@@ -35,8 +35,8 @@ from megatron_scmoe.model.dispatch import COPIES
 from megatron_scmoe.words import table
 from tools.benchmarks.contenders import Contender, Sizes, run_options
 from tools.benchmarks.job import Job
-from tools.benchmarks.network import BenchmarkError, TwoHosts, exit_code, two_hosts
-from tools.benchmarks.overlap_cluster import ITERATIONS, SCRIPT, add_common
+from tools.benchmarks.network import BenchmarkError, exit_code, two_hosts
+from tools.benchmarks.overlap_cluster import ITERATIONS, SCRIPT, TwoHostBench, add_common
 from tools.benchmarks.provenance import describe
 from tools.benchmarks.real_text import write_text
 from tools.benchmarks.turns import Ratio, TimedTurn, TurnsRow, summarize, take_turns
@@ -115,17 +115,10 @@ class Timed:
     """COUNTED, of the last step; empty for stock Megatron, which does not say."""
 
 
-@dataclass(frozen=True)
-class C2RBench:
-    """What all runs share."""
+class C2RBench(TwoHostBench):
+    """Hosts of RANKS ranks each."""
 
-    hosts: TwoHosts
-    sizes: Sizes
-    prefix: Path
-    folder: Path
-    megatron_options: list[str]
-
-    def job(self, number: int, row: Contender, options: list[str], uniform: bool = False) -> Job:
+    def start(self, number: int, row: Contender, options: list[str], uniform: bool = False) -> Job:
         """A run of a contender.
 
         Args:
@@ -151,7 +144,7 @@ class C2RBench:
         folder = model_folder(self.folder, row)
         options = ["--save", str(folder / "checkpoints"), "--save-interval", str(steps // 2)]
         options += ["--scmoe-collaboration-dir", str(folder / "counts")]
-        with self.job(0, row, options) as job:
+        with self.start(0, row, options) as job:
             # It is saved before the next step begins.
             losses = [step.fields["lm loss"] for step in job.take(steps + 1)]
         print(f"  {row.name}: loss {losses[0]:.3f} to {losses[-2]:.3f}", flush=True)
@@ -168,7 +161,7 @@ class C2RBench:
         """Numbers of the last of some steps, by contender."""
         found = {}
         for row in rows:
-            with self.job(0, row, []) as job:
+            with self.start(0, row, []) as job:
                 last = job.take(steps)[-1]
             found[row.name] = {name: last.fields[name] for name in COUNTED}
             found[row.name]["loss"] = last.fields["lm loss"]
@@ -191,7 +184,7 @@ class C2RBench:
             self.hosts.limit(mbit * 1e6)
             for number, row in enumerate(rows):
                 options = [] if trained is None else _goes_on(model_folder(trained, row))
-                job = alive.enter_context(self.job(number, row, options, trained is None))
+                job = alive.enter_context(self.start(number, row, options, trained is None))
                 job.take(WARMUP_PLAIN if row.position == "none" else WARMUP)
                 job.pause()
                 jobs.append((row, job))
