@@ -58,7 +58,8 @@ def fine_tune(args: argparse.Namespace) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # Without it the tokenizer asks on the terminal whether the model's code may run.
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     most = args.steps * args.batch_size
     samples = read_sequences(args.input, tokenizer, args.sequence_length, most)
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -127,6 +127,7 @@ def test_the_host_computes_what_transformers_does(
     name: str, came_in: Callable[[str], Path]
 ) -> None:
     folder = came_in(name)
+    assert verify.compare_tensors(folder / "checkpoints", folder / "theirs") is None
     same_logits(folder / "checkpoints", folder / "theirs")
 
 

@@ -27,6 +27,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers import modeling_flash_attention_utils as flash
 
 from megatron_scmoe.huggingface import configuration_scmoe, modeling_scmoe
 from megatron_scmoe.huggingface.configuration_scmoe import ScMoEConfig
@@ -712,6 +713,8 @@ def test_a_padded_batch_generates_what_its_rows_do(kind: str) -> None:
     alone = [made.generate(row, **options)[:, row.shape[1] :] for row in (long, short)]
     assert torch.equal(both[:, 8:], torch.cat(alone))
     assert torch.equal(both, made.generate(padded, attention_mask=mask, use_cache=False, **options))
+    fixed = {**options, "cache_implementation": "static"}
+    assert torch.equal(both, made.generate(padded, attention_mask=mask, **fixed))
     torch.manual_seed(1)
     sampled = made.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=True, top_k=50)
     assert sampled.shape == both.shape and not torch.equal(sampled, both)
@@ -784,6 +787,54 @@ def test_implementations_agree(kind: str) -> None:
         outputs.append([output.logits, *(weight.grad for weight in made.parameters())])
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def flash_kernel(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, **_: Any) -> Tensor:
+    """What FlashAttention computes, causal, [b, s, n, d]; it wants heads of one size."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    query, key, value = (heads.transpose(1, 2) for heads in (q, k, v))
+    lengths = query.shape[2], key.shape[2]
+    seen = torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0])
+    more = {"scale": softmax_scale, "enable_gqa": True}
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, **more)
+    return found.transpose(1, 2)
+
+
+def flash_kernel_of_samples(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **others: Any
+) -> Tensor:
+    """The same for samples one behind the other, [tokens, n, d]."""
+    queries, *pairs = (
+        tokens.split(ends.diff().tolist())
+        for tokens, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+    )
+    each = zip(queries, *pairs, strict=True)
+    return torch.cat([flash_kernel(*(heads[None] for heads in one), **others)[0] for one in each])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_flash_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface, with left padding, its kernels replaced by torch's attention."""
+    kernels = (flash_kernel, flash_kernel_of_samples, None, flash._pad_input, flash._unpad_input)
+    monkeypatch.setattr(
+        flash, "lazy_import_flash_attention", lambda *_: (kernels, (known_options, None))
+    )
+    made, ids = model(**MODELS[kind]), tokens()
+    ids[1, :3] = 0
+    mask = (ids != 0).long()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for implementation in ("sdpa", "flash_attention_2"):
+        made.config._attn_implementation_internal = implementation
+        with torch.no_grad():
+            logits = made(ids, attention_mask=mask).logits[mask.bool()]
+        found.append((logits, made.generate(ids, attention_mask=mask, **options)))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1][1], found[0][1])
+
+
+def known_options(softmax_scale: float, **_: Any) -> dict[str, Any]:
+    return {"softmax_scale": softmax_scale}
 
 
 def test_router_logits_and_the_balancing_loss() -> None:
