@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def assert_error_line(capsys: pytest.CaptureFixture[str], mentioning: str = "") 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"{Path(sys.argv[0]).name}: error: ")
+    assert re.match(r"[\w.-]+: error: ", captured.err)
     assert mentioning in captured.err
 
 
