@@ -11,6 +11,7 @@ Shapes: s sequence / TP, b batch, h hidden
 """
 
 from dataclasses import replace
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -38,27 +39,16 @@ class DualGatingMoE(ScMoELayer):
         scmoe: ScMoEConfig,
         pg_collection: ProcessGroupCollection,
         is_mtp_layer: bool = False,
-        name: str | None = None,
-        first: bool = False,
-        expert_order: list[int] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            config,
-            replace(submodules, router=DistinctRouter),
-            scmoe,
-            pg_collection,
-            is_mtp_layer,
-            name,
-            first,
-            expert_order,
-        )
+        gates = replace(submodules, router=DistinctRouter)
+        super().__init__(config, gates, scmoe, pg_collection, is_mtp_layer, **others)
         self._distinct = scmoe.scmoe_distinct_experts
         self.current_router = (
             DistinctRouter(self.config, pg_collection, is_mtp_layer)
             if scmoe.scmoe_dual_gating == "separate"
             else None
         )
-
         if self.current_router is not None:
             watched = self.choices.watching(self.current_router.routing)
             self.current_router.routing = watched  # type: ignore[method-assign]

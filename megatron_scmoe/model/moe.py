@@ -11,7 +11,7 @@ Shapes: s sequence / TP, b batch, h hidden, T = s*b, E experts, R rows at this r
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class ScMoELayer(MoELayer):
         )
         local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         self.token_dispatcher = dispatcher.build(
-            self.config, pg_collection, local, self.token_dispatcher, scmoe
+            self.token_dispatcher, scmoe.ranks_per_node, self.config, pg_collection, local
         )
         self.expert_order: Tensor | None
         order = None if expert_order is None else torch.tensor(expert_order)
@@ -207,72 +207,65 @@ class ScMoELayer(MoELayer):
         return SharedOutput(output) if self.combine_gate is None else self.combine_gate(x, output)
 
 
+@dataclass
 class RoutedChunk:
     """One chunk of the tokens: to the experts, through them, and back."""
 
-    def __init__(self, layer: ScMoELayer, trip: Trip, leg: Leg) -> None:
-        self._layer = layer
-        self._trip = trip
-        self._leg = leg
-        self._rows: ExpertInput | None = None
-        self._output: Tensor | None = None
+    layer: ScMoELayer
+    trip: Trip
+    leg: Leg
+    _rows: ExpertInput | None = None
+    _output: Tensor | None = None
 
     def start_dispatch(self) -> None:
         """Launch the exchange; blocks the host until the numbers of rows are known."""
-        self._leg.send(self._trip.collective())
-        self._layer.announce(self._trip.tokens_per_expert)
+        self.leg.send(self.trip.collective())
+        self.layer.announce(self.trip.tokens_per_expert)
 
     def wait_dispatch(self) -> None:
         """Rows for this rank's experts, [R, h]."""
-        self._rows = self._trip.expert_input(self._leg.receive())
-        if self._layer.training:
-            self._layer.recorder.routed(self._rows.tokens_per_expert)
+        self._rows = self.trip.expert_input(self.leg.receive())
+        if self.layer.training:
+            self.layer.recorder.routed(self._rows.tokens_per_expert)
 
     def experts(self) -> None:
         """G(z)_i E_i(z): weighted expert outputs, [R, h]."""
         rows, self._rows = self._rows, None
         assert rows is not None
-        self._output = self._layer.weighted_experts(rows)
+        self._output = self.layer.weighted_experts(rows)
 
     def start_combine(self) -> None:
         """Send the weighted outputs, [R, h], back to their tokens."""
         output, self._output = self._output, None
         assert output is not None
-        self._leg.send_back(*self._trip.reply(output))
+        self.leg.send_back(*self.trip.reply(output))
 
     def restore(self, rows: Tensor) -> Tensor:
         """sum_i G(z)_i E_i(z) of the chunk's tokens, [T, h], from what came back."""
-        return self._trip.restore(rows)
+        return self.trip.restore(rows)
 
 
+@dataclass
 class RoutedTokens:
-    """The tokens of one forward pass on one route.
+    """The tokens of one forward pass on one route."""
 
-    Attributes:
-        branch: their way through the graph.
-        chunks: their parts, which are exchanged one by one.
-    """
-
-    def __init__(
-        self,
-        shape: torch.Size,
-        branch: RoutedBranch,
-        chunks: list[RoutedChunk],
-        at_home: Tensor | None,
-    ) -> None:
-        self._shape = shape
-        self.branch = branch
-        self.chunks = chunks
-        self._at_home = at_home
+    shape: torch.Size
+    """[s, b, h]."""
+    branch: RoutedBranch
+    """Their way through the graph."""
+    chunks: list[RoutedChunk]
+    """Their parts, which are exchanged one by one."""
+    at_home: Tensor | None
+    """What experts at home give them, [T, h]; None without such experts."""
 
     def output(self) -> Tensor:
         """sum_i G(z)_i E_i(z), [s, b, h], back in the dense graph."""
         returned = zip(self.chunks, self.branch.arrive(), strict=True)
         first, *others = [chunk.restore(rows) for chunk, rows in returned]
         tokens = torch.cat([first, *others]) if others else first
-        if self._at_home is not None:
-            tokens = tokens + self._at_home
-        return tokens.view(self._shape)
+        if self.at_home is not None:
+            tokens = tokens + self.at_home
+        return tokens.view(self.shape)
 
 
 def _forget(_seconds: float) -> None:

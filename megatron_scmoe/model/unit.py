@@ -157,18 +157,11 @@ class ShortcutLayer(NumberedLayer):
         scmoe: ScMoEConfig,
         layer_config: TransformerConfig,
         attention_number: int,
-        layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(
-            config=config,
-            submodules=submodules,
-            layer_config=layer_config,
-            attention_number=attention_number,
-            layer_number=layer_number,
-            pg_collection=pg_collection,
-            vp_stage=vp_stage,
+            config, submodules, layer_config, attention_number, vp_stage=vp_stage, **others
         )
         self._scmoe = scmoe
         if submodules.dense_layer is not None:
@@ -183,15 +176,13 @@ class ShortcutLayer(NumberedLayer):
             # In front, as it runs: the host fills gradient buckets in the order of modules.
             for name in [name for name in self._modules if name != "dense_layer"]:
                 self._modules[name] = self._modules.pop(name)
-        self.shortcut_layernorm = submodules.shortcut_layernorm(
-            config=layer_config,
-            hidden_size=layer_config.hidden_size,
-            eps=layer_config.layernorm_epsilon,
-        )
-        self.post_layernorm = submodules.post_layernorm(
-            config=layer_config,
-            hidden_size=layer_config.hidden_size,
-            eps=layer_config.layernorm_epsilon,
+        self.shortcut_layernorm, self.post_layernorm = (
+            norm(
+                config=layer_config,
+                hidden_size=layer_config.hidden_size,
+                eps=layer_config.layernorm_epsilon,
+            )
+            for norm in (submodules.shortcut_layernorm, submodules.post_layernorm)
         )
         self.slots = scmoe.initial_slots
         if scmoe.scmoe_expert_slot == "auto" and scmoe.scmoe_measured_slots is not None:

@@ -24,6 +24,9 @@ from megatron_scmoe.overlap.own_graph import OwnGraph
 from megatron_scmoe.overlap.recorder import Activity, UnitRecorder
 from megatron_scmoe.overlap.streams import Event, launch
 
+Exchanged = tuple[list[Tensor], list[Work | None]]
+"""What will have been received, and what to wait for."""
+
 
 class Collective(ABC):
     """One kind of exchange; `streams.launch` calls it and looks after the memory."""
@@ -46,9 +49,7 @@ class Collective(ABC):
         return tensor
 
     @abstractmethod
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         """Called where exchanges run: allocate what will be filled and start filling it.
 
         Args:
@@ -88,9 +89,7 @@ class PerTensor(Collective):
     def moves(self) -> bool:
         return self.group.size() > 1
 
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         buffers = [self.buffer(tensor) for tensor in sent]
         pairs = zip(buffers, sent, strict=True)
         return buffers, [self.issue(buffer, tensor, async_op) for buffer, tensor in pairs]
@@ -233,9 +232,7 @@ class Fused(Collective):
     def moves(self) -> bool:
         return True
 
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         if not torch.is_grad_enabled():
             return list(self._function(*sent)), []
         self._graph = OwnGraph()
@@ -267,9 +264,7 @@ class FusedBackward(Collective):
     def moves(self) -> bool:
         return True
 
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         return self._there.take_back(sent), []
 
     def bytes_to(self, sent: list[Tensor]) -> Tensor:

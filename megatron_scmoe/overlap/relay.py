@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
-from megatron_scmoe.overlap.collectives import AllToAll, Collective
+from megatron_scmoe.overlap.collectives import AllToAll, Collective, Exchanged
 from megatron_scmoe.overlap.streams import aside
 
 
@@ -75,9 +75,7 @@ class TwoHops(Collective):
         hops = (self.across.bytes_to(sent), self.inside.bytes_to(sent))
         return [sum(parts) for parts in zip(*hops, strict=True)]
 
-    def _run(
-        self, buffers: list[Tensor], run: Callable[[], None], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def _run(self, buffers: list[Tensor], run: Callable[[], None], async_op: bool) -> Exchanged:
         if async_op:
             return buffers, [aside(run)]
         run()
@@ -93,9 +91,7 @@ class Relay(TwoHops):
     def leaving(self, tensor: Tensor) -> Tensor:
         return self.across.leaving(tensor)
 
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         received = [self.inside.buffer(tensor) for tensor in sent]
 
         def run() -> None:
@@ -116,9 +112,7 @@ class Merge(TwoHops):
     def leaving(self, tensor: Tensor) -> Tensor:
         return self.inside.leaving(tensor)
 
-    def exchange(
-        self, sent: list[Tensor], async_op: bool
-    ) -> tuple[list[Tensor], list[Work | None]]:
+    def exchange(self, sent: list[Tensor], async_op: bool) -> Exchanged:
         received = [self.across.buffer(tensor) for tensor in sent]
 
         def run() -> None:

@@ -29,7 +29,7 @@ from queue import SimpleQueue
 from threading import Thread
 from time import perf_counter
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def fetch(slots: Sequence[Tensor], home: Sequence[Tensor]) -> Flight:
 
     def exchange(_: list[Tensor], async_op: bool) -> tuple[list[Tensor], list[Any]]:
         if async_op:
-            return [], [_Aside(_thread("expert-fetch").submit(copy))]
+            return [], [_thread("expert-fetch").submit(copy)]
         copy()
         return [], []
 
@@ -113,7 +113,7 @@ def aside(run: Callable[[], None]) -> Any:
     One thread does all of them in the order in which they were asked for. Ranks ask in one order,
     so that their calls of a group meet; nobody else may call that group meanwhile.
     """
-    return _Aside(_thread("relay").submit(run))
+    return _thread("relay").submit(run)
 
 
 def now(tensor: Tensor) -> Event | None:
@@ -203,17 +203,14 @@ class _ThreadFlight:
         return self._started, end, min(self._blocked, end - self._started)
 
 
-class _Aside:
+class _Aside(Future[None]):
     """CPU: what another thread does, as a work of torch.distributed."""
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
     def wait(self) -> None:
-        self._future.result()
+        self.result()
 
-    def get_future(self) -> Future[None]:
-        return self._future
+    def get_future(self) -> Self:
+        return self
 
 
 class _Thread:
@@ -224,11 +221,11 @@ class _Thread:
     """
 
     def __init__(self, name: str) -> None:
-        self._given: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        self._given: SimpleQueue[tuple[Callable[[], None], _Aside]] = SimpleQueue()
         Thread(target=self._work, name=name, daemon=True).start()
 
-    def submit(self, run: Callable[[], None]) -> Future[None]:
-        done: Future[None] = Future()
+    def submit(self, run: Callable[[], None]) -> _Aside:
+        done = _Aside()
         self._given.put((run, done))
         return done
 

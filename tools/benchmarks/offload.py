@@ -112,7 +112,7 @@ def slow(rate: float) -> Any:
             time.sleep(max(0.0, began + total / rate - time.perf_counter()))
 
         def exchange(_: Any, async_op: bool) -> Any:
-            return [], [streams._Aside(streams._thread("expert-fetch").submit(copy))]
+            return [], [streams._thread("expert-fetch").submit(copy)]
 
         return streams.launch(exchange, slots, lane="weights")
 

@@ -7,20 +7,17 @@ experts, K top-k, R rows for this rank's experts
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
-from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.dispatch.row_counts import RowCounts
 from megatron_scmoe.model.dispatch.trip import Chunk, Dispatcher, ExpertInput
 from megatron_scmoe.overlap.collectives import Collective, Fused
@@ -48,16 +45,9 @@ class FlexDispatcher(Dispatcher):
         self.local_experts = local_experts
 
     @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
+    def build(cls, host: MoETokenDispatcher, ranks_per_node: int, *layer: Any) -> Self:
         assert isinstance(host, MoEFlexTokenDispatcher)
-        return cls(host, local_experts)
+        return cls(host, layer[-1])
 
     def prepare(
         self, chunks: list[Chunk], host_waited: Callable[[float], None]

@@ -14,15 +14,12 @@ rows sent, M rows that this rank hands on
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.dispatch.once import NOT_HERE, OncePerRankDispatcher, visits
 from megatron_scmoe.model.dispatch.passage import Passage
 from megatron_scmoe.overlap.collectives import AllToAll
@@ -36,22 +33,15 @@ class OncePerNodeDispatcher(OncePerRankDispatcher):
     """r."""
 
     @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
+    def build(cls, host: MoETokenDispatcher, ranks_per_node: int, *layer: Any) -> Self:
         """As the others.
 
         Raises:
             ValueError: the expert parallel group is not laid out in equal blocks over nodes.
         """
-        dispatcher = cls(config, pg_collection, local_experts)
+        dispatcher = cls(*layer)
         ranks = torch.distributed.get_process_group_ranks(dispatcher.ep_group)
-        nodes = [rank // options.ranks_per_node for rank in ranks]
+        nodes = [rank // ranks_per_node for rank in ranks]
         dispatcher.ranks = nodes.count(nodes[0])
         blocks = [node for node in dict.fromkeys(nodes) for _ in range(dispatcher.ranks)]
         if nodes != blocks:

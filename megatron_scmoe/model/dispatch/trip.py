@@ -13,14 +13,13 @@ experts, K top-k, N rows sent (T*K without dropping), R rows for this rank's exp
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_scmoe.model.dispatch.dispatch_options import DispatchOptions
 from megatron_scmoe.model.variant import Variant
 from megatron_scmoe.overlap.collectives import Collective
 
@@ -90,22 +89,15 @@ class Dispatcher(Variant):
         self.local_experts = local_experts
 
     @classmethod
-    def build(
-        cls,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        local_experts: slice,
-        host: MoETokenDispatcher,
-        options: DispatchOptions,
-    ) -> Self:
+    def build(cls, host: MoETokenDispatcher, ranks_per_node: int, *layer: Any) -> Self:
         """Make one for a layer.
 
         Args:
-            local_experts: the experts of this rank.
             host: the host's own.
-            options: ours.
+            ranks_per_node: ranks of the job that share a node.
+            layer: what the constructor takes; last the experts of this rank.
         """
-        return cls(config, pg_collection, local_experts)
+        return cls(*layer)
 
     def prepare(self, chunks: list[Chunk], host_waited: Callable[[float], None]) -> Sequence[Trip]:
         """Begin a trip with each chunk, and ask for the numbers of rows of all.
