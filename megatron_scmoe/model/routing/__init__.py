@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron.core.transformer.moe.moe_layer import RouterBuilder
@@ -19,6 +20,13 @@ from megatron_scmoe.model.routing.partners import (
 )
 from megatron_scmoe.model.routing.router_options import RouterOptions
 from megatron_scmoe.model.variant import Variant
+
+CHOOSES_OTHERWISE = Refusal(
+    lambda config, scmoe: config.moe_router_num_groups or config.moe_router_fusion,
+    "--scmoe-router {scmoe_router} works neither with --moe-router-num-groups nor with "
+    "--moe-router-fusion",
+    "drop them",
+)
 
 
 class Router(Variant):
@@ -130,10 +138,8 @@ class Heterogeneous(Router):
     def builder(
         cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
     ) -> RouterBuilder:
-        def build(**arguments: Any) -> Any:
-            return HeterogeneousRouter(**arguments, at_home=at_home, options=options, first=first)
-
-        return build
+        build: Any = HeterogeneousRouter
+        return partial(build, at_home=at_home, options=options, first=first)
 
     @classmethod
     def parameters(cls, config: TransformerConfig, options: RouterOptions, first: bool) -> int:
@@ -184,12 +190,7 @@ class LongCat(Router):
             "--moe-router-load-balancing-type is {moe_router_load_balancing_type}",
             "use aux_loss, or none",
         ),
-        Refusal(
-            lambda config, scmoe: config.moe_router_num_groups or config.moe_router_fusion,
-            "--scmoe-router longcat works neither with --moe-router-num-groups nor with "
-            "--moe-router-fusion",
-            "drop them",
-        ),
+        CHOOSES_OTHERWISE,
         Refusal(
             lambda config, scmoe: scmoe.scmoe_routed_topk is not None and not scmoe.at_home,
             "--scmoe-routed-topk leaves slots to experts at home, and there are none",
@@ -278,12 +279,7 @@ class C2R(Router):
             "use aux_loss, seq_aux_loss or global_aux_loss",
             "it chooses by something else than scores",
         ),
-        Refusal(
-            lambda config, scmoe: config.moe_router_num_groups or config.moe_router_fusion,
-            "--scmoe-router c2r works neither with --moe-router-num-groups nor with "
-            "--moe-router-fusion",
-            "drop them",
-        ),
+        CHOOSES_OTHERWISE,
         Refusal(
             lambda config, scmoe: config.moe_enable_routing_replay,
             "--scmoe-router c2r does not work with the replay of routings",
@@ -322,14 +318,10 @@ class C2R(Router):
     def builder(
         cls, host: RouterBuilder, at_home: int, options: RouterOptions, first: bool
     ) -> RouterBuilder:
-        file, top_t = options.scmoe_c2r_lists, options.scmoe_c2r_top_t
-
-        def build(**arguments: Any) -> Any:
-            assert top_t is not None
-            given = None if file is None else read_lists(file)
-            return CollaborationRouter(**arguments, top_t=top_t, given=given)
-
-        return build
+        build: Any = CollaborationRouter
+        file = options.scmoe_c2r_lists
+        given = None if file is None else read_lists(file)
+        return partial(build, top_t=options.scmoe_c2r_top_t, given=given)
 
 
 ROUTERS: dict[str, type[Router]] = {

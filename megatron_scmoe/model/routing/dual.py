@@ -9,7 +9,6 @@ distinct-expert rule (appendix A.2), which changes the selection and no score.
 Shapes: s sequence / TP, b batch, h hidden, T = s*b tokens, E experts
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_scmoe.checks.refusal import Refusal
-from megatron_scmoe.model.routing.losses import RouterWithLosses
+from megatron_scmoe.model.routing.losses import Best, RouterWithLosses, Selection
 from megatron_scmoe.model.variant import Variant
 
 
@@ -121,33 +120,26 @@ class Choice(NamedTuple):
     """The one with the best score, taken or not, [T, 1]."""
 
 
-class _Chooser:
-    """Chooses in the place of the host's replay of recorded routings (router_replay.py): the one
-    place where a selection can change and its scores stay.
+class _Chooser(Selection):
+    """Chooses another expert than those that are taken.
 
     Args:
         taken: an expert of every token that it may not choose, [T, 1]; None for none.
     """
 
     def __init__(self, taken: Tensor | None) -> None:
+        super().__init__(self.chosen)
         self.taken = taken
         self.choice: Choice | None = None
 
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        host_topk: Callable[..., tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
+    def chosen(self, scores: Tensor, best_of: Best) -> tuple[Tensor, Tensor]:
         """Scores and experts, each [T, 1], from all scores, [T, E]."""
-        best, first = host_topk(scores, topk, num_groups, group_topk)
+        best, first = best_of(scores)
         if self.taken is None:
             self.choice = Choice(first, first)
             return best, first
         others = scores.detach().scatter(1, self.taken, -torch.inf)
-        _, chosen = host_topk(others, topk, num_groups, group_topk)
+        _, chosen = best_of(others)
         self.choice = Choice(chosen, first)
         return scores.gather(1, chosen), chosen
 

@@ -1,12 +1,34 @@
-"""The host's router, whose balancing losses see something else than the host's.
+"""The host's router, whose selection or whose balancing losses see something else than the host's.
 
 Shapes: T tokens, E experts
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+
+Best = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The host's choice: the K largest of some scores, [T, E], and their experts, [T, K] each."""
+
+
+class Selection:
+    """Stands where the host replays recorded routings (router_replay.py): the one place where a
+    selection can change and everything behind it stays.
+
+    Args:
+        choose: from scores, [T, E], and the host's choice, as that one.
+    """
+
+    def __init__(self, choose: Callable[[Tensor, Best], tuple[Tensor, Tensor]]) -> None:
+        self._choose = choose
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, host_topk: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and experts, [T, K] each, from all scores, [T, E]."""
+        return self._choose(scores, lambda seen: host_topk(seen, topk, num_groups, group_topk))
 
 
 class RouterWithLosses(TopKRouter):

@@ -10,7 +10,6 @@ Shapes: T tokens, N experts
 """
 
 import os
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from megatron_scmoe.c2r import lists
 from megatron_scmoe.c2r.lists import Lists
-from megatron_scmoe.model.routing.losses import RouterWithLosses
+from megatron_scmoe.model.routing.losses import Best, RouterWithLosses, Selection
 
 BUFFER = "mlp.router.partners"
 """The lists' name on disk, under that of the MoE layer."""
@@ -71,14 +70,17 @@ class CollaborationRouter(RouterWithLosses):
         self._given = given
         empty = torch.zeros(experts, experts - 1, dtype=torch.int64)
         self.register_buffer("partners", empty.to(torch.cuda.current_device()))
-        # The one place where a selection can change and everything behind it stays.
-        self.router_replay: Any = _AmongPartners(self.constrained)
+        self.router_replay: Any = Selection(self.among_partners)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the number of the attention layer, and its partners if there are any."""
         super().set_layer_number(layer_number)
         if self._given is not None:
             self.partners.copy_(torch.from_numpy(self._given.layers[layer_number]))
+
+    def among_partners(self, scores: Tensor, best: Best) -> tuple[Tensor, Tensor]:
+        """Scores and experts, [T, K] each, from all scores, [T, N]."""
+        return best(self.constrained(scores))
 
     def constrained(self, scores: Tensor) -> Tensor:
         """Scores, [T, N], which are -inf where a token may not go."""
@@ -91,25 +93,3 @@ class CollaborationRouter(RouterWithLosses):
         chosen = self.constrained(scores.detach()).topk(self.topk, dim=1).indices
         of_rule = torch.zeros_like(routing_map).scatter(1, chosen, True)
         return scores, of_rule & routing_map.any(dim=1, keepdim=True)
-
-
-class _AmongPartners:
-    """Stands where the host replays recorded routings (router_replay.py).
-
-    Args:
-        constrained: scores, [T, N], to those of experts that a token may have.
-    """
-
-    def __init__(self, constrained: Callable[[Tensor], Tensor]) -> None:
-        self._constrained = constrained
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        host_topk: Callable[..., tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and experts, [T, K] each, from all scores, [T, N]."""
-        return host_topk(self._constrained(scores), topk, num_groups, group_topk)
