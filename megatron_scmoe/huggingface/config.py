@@ -78,6 +78,47 @@ LATENT = {
 }
 """The same with multi-latent attention; None without."""
 
+NEUTRAL: Config = {
+    "model_type": "scmoe",
+    "shortcut_position": "none",
+    "shortcut_norm": "own",
+    "combine": "add",
+    "post_norm": False,
+    "router": "topk",
+    "scoring_func": "softmax",
+    "routed_scaling_factor": 1.0,
+    "expert_bias": False,
+    "dual_gating": "none",
+    "distinct_experts": True,
+    "gating_residual": False,
+    "gate_layers": 1,
+    "renormalise": False,
+    "input_scale": 1.0,
+    "scaled_experts": "all",
+    "routed_topk": None,
+    "c2r_top_t": None,
+    "balance_groups": None,
+    "mla_scale": False,
+    "n_group": None,
+    "topk_group": None,
+    "zero_experts": 0,
+    "copy_experts": 0,
+    "constant_experts": 0,
+    "shared_expert_intermediate_size": 0,
+    "hidden_act": "silu",
+    "gated_linear_unit": True,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "router_bias": False,
+    "norm": "rmsnorm",
+    "qk_layernorm": False,
+    "position_embedding": "rope",
+    "rope_interleaved": False,
+    "softmax_scale": None,
+    **dict.fromkeys(LATENT),
+}
+"""A model of none of the variants: a baseline, as far as its config.json does not say."""
+
 POSITIONS = {"rope": "rope", "learned": "learned_absolute", "none": "none"}
 NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 AT_HOME = ("zero", "copy", "constant")
@@ -228,7 +269,7 @@ def to_options(config: Config) -> dict[str, Any]:
     scaling = config["routed_scaling_factor"]
     return options | {
         "multi_latent_attention": latent,
-        "rope_type": _rope_type(rope) if latent else None,
+        "rope_type": ("yarn" if rope.get("rope_type") == "yarn" else "rope") if latent else None,
         "rotary_scaling_factor": kept.get("rotary_scaling_factor", 1.0),
         "mscale": kept.get("mscale", 1.0),
         "mscale_all_dim": kept.get("mscale_all_dim", 0.0),
@@ -347,10 +388,6 @@ def rope_parameters(options: dict[str, Any]) -> dict[str, Any] | None:
     if factor := options["rotary_seq_len_interpolation_factor"]:
         return rope | {"rope_type": "linear", "factor": factor}
     return rope
-
-
-def _rope_type(rope: dict[str, Any]) -> str:
-    return "yarn" if rope.get("rope_type") == "yarn" else "rope"
 
 
 def softmax_scale(options: dict[str, Any]) -> float | None:

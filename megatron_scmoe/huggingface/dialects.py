@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_scmoe.huggingface import longcat
+from megatron_scmoe.huggingface.config import LLAMA3, NEUTRAL
 from megatron_scmoe.huggingface.tensor_names import Config
 
 
@@ -158,50 +159,6 @@ def baseline(
     }
 
 
-NEUTRAL: Config = {
-    "model_type": "scmoe",
-    "shortcut_position": "none",
-    "shortcut_norm": "own",
-    "combine": "add",
-    "post_norm": False,
-    "router": "topk",
-    "scoring_func": "softmax",
-    "routed_scaling_factor": 1.0,
-    "expert_bias": False,
-    "dual_gating": "none",
-    "distinct_experts": True,
-    "gating_residual": False,
-    "gate_layers": 1,
-    "renormalise": False,
-    "input_scale": 1.0,
-    "scaled_experts": "all",
-    "routed_topk": None,
-    "c2r_top_t": None,
-    "balance_groups": None,
-    "mla_scale": False,
-    "n_group": None,
-    "topk_group": None,
-    "zero_experts": 0,
-    "copy_experts": 0,
-    "constant_experts": 0,
-    "shared_expert_intermediate_size": 0,
-    "hidden_act": "silu",
-    "gated_linear_unit": True,
-    "attention_output_bias": False,
-    "mlp_bias": False,
-    "router_bias": False,
-    "norm": "rmsnorm",
-    "qk_layernorm": False,
-    "position_embedding": "rope",
-    "rope_interleaved": False,
-    "softmax_scale": None,
-    **dict.fromkeys(
-        ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    ),
-}
-"""A baseline, as far as its config.json does not say."""
-
-
 def _rope(config: Config) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or the two fields that it was before.
 
@@ -212,10 +169,8 @@ def _rope(config: Config) -> dict[str, Any]:
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     rope.setdefault("partial_rotary_factor", 1.0)
-    llama = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    llama["original_max_position_embeddings"] = 8192
     known = rope["rope_type"] in ("default", "linear") or (
-        rope["rope_type"] == "llama3" and {**rope, **llama} == rope
+        rope["rope_type"] == "llama3" and {**rope, **LLAMA3} == rope
     )
     if not known:
         raise ValueError(f"rope_parameters {rope} cannot be said in Megatron's options")

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_scmoe.checks.ranges import NOT_NEGATIVE, POSITIVE, RANGES, SHARE, SIZES, Range
 from megatron_scmoe.checks.refusal import Found, Refusal, refuse
-from megatron_scmoe.huggingface.config import AT_HOME, LATENT, SAME_NAME, there_and_back
+from megatron_scmoe.huggingface.config import AT_HOME, LATENT, NEUTRAL, SAME_NAME, there_and_back
 from megatron_scmoe.huggingface.tensor_names import Config
 
 
@@ -78,26 +78,9 @@ KINDS: dict[str, Kind] = {
     "input_scale": ANY,
     "routed_topk": _or_none(_number(POSITIVE)),
     "softmax_scale": _or_none(_number(POSITIVE)),
+    **{field: FLAG for field, value in NEUTRAL.items() if isinstance(value, bool)},
     **dict.fromkeys(
-        (
-            "post_norm",
-            "distinct_experts",
-            "gating_residual",
-            "renormalise",
-            "mla_scale",
-            "pre_softmax",
-            "norm_topk_prob",
-            "expert_bias",
-            "gated_linear_unit",
-            "attention_bias",
-            "attention_output_bias",
-            "mlp_bias",
-            "router_bias",
-            "qk_layernorm",
-            "rope_interleaved",
-            "tie_word_embeddings",
-        ),
-        FLAG,
+        ("pre_softmax", "norm_topk_prob", "attention_bias", "tie_word_embeddings"), FLAG
     ),
     "shortcut_position": _one_of("none", "pos1", "pos2", "pos3"),
     "combine": _one_of("add", "cg1", "cg2"),

@@ -11,7 +11,7 @@ norm), and the second MLP, which the routed output joins, is our shared expert.
 import re
 from typing import Any
 
-from megatron_scmoe.huggingface.config import YARN, rope_parameters, softmax_scale
+from megatron_scmoe.huggingface.config import LATENT, NEUTRAL, YARN, rope_parameters, softmax_scale
 from megatron_scmoe.huggingface.tensor_names import Config
 
 ARCHITECTURE = "LongcatFlashForCausalLM"
@@ -37,33 +37,26 @@ SAME_NAME = {
 }
 """Fields of ours that are theirs, value for value."""
 
+FREE = {
+    "routed_scaling_factor",
+    "routed_topk",
+    "balance_groups",
+    "copy_experts",
+    "shared_expert_intermediate_size",
+    "softmax_scale",
+    *LATENT,
+}
 FIXED: Config = {
+    **{field: value for field, value in NEUTRAL.items() if field not in FREE},
     "shortcut_position": "pos2",
     "shortcut_norm": "shared",
-    "combine": "add",
-    "post_norm": False,
-    "dual_gating": "none",
     "router": "longcat",
-    "scoring_func": "softmax",
     "pre_softmax": True,
     "norm_topk_prob": False,
     "expert_bias": True,
-    "scaled_experts": "all",
     "mla_scale": True,
-    "input_scale": 1.0,
-    "n_group": None,
-    "topk_group": None,
-    "zero_experts": 0,
-    "constant_experts": 0,
-    "hidden_act": "silu",
-    "gated_linear_unit": True,
     "attention_bias": False,
-    "attention_output_bias": False,
-    "mlp_bias": False,
-    "router_bias": False,
-    "norm": "rmsnorm",
     "qk_layernorm": True,
-    "position_embedding": "rope",
     "rope_interleaved": True,
     "tie_word_embeddings": False,
 }

@@ -269,17 +269,15 @@ def _of_rows(
 ) -> Iterator[Tensor]:
     prefixes = [name.format(layer=layer, expert=expert) for name in (megatron, hugging_face)]
     for row in rows:
-        if not _holds(row, have):
+        if not all(
+            (need.removeprefix("no ") in have) != need.startswith("no ") for need in row.needs
+        ):
             continue
         parts = tuple(
             (prefixes[1] + part.name, tuple(size[dimension] for dimension in part.shape))
             for part in row.parts
         )
         yield Tensor(prefixes[0] + row.megatron, parts, row, layer, expert)
-
-
-def _holds(row: TensorRow, have: set[str]) -> bool:
-    return all((need.removeprefix("no ") in have) != need.startswith("no ") for need in row.needs)
 
 
 def features(config: Config) -> set[str]:

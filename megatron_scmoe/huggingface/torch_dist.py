@@ -225,7 +225,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _saved
+            return lambda storage, *place: _Saved(*storage, *place[:3])
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch" and name in _STORAGES:
@@ -235,16 +235,6 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         _, dtype, record, _, elements = pid
         return record, elements * dtype.itemsize, dtype
-
-
-def _saved(
-    storage: tuple[str, int, torch.dtype],
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    *_: Any,
-) -> _Saved:
-    return _Saved(*storage, offset, size, stride)
 
 
 class TorchDistWriter:
