@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from math import log10
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,13 @@ def numbers(values: Sequence[int]) -> str:
         else:
             runs.append([value])
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def installed(package: str) -> str | None:
+    """Its version, if it is installed."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def flag(dest: str) -> str:

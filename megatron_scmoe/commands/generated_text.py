@@ -17,6 +17,7 @@ from megatron_scmoe.arguments import add_scmoe_args, parse
 from megatron_scmoe.checks import generation
 from megatron_scmoe.checks.refusal import refuse
 from megatron_scmoe.commands.generation_options import ASKED, add_generation_args
+from megatron_scmoe.commands.preprocess.kept_tokenizer import end_of_document
 from megatron_scmoe.inference.generation import Continuation, Limits, Speed, generate
 from megatron_scmoe.inference.kept import DynamicKept, Keeps, StaticKept
 from megatron_scmoe.inference.model import begin, join_and_load, prepare_generation
@@ -122,14 +123,6 @@ def _prompt_of(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         raise ValueError(f"{where}: the prompt is a {type(prompt).__name__} and no text.")
     return prompt
-
-
-def end_of_document(tokenizer: Any) -> int | None:
-    """The token that ends a document, if the tokenizer has one."""
-    try:
-        return tokenizer.eod
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:

@@ -137,17 +137,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add_tokenizer_arguments(parser)
     group = parser.add_argument_group("documents")
-    group.add_argument(
-        "--append-eod", action="store_true", help="end each document with the end-of-document id"
-    )
-    group.add_argument(
-        "--split-sentences", action="store_true", help="one sequence a sentence, through nltk"
-    )
-    group.add_argument(
-        "--keep-newlines",
-        action="store_true",
-        help="with --split-sentences: keep the white space after a sentence",
-    )
+    for option, text in (
+        ("--append-eod", "end each document with the end-of-document id"),
+        ("--split-sentences", "one sequence a sentence, through nltk"),
+        ("--keep-newlines", "with --split-sentences: keep the white space after a sentence"),
+    ):
+        group.add_argument(option, action="store_true", help=text)
     group.add_argument(
         "--lang",
         default="english",
@@ -337,8 +332,8 @@ def _run(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]:
 
 
 def _choose_engine(args: argparse.Namespace, encoder: Encoder, first: list[Batch]) -> str | None:
-    """Gives the encoder a fast engine if one is equal on the stress text and on the first batch;
-    else says why not."""
+    """Give the encoder a fast engine if one is equal on the stress text and on the first batch;
+    else say why not."""
     if args.engine == "reference":
         return "--engine reference"
     try:

@@ -22,7 +22,6 @@ None of this is trusted: `prove` compares ids before the first document is writt
 --verify while the run goes on.
 """
 
-import array
 import json
 import re
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess.proof import CLASSES, NotExactError, ranges
-from megatron_scmoe.commands.preprocess.special_tokens import finder
+from megatron_scmoe.commands.preprocess.special_tokens import finder, ranks_of
 
 _SPACE_BEFORE_A_WORD = r"|\s+(?!\S)"
 
@@ -47,7 +46,6 @@ LLAMA3, QWEN2 = (
 WORDS = {GPT2: "", LLAMA3: r"(?<![\r\n])", QWEN2: r"(?<![\r\n])"}
 
 _MARK = "\U0010ffff"  # no character, in any text that means something
-_LARGE_TEXT = 1 << 24  # characters from which Python's integers would need gigabytes
 
 
 class ByteLevelBPE:
@@ -108,10 +106,7 @@ class ByteLevelBPE:
             if self._has_special_token(text):
                 return None
         text = self._before_a_word.sub(rf"{_MARK}\g<0>", text)
-        if len(text) >= _LARGE_TEXT:
-            ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
-        else:  # faster than numpy.array
-            ranks = np.frombuffer(array.array("I", self._bpe.encode_ordinary(text)), np.uint32)
+        ranks = ranks_of(self._bpe, text)
         ids = self._ids[ranks[ranks != self._mark]]
         if self._before.size or self._after.size:
             ids = np.concatenate([self._before, ids, self._after])

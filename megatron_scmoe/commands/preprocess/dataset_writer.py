@@ -18,11 +18,12 @@ import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 PUBLISHED = (".bin", ".json", ".idx")  # in the order of renaming
+COUNTS = ("documents", "empty_documents", "sequences", "tokens")
 GROWING = (".bin", ".lengths", ".ends")  # ids; int32 a sequence; int64 a document
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -61,19 +62,14 @@ class DatasetWriter:
             for number in range(partitions)
         ]
         if state:
-            self.documents, self.empty_documents = state["documents"], state["empty_documents"]
-            self.sequences, self.tokens = state["sequences"], state["tokens"]
+            for name in COUNTS:
+                setattr(self, name, state[name])
             for number, part in enumerate(self._parts):
                 part.cut([state[f"part{number}{suffix}"] for suffix in GROWING])
 
     def state(self) -> dict[str, int]:
         """Where the dataset is, on disk when this returns."""
-        state = {
-            "documents": self.documents,
-            "empty_documents": self.empty_documents,
-            "sequences": self.sequences,
-            "tokens": self.tokens,
-        }
+        state = self._counts()
         for number, part in enumerate(self._parts):
             for suffix, size in zip(GROWING, part.sync(), strict=True):
                 state[f"part{number}{suffix}"] = size
@@ -104,20 +100,14 @@ class DatasetWriter:
         self.tokens += len(tokens)
 
     def finish(self, description: dict[str, object]) -> None:
-        """Joins the partitions, writes the index and, from `description` and what was counted,
+        """Join the partitions, write the index and, from `description` and what was counted,
         the manifest; all on disk when it returns. The growing files stay, to go on from a `state`
         again if the process is killed before `publish`."""
         whole, *others = self._parts
         for part in others:
             whole.join(part)
         whole.write_index(f"{self._path}.idx", self.dtype)
-        manifest = description | {
-            "documents": self.documents,
-            "empty_documents": self.empty_documents,
-            "sequences": self.sequences,
-            "tokens": self.tokens,
-            "dtype": np.dtype(self.dtype).name,
-        }
+        manifest = description | self._counts() | {"dtype": np.dtype(self.dtype).name}
         for suffix in ("bin", "idx"):
             with open(f"{self._path}.{suffix}", "rb") as stream:
                 manifest[f"{suffix}_bytes"] = os.fstat(stream.fileno()).st_size
@@ -125,6 +115,9 @@ class DatasetWriter:
         Path(f"{self._path}.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for suffix in PUBLISHED:
             _sync(Path(f"{self._path}{suffix}"))
+
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTS}
 
     def close(self) -> None:
         for part in self._parts:
@@ -162,7 +155,7 @@ class _Part:
         self._sequences += len(lengths)
 
     def join(self, other: "_Part") -> None:
-        """Puts another part's documents behind this one's."""
+        """Put another part's documents behind this one's."""
         other.close()
         tokens, lengths, ends = other._paths
         for path, stream in zip((tokens, lengths), self._streams, strict=False):
@@ -224,15 +217,12 @@ class OutputFolder:
         for writer in self._writers:
             writer.close()
 
-    def create(
-        self,
-        name: str,
-        dtype: type[np.number],
-        partitions: int,
-        state: dict[str, int] | None = None,
-    ) -> DatasetWriter:
-        """A dataset that `publish` will put beside the folder as name.bin, .idx and .json."""
-        writer = DatasetWriter(self._folder, name, dtype, partitions, state)
+    def create(self, *dataset: Any) -> DatasetWriter:
+        """A dataset that `publish` will put beside the folder as name.bin, .idx and .json.
+
+        dataset: what a DatasetWriter takes behind its folder.
+        """
+        writer = DatasetWriter(self._folder, *dataset)
         self._writers.append(writer)
         return writer
 
@@ -243,7 +233,7 @@ class OutputFolder:
         self._texts.append(name)
 
     def publish(self) -> None:
-        """Gives the finished files their final names, in place of older ones.
+        """Give the finished files their final names, in place of older ones.
 
         If a renaming fails, none of the final names is left.
         """

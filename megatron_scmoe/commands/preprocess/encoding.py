@@ -17,18 +17,6 @@ from megatron_scmoe.commands.preprocess.proof import Engine
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line that is not a document: where (lines count from 1) and why."""
-
-    path: str
-    number: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.number}: {self.reason}"
-
-
 @dataclass
 class EncodedBatch:
     """The documents of a batch.
@@ -39,6 +27,7 @@ class EncodedBatch:
     has none.
     text_bytes: size of the lines, packed or not on disk; disk_bytes, end: as in Batch.
     repaired: number of unpaired surrogates that became U+FFFD.
+    bad_lines: those that are no documents: where (lines count from 1) and why.
     """
 
     tokens: dict[str, np.ndarray]
@@ -49,9 +38,10 @@ class EncodedBatch:
     text_bytes: int = 0
     disk_bytes: int = 0
     repaired: int = 0
-    bad_lines: list[BadLine] = field(default_factory=list)
+    bad_lines: list[str] = field(default_factory=list)
 
 
+@dataclass
 class Encoder:
     """Turn batches of lines into batches of ids; Megatron-LM's rules, ours only where it stops.
 
@@ -69,25 +59,17 @@ class Encoder:
         verify: of 1000 documents how many, drawn at random, the tokenizer encodes again.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        keys: Sequence[str],
-        dtype: type[np.number],
-        eod: int | None = None,
-        split: Callable[[str], list[str]] | None = None,
-        engine: Engine | None = None,
-        verify: int = 0,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.keys = keys
-        self.dtype = dtype
-        self.eod = eod
-        self.split = split
-        self.engine = engine
-        self.verify = verify
+    tokenizer: Any
+    keys: Sequence[str]
+    dtype: type[np.number]
+    eod: int | None = None
+    split: Callable[[str], list[str]] | None = None
+    engine: Engine | None = None
+    verify: int = 0
+
+    def __post_init__(self) -> None:
         try:
-            self._empty: list[int] = list(tokenizer.tokenize(""))
+            self._empty: list[int] = list(self.tokenizer.tokenize(""))
         except ValueError:
             self._empty = []
 
@@ -105,7 +87,7 @@ class Encoder:
                 if self.engine and random.random() * 1000 < self.verify:
                     self._compare(f"{batch.path}:{number}", texts)
             except _BadLineError as error:
-                result.bad_lines.append(BadLine(batch.path, number, str(error)))
+                result.bad_lines.append(f"{batch.path}:{number}: {error}")
                 continue
             for key, (tokens, parts) in document.items():
                 ids[key].append(tokens)

@@ -7,14 +7,17 @@ all of megatron.training. Left out are tokenizers that do not read plain text (m
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.commands.preprocess import DataError, kept_tokenizer
-from megatron_scmoe.commands.preprocess.quiet import quiet_imports
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 VOCAB_FILE_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer")
@@ -78,21 +81,15 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
         action="store_false",
         help="SentencePiece keeps white space as it is",
     )
-    group.add_argument(
-        "--tokenizer-hf-no-use-fast",
-        action="store_true",
-        help="Hugging Face's tokenizer in Python instead of Rust",
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
-        help="Hugging Face adds no tokens at the ends of a text",
-    )
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the code that a Hugging Face tokenizer brings",
-    )
+    for option, text in (
+        ("--tokenizer-hf-no-use-fast", "Hugging Face's tokenizer in Python instead of Rust"),
+        (
+            "--tokenizer-hf-no-include-special-tokens",
+            "Hugging Face adds no tokens at the ends of a text",
+        ),
+        ("--trust-remote-code", "run the code that a Hugging Face tokenizer brings"),
+    ):
+        group.add_argument(option, action="store_true", help=text)
     group.add_argument(
         "--null-tokenizer-eod-id",
         type=int,
@@ -157,6 +154,19 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     return tokenizer
 
 
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Imports without their warnings: Megatron's and PyTorch's modules remark on stderr that a
+    machine has no GPU and no Transformer Engine, which preprocessing does not need."""
+
+    with warnings.catch_warnings(action="ignore"):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
 def _build_tokenizer(args: argparse.Namespace) -> Any:
     with quiet_imports():
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -180,10 +190,7 @@ def find_eod(tokenizer: Any) -> int:
     Raises:
         DataError: the tokenizer has none.
     """
-    try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError):
-        eod = None
+    eod = kept_tokenizer.end_of_document(tokenizer)
     if eod is None or eod < 0:
         raise DataError(
             "--append-eod: this tokenizer has no end-of-document token; give it an eos_token, or "

@@ -80,7 +80,7 @@ class PreprocessJob:
         }
 
     def finish(self) -> None:
-        """Completes the datasets, not yet under their final names."""
+        """Complete the datasets, not yet under their final names."""
         args = self._args
         if self._bad_lines:
             say(f"skipped {self._bad_lines} lines in all")
@@ -92,9 +92,7 @@ class PreprocessJob:
             if not writer.tokens:
                 where = f" of --input {args.input[number]}" if args.input_weights else ""
                 raise DataError(f"every {key!r}{where} is empty: nothing to write")
-            writer.finish(
-                _description(args, key, self._vocab_size, self._bad_lines, self._repaired)
-            )
+            writer.finish(self._description(key))
         for key, name in blend_names(args).items():
             folder = Path(args.output_prefix).absolute().parent
             lines = (
@@ -113,21 +111,19 @@ class PreprocessJob:
         total = ", ".join(f"{count} tokens of {key}" for key, count in tokens.items())
         return f"{', ' + without if without else ''}: {total}"
 
-
-def _description(
-    args: argparse.Namespace, key: str, vocab_size: int, skipped: int, repaired: int
-) -> dict[str, object]:
-    """What the manifest says beside the counts; the same for any number of workers."""
-    return {
-        "format": 1,
-        "megatron_scmoe": __version__,
-        "key": key,
-        "tokenizer_type": args.tokenizer_type,
-        "tokenizer_model": args.tokenizer_model,
-        "tokenizer_sha256": fingerprint(args),
-        "vocab_size": vocab_size,
-        "append_eod": args.append_eod,
-        "split_sentences": args.split_sentences,
-        "skipped_lines": skipped,
-        "replaced_surrogates": repaired,
-    }
+    def _description(self, key: str) -> dict[str, object]:
+        """What the manifest says beside the counts; the same for any number of workers."""
+        args = self._args
+        return {
+            "format": 1,
+            "megatron_scmoe": __version__,
+            "key": key,
+            "tokenizer_type": args.tokenizer_type,
+            "tokenizer_model": args.tokenizer_model,
+            "tokenizer_sha256": fingerprint(args),
+            "vocab_size": self._vocab_size,
+            "append_eod": args.append_eod,
+            "split_sentences": args.split_sentences,
+            "skipped_lines": self._bad_lines,
+            "replaced_surrogates": self._repaired,
+        }

@@ -11,7 +11,6 @@ name; a kept file that is damaged, or a folder that cannot be written, is as if 
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.commands.preprocess.proof import stress_texts
-from megatron_scmoe.words import read_json, write_whole
+from megatron_scmoe.words import installed, read_json, write_whole
 
 _VERSIONS = ("megatron-core", "transformers", "tokenizers", "sentencepiece")
 # Options that change ids; the paths are left out, the files' contents are in the name.
@@ -47,6 +46,14 @@ class KeptTokenizer:
     detokenize: Callable[[list[int]], str]
     vocab_size: int
     eod: int | None
+
+
+def end_of_document(tokenizer: Any) -> int | None:
+    """The id that ends a document, if the tokenizer has one; kept, or built by Megatron."""
+    try:
+        return tokenizer.eod
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def backend_of(tokenizer: Any) -> Any:
@@ -84,19 +91,15 @@ def find(args: argparse.Namespace, fingerprint: str | None) -> KeptTokenizer | N
 
 
 def keep(args: argparse.Namespace, fingerprint: str | None, tokenizer: Any) -> None:
-    """Keeps a tokenizer that Megatron has built, if its backend alone gives the same ids."""
+    """Keep a tokenizer that Megatron has built, if its backend alone gives the same ids."""
     backend = backend_of(tokenizer)
     if backend is None or not _can_be_kept(args, fingerprint):
         return
-    try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError):
-        eod = None
     to_str = getattr(backend, "to_str", None)
     kept: dict[str, Any] = {
         "backend": to_str() if to_str else None,
         "vocab_size": tokenizer.vocab_size,
-        "eod": eod,
+        "eod": end_of_document(tokenizer),
     }
     with contextlib.suppress(OSError, ValueError):
         restored = _restore(args, **kept)
@@ -143,17 +146,13 @@ def _restore(
 
 
 def _path(args: argparse.Namespace, fingerprint: str | None) -> Path:
-    versions = {}
-    for package in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     config = Path(args.tokenizer_model, "config.json")  # transformers may take the class from it
     name = _digest(
         {
             "files": fingerprint,
             "config": config.read_text() if config.is_file() else None,
             "options": {option: getattr(args, option) for option in _OPTIONS},
-            "versions": versions,
+            "versions": {package: installed(package) for package in _VERSIONS},
         }
     )
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -23,7 +23,7 @@ class Engine(Protocol):
 
 
 def prove(engine: Engine, reference: Callable[[str], list[int]], texts: Iterable[str]) -> None:
-    """Compares the ids of the stress text and of `texts`.
+    """Compare the ids of the stress text and of `texts`.
 
     Raises:
         NotExactError: they differ; names the first text that does.

@@ -16,17 +16,15 @@ best is the highest score here, the lowest rank there. What differs:
 As for byte-level BPE nothing of this is trusted (see `proof`).
 """
 
-import array
 import re
 from typing import Any
 
 import numpy as np
 
 from megatron_scmoe.commands.preprocess.proof import NotExactError
-from megatron_scmoe.commands.preprocess.special_tokens import finder
+from megatron_scmoe.commands.preprocess.special_tokens import finder, ranks_of
 
 _SPACE = "\u2581"
-_LARGE_TEXT = 1 << 24  # characters from which Python's integers would need gigabytes
 _NO_ID = -1
 
 
@@ -98,10 +96,7 @@ class SentencePieceBPE:
         if not text:
             return np.empty(0, np.int32)
         text = self._prefix + text.replace(_SPACE, " ")
-        if len(text) >= _LARGE_TEXT:
-            ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
-        else:  # faster than numpy.array
-            ranks = np.frombuffer(array.array("I", self._bpe.encode_ordinary(text)), np.uint32)
+        ranks = ranks_of(self._bpe, text)
         if self._beginnings[ranks].any():
             ids = self._ids[ranks].ravel()
             return ids[ids != _NO_ID]
@@ -120,11 +115,8 @@ def _by_rank(scores: list[tuple[float, str]]) -> list[str]:
 
 
 def _check(model: Any) -> None:
-    kinds, trainer, normalizer = (
-        type(model).SentencePiece,
-        model.trainer_spec,
-        model.normalizer_spec,
-    )
+    kinds = type(model).SentencePiece
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise NotExactError("its SentencePiece model is not BPE")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:

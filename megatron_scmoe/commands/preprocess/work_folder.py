@@ -28,7 +28,7 @@ class WorkFolder:
         self._run = run
 
     def record(self, progress: dict[str, Any]) -> None:
-        """Keeps `progress` for a later run; on disk when this returns, whole or not at all."""
+        """Keep `progress` for a later run; on disk when this returns, whole or not at all."""
         partial = self.path / f"{_PROGRESS}.partial"
         with partial.open("w") as stream:
             json.dump({"run": self._run, "progress": progress}, stream)

@@ -4,7 +4,6 @@ of its own for them."""
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from megatron_scmoe.run.checkpoint import contents
 from megatron_scmoe.run.checkpoint.record import read_record
@@ -60,19 +59,14 @@ def adopt_model(args: Namespace, typed: Iterable[str]) -> int:
         )
     options = {
         name: value
-        for name, value in _part(record, "options").items()
+        for name, value in record["options"].items()
         if name in COMPUTED_WITH or name.startswith(PREFIXES)
     }
     known = vars(args)
-    for name, value in (_part(record, "model") | options).items():
+    for name, value in (record["model"] | options).items():
         if name in known and name not in typed:
             setattr(args, name, tuple(value) if name == "window_size" and value else value)
     if "padded_vocab_size" not in typed:
         args.padded_vocab_size = record.get("padded_vocab_size")
     args.ckpt_step = iteration
     return iteration
-
-
-def _part(record: dict[str, Any], name: str) -> dict[str, Any]:
-    part = record.get(name)
-    return part if isinstance(part, dict) else {}

@@ -10,14 +10,13 @@ import json
 import os
 import platform
 from argparse import Namespace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_scmoe.run.checkpoint.model_options import ARCHITECTURE, SCMOE
-from megatron_scmoe.words import read_json, write_whole
+from megatron_scmoe.words import installed, read_json, write_whole
 
 SCHEMA = 1
 UNKNOWN = "unknown"
@@ -26,6 +25,8 @@ READ: dict[str, set[str]] = {
     "tokenizer": {"type", "vocab_size", "sha256"},
     "versions": {"python"},
     "machine": set(),
+    "model": set(),
+    "options": set(),
 }
 PACKAGES = ("megatron-scmoe", "megatron-core", "torch", "transformer-engine", "apex")
 
@@ -146,13 +147,7 @@ def _timed(versions: dict[str, str]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in PACKAGES if (found := installed(package))}
 
 
 def _plain(value: Any) -> Any:

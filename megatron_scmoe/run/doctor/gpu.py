@@ -1,6 +1,6 @@
 """Checks that ask the GPUs and the libraries around them. Unverified: written without a GPU."""
 
-import importlib.metadata
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,6 +12,7 @@ import torch
 
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.run.doctor.findings import Finding
+from megatron_scmoe.words import installed
 
 BLACKWELL = 10  # compute capability from which the host asks for no number of connections
 BUSY = 0.1  # share of a GPU's memory in use that is worth a word
@@ -119,7 +120,7 @@ def check_libraries(args: Namespace | None) -> Iterator[Finding]:
         ("transformer_engine", "transformer_engine.pytorch", "--transformer-impl local"),
         ("apex", "amp_C", "--no-gradient-accumulation-fusion --no-persist-layer-norm"),
     ):
-        version = _version(distribution)
+        version = installed(distribution)
         if version is None:
             yield Finding("ok", f"{distribution}: not installed, not needed with {use}")
         elif not here():
@@ -127,7 +128,7 @@ def check_libraries(args: Namespace | None) -> Iterator[Finding]:
         else:
             yield from _importable(distribution, version, module)
     for major in ("12", "13"):
-        built = _version(f"transformer_engine_cu{major}")
+        built = installed(f"transformer_engine_cu{major}")
         if here() and built is not None and not (torch.version.cuda or "").startswith(f"{major}."):
             yield Finding(
                 "error",
@@ -135,13 +136,6 @@ def check_libraries(args: Namespace | None) -> Iterator[Finding]:
                 f"{torch.version.cuda}",
                 "install the build that matches torch",
             )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _importable(distribution: str, version: str, module: str) -> Iterator[Finding]:

@@ -36,8 +36,10 @@ HOST_BYTES_PER_PARAMETER = 18  # in the host's estimate of memory, without distr
 
 def examine(args: Namespace | None) -> list[Finding]:
     """Every check of this machine, for tools/doctor.py."""
-    checks = (check_versions, *_STARTUP, *gpu.CHECKS, *network.CHECKS)
-    return [finding for check in checks for finding in check(args)]
+    # Whether the nodes of a job agree on versions is asked in nodes.py.
+    own = Finding("ok", f"{versions()} (supported: {SUPPORTED})")
+    checks = (*_STARTUP, *gpu.CHECKS, *network.CHECKS)
+    return [own, *(finding for check in checks for finding in check(args))]
 
 
 def start_up(args: Namespace) -> list[str]:
@@ -54,11 +56,6 @@ def start_up(args: Namespace) -> list[str]:
         if finding.severity == "error":
             raise ValueError(finding.line)
     return [f"warning: {finding.line}" for finding in found if finding.severity == "warning"]
-
-
-def check_versions(args: Namespace | None) -> Iterator[Finding]:
-    """Whether the nodes of a job agree on them is asked in nodes.py."""
-    yield Finding("ok", f"{versions()} (supported: {SUPPORTED})")
 
 
 def versions() -> str:

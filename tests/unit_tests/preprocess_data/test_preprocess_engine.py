@@ -27,7 +27,7 @@ from tokenizers import (
     trainers,
 )
 
-from megatron_scmoe.commands.preprocess import DataError
+from megatron_scmoe.commands.preprocess import DataError, special_tokens
 from megatron_scmoe.commands.preprocess.byte_level_bpe import (
     GPT2,
     LLAMA3,
@@ -166,9 +166,7 @@ def test_a_million_times_the_same(unit: str) -> None:
 
 
 def test_a_large_text_has_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_scmoe.commands.preprocess import byte_level_bpe
-
-    monkeypatch.setattr(byte_level_bpe, "_LARGE_TEXT", 10)
+    monkeypatch.setattr(special_tokens, "_LARGE_TEXT", 10)
     assert engine(QWEN2).encode(CORPUS).tolist() == make(QWEN2).encode(CORPUS).ids
 
 
@@ -297,12 +295,10 @@ def test_the_same_ids_as_sentencepiece(text: str, prefix: bool, runs_alike: bool
 
 @pytest.mark.parametrize("runs_alike", [False, True])
 def test_proof_of_sentencepiece_on_the_stress_text(monkeypatch, runs_alike: bool) -> None:
-    from megatron_scmoe.commands.preprocess import sentencepiece_bpe
-
     processor = sentencepiece_model(True, runs_alike)
     fast = SentencePieceBPE(processor)
     prove(fast, processor.encode_as_ids, [CORPUS])
-    monkeypatch.setattr(sentencepiece_bpe, "_LARGE_TEXT", 10)
+    monkeypatch.setattr(special_tokens, "_LARGE_TEXT", 10)
     prove(fast, processor.encode_as_ids, [CORPUS])
 
 
