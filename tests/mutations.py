@@ -617,9 +617,9 @@ MUTATIONS = (
         f"{UNIT}huggingface_model.py -k hosts_layers",
     ),
     Mutation(
-        "megatron_scmoe/planner/copies.py",
-        "each = ranks // groups",
-        "each = 1",
+        "megatron_scmoe/c2r/placement.py",
+        "return placed.rank_of(layer) // (placed.ranks // groups)",
+        "return placed.rank_of(layer)",
         f"{UNIT}plan_overlap.py -k counted_them",
     ),
     Mutation(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from megatron_scmoe.c2r.closeness import groups_in_order
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.layer_file import SCHEMA, checked_layers, other_layers, whole
 from megatron_scmoe.words import numbers, read_json, write_whole
@@ -74,6 +75,17 @@ def rank_of(ranks: Ranks) -> np.ndarray:
     for number, experts in enumerate(ranks):
         found[list(experts)] = number
     return found
+
+
+def groups_of(experts: int, groups: int, layer: int, placed: Placement | None) -> np.ndarray:
+    """The group of every expert, of so many equal ones of neighbouring ranks, [N].
+
+    Args:
+        placed: on a multiple of as many ranks; None where experts lie in order.
+    """
+    if placed is None:
+        return groups_in_order(experts, groups)
+    return placed.rank_of(layer) // (placed.ranks // groups)
 
 
 class Copies(NamedTuple):

@@ -35,6 +35,12 @@ LENGTH = (
 )
 """What a run has to be told that the host has no default for."""
 
+NO_YAML = Refusal(
+    lambda args: args.yaml_cfg is not None,
+    "--yaml-cfg has no place for the --scmoe options",
+    "use the command line",
+)
+
 HELP = ("-h", "--help", "--help-scmoe")
 # Options are not the whole command line, or nothing is trained.
 SAYS_MORE = (*HELP, "--use-checkpoint-args", "--yaml-cfg")
@@ -57,6 +63,23 @@ def refuse_words(argv: Sequence[str]) -> None:
     flags = {word.split("=")[0] for word in argv}
     if not flags & set(SAYS_MORE):
         refuse_all(NUMBERS + LENGTH, typed_numbers(argv))
+
+
+def refuse_typed(
+    argv: Sequence[str], rows: tuple[Refusal, ...], *add: Callable[[ArgumentParser], object]
+) -> None:
+    """Refuse what a program's own options show, unless help is asked for.
+
+    Args:
+        argv: the words behind the program, files spelled out.
+        rows: of a program's own; the numbers are asked for beside them.
+        add: as of `typed_options`.
+
+    Raises:
+        ValueError: all of it in one line.
+    """
+    if not asks_for_help(argv):
+        refuse_all(NUMBERS + rows, typed_options(argv, *add))
 
 
 def typed_numbers(argv: Sequence[str]) -> Namespace:

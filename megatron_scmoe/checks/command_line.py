@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
-from megatron_scmoe.checks.before_torch import LENGTH
+from megatron_scmoe.checks.before_torch import LENGTH, NO_YAML
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.checks.shortcut import TRANSFORMER_ENGINE
 from megatron_scmoe.config import has_units
@@ -66,11 +66,7 @@ PARSED = (
         "name a folder, or leave it out",
         "a variable of the shell may have no value",
     ),
-    Refusal(
-        lambda args: args.yaml_cfg is not None,
-        "--yaml-cfg has no place for the --scmoe options",
-        "use the command line",
-    ),
+    NO_YAML,
     Refusal(_link_to_itself, "{option} is a link to itself", "mend it, or name another folder"),
 )
 

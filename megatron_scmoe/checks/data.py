@@ -3,7 +3,8 @@
 import math
 import struct
 from argparse import Namespace
-from collections.abc import Iterable
+from itertools import filterfalse, zip_longest
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +18,38 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_scmoe.checks.refusal import Found, Refusal
+from megatron_scmoe.words import flag
 
+NOT_READ = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 LOOKED_AT = 1_000_000
 """Sequences of a data set, its last ones."""
 
 
-def _not_read(dest: str) -> Refusal:
-    return Refusal(lambda args: getattr(args, dest), f"--{dest.replace('_', '-')} is not supported")
+def _weighted(args: Namespace) -> list[tuple[str, float | None]]:
+    """The data sets of all splits, with their weights if they have some."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = filter(None, [blend, *(blend_per_split or [])])
+    return [pair for prefixes, weights in blends for pair in zip_longest(prefixes, weights or ())]
 
 
-def _on_disk(prefixes: Iterable[str]) -> list[str]:
-    return [prefix for prefix in prefixes if not is_object_storage_path(prefix)]
+def _on_disk(args: Namespace) -> list[str]:
+    return [prefix for prefix, _ in _weighted(args) if not is_object_storage_path(prefix)]
 
 
 def _missing_dataset(args: Namespace) -> Found:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix in _on_disk(prefixes):
-            if not IndexedDataset.exists(prefix):
-                return {"prefix": prefix}
-    return False
+    missing = [prefix for prefix in _on_disk(args) if not IndexedDataset.exists(prefix)]
+    return bool(missing) and {"prefix": missing[0]}
 
 
 def _damaged_dataset(args: Namespace) -> Found:
     """What the host reads as it is, or refuses without the file's name."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix in _on_disk(prefixes):
-            try:
-                why = _defect(prefix)
-            except (AssertionError, OSError, ValueError, struct.error) as error:
-                why = f"{prefix}.idx cannot be read ({error})"
-            if why:
-                return {"prefix": prefix, "why": why}
+    for prefix in _on_disk(args):
+        try:
+            why = _defect(prefix)
+        except (AssertionError, OSError, ValueError, struct.error) as error:
+            why = f"{prefix}.idx cannot be read ({error})"
+        if why:
+            return {"prefix": prefix, "why": why}
     return False
 
 
@@ -61,11 +61,8 @@ def _defect(prefix: str) -> str | None:
         AssertionError, OSError, ValueError, struct.error: the index is damaged.
     """
     index = _IndexReader(f"{prefix}.idx", multimodal=False)
-    lengths, begins, documents = (
-        index.sequence_lengths,
-        index.sequence_pointers,
-        index.document_indices,
-    )
+    lengths, begins = index.sequence_lengths, index.sequence_pointers
+    documents = index.document_indices
     size = Path(f"{prefix}.bin").stat().st_size
     if not len(lengths) or not size:
         return "they hold no token"
@@ -83,21 +80,15 @@ def _defect(prefix: str) -> str | None:
 
 def _bad_weight(args: Namespace) -> Found:
     """The host divides by their sum, behind a bare assert (core/datasets/utils.py)."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, weights in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix, weight in zip(prefixes, weights or (), strict=False):
-            if not (weight > 0 and math.isfinite(weight)):
-                return {"prefix": prefix, "weight": f"{weight:g}"}
+    for prefix, weight in _weighted(args):
+        if weight is not None and not (weight > 0 and math.isfinite(weight)):
+            return {"prefix": prefix, "weight": f"{weight:g}"}
     return False
 
 
 def _remote_without_cache(args: Namespace) -> Found:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, _ in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix in prefixes:
-            if is_object_storage_path(prefix) and not args.object_storage_cache_path:
-                return {"prefix": prefix}
-    return False
+    remote = [prefix for prefix, _ in _weighted(args) if is_object_storage_path(prefix)]
+    return bool(remote and not args.object_storage_cache_path) and {"prefix": remote[0]}
 
 
 def _empty_split(args: Namespace) -> Found:
@@ -106,7 +97,7 @@ def _empty_split(args: Namespace) -> Found:
     if not blend:
         return False
     shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
-    for prefix in _on_disk(blend[0]):
+    for prefix in filterfalse(is_object_storage_path, blend[0]):
         documents = len(IndexedDataset(prefix).document_indices) - 1
         for kind, share in zip(Split, shares, strict=True):
             if share is not None and round(share[0] * documents) == round(share[1] * documents):
@@ -115,10 +106,7 @@ def _empty_split(args: Namespace) -> Found:
 
 
 DATA = (
-    *map(
-        _not_read,
-        ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"),
-    ),
+    *(Refusal(attrgetter(dest), f"{flag(dest)} is not supported") for dest in NOT_READ),
     Refusal(
         _bad_weight,
         "{prefix} has the weight {weight} among the data",

@@ -18,10 +18,6 @@ def has_flash_attention() -> bool:
     return attention.HAVE_FA4 or attention.HAVE_FA3 or second
 
 
-def _disk_beside_gpu(args: Namespace) -> bool:
-    return args.scmoe_offload_experts == "disk" and not no_cuda_device()
-
-
 # Before the checkpoint is looked at.
 TYPED = (
     Refusal(
@@ -42,7 +38,7 @@ TYPED = (
         "its keys and values are in blocks that no other kernel of Megatron reads",
     ),
     Refusal(
-        _disk_beside_gpu,
+        lambda args: args.scmoe_offload_experts == "disk" and not no_cuda_device(),
         "--scmoe-offload-experts disk is for machines without a CUDA device",
         "use cpu",
         "a GPU would wait for every page of the file",

@@ -10,7 +10,6 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -57,10 +56,6 @@ def _ranks(side: int) -> Callable[[Namespace], Found]:
         return {"text": text, "enough": _next_multiple(args.world_size, ranks)}
 
     return when
-
-
-def _stage_of_no_pipeline(dest: str, args: Namespace) -> Found:
-    return getattr(args, dest) is not None and getattr(args, PP) == 1
 
 
 def _other_data_parallel_ranks(args: Namespace) -> Found:
@@ -209,7 +204,7 @@ TYPED = (
     ),
     *(
         Refusal(
-            partial(_stage_of_no_pipeline, dest),
+            lambda args, dest=dest: getattr(args, dest) is not None and getattr(args, PP) == 1,
             f"{flag(dest)} {{{dest}}} speaks of pipeline stages, and there is one",
             "drop it, or add --pipeline-model-parallel-size",
         )

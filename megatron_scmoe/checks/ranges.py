@@ -44,6 +44,7 @@ class Range:
 POSITIVE = Range(0, open_least=True)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
+PART = Range(0, 1, open_least=True)
 DECAY = Range(0, 1, open_most=True)
 
 # Beyond the last number of these nothing was ever trained: a digit too many, which would take all
@@ -138,7 +139,7 @@ RANGES: dict[str, Range] = {
     "lion_beta2": DECAY,
     "hidden_dropout": SHARE,
     "attention_dropout": SHARE,
-    "rotary_percent": Range(0, 1, open_least=True),
+    "rotary_percent": PART,
     "layernorm_epsilon": POSITIVE,
     "init_method_std": NOT_NEGATIVE,
     "embedding_init_method_std": NOT_NEGATIVE,
@@ -167,9 +168,14 @@ def out_of_range(args: Namespace, ranges: Mapping[str, Range] = RANGES) -> Itera
                 yield f"{flag(dest)} {number:g} is not {ranges[dest]}"
 
 
-def _out_of_range(args: Namespace) -> Found:
-    found = list(out_of_range(args))
-    return bool(found) and {"all": "; ".join(found)}
+def numbers_in(ranges: Mapping[str, Range]) -> Refusal:
+    """The row about all numbers that have a range."""
+
+    def when(args: Namespace) -> Found:
+        found = list(out_of_range(args, ranges))
+        return bool(found) and {"all": "; ".join(found)}
+
+    return Refusal(when, "{all}")
 
 
-NUMBERS = (Refusal(_out_of_range, "{all}"),)
+NUMBERS = (numbers_in(RANGES),)

@@ -24,14 +24,12 @@ import numpy as np
 
 from megatron_scmoe import recipe, say
 from megatron_scmoe.c2r import collaboration, lists, placement
-from megatron_scmoe.c2r.closeness import closeness, groups_in_order
+from megatron_scmoe.c2r.closeness import closeness
 from megatron_scmoe.c2r.collaboration import Collaboration
 from megatron_scmoe.c2r.heat_map import heat_map
 from megatron_scmoe.c2r.place import MAX_IMBALANCE, Chosen, place
 from megatron_scmoe.c2r.placement import Copies, Placement, contiguous
-from megatron_scmoe.checks.before_torch import asks_for_help
-from megatron_scmoe.checks.ranges import NUMBERS
-from megatron_scmoe.checks.refusal import refuse_all
+from megatron_scmoe.checks.before_torch import refuse_typed
 from megatron_scmoe.commands import profile_options
 from megatron_scmoe.words import numbers, percent, table, write_whole
 
@@ -57,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 def profile(words: list[str]) -> int:
     """The verb that takes Megatron's options, and seconds to import it."""
     with say.user_errors():
-        if not asks_for_help(words):
-            refuse_all(NUMBERS + profile_options.ASKED, profile_options.typed(recipe.expand(words)))
+        own = profile_options.add_profile_args, profile_options.add_megatrons
+        refuse_typed(recipe.expand(words), profile_options.ASKED, *own)
     from megatron_scmoe.commands import profile_experts
 
     sys.argv[1:] = words
@@ -206,11 +204,7 @@ def report(
     for number, layer in counts.layers.items():
         own = closeness(layer)
         distinct = [
-            layer.distinct(
-                groups_in_order(counts.experts, n)
-                if placed is None
-                else placed.rank_of(number) // (placed.ranks // n)
-            )
+            layer.distinct(placement.groups_of(counts.experts, n, number, placed))
             for n in groups.values()
         ]
         rows.append([*own.shares, own.entropy, own.partners, own.load, *distinct])

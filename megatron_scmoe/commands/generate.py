@@ -16,10 +16,8 @@ Exit codes: 0 written; 1 the checkpoint cannot be read, or a rank is lost; 2 the
 import sys
 
 from megatron_scmoe import recipe, say
-from megatron_scmoe.checks.before_torch import asks_for_help
-from megatron_scmoe.checks.ranges import NUMBERS
-from megatron_scmoe.checks.refusal import refuse_all
-from megatron_scmoe.commands.generation_options import ASKED, typed
+from megatron_scmoe.checks.before_torch import refuse_typed
+from megatron_scmoe.commands.generation_options import ASKED, add_generation_args, add_megatrons
 
 
 def main() -> int:
@@ -27,8 +25,7 @@ def main() -> int:
     say.one_line_interrupts()
     with say.user_errors():
         words = recipe.expand(sys.argv[1:])
-        if not asks_for_help(words):
-            refuse_all(NUMBERS + ASKED, typed(words))
+        refuse_typed(words, ASKED, add_generation_args, add_megatrons)
 
     # These import torch, which takes seconds.
     from megatron_scmoe import start

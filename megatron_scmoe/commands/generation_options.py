@@ -4,10 +4,8 @@ Imports no torch, which takes seconds.
 """
 
 import argparse
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser
 
-from megatron_scmoe.checks.before_torch import typed_options
 from megatron_scmoe.checks.refusal import Refusal
 from megatron_scmoe.inference.cache_size import cache_size
 
@@ -58,20 +56,12 @@ def add_generation_args(parser: ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="A line of JSON for each prompt.")
 
 
-def typed(argv: Sequence[str]) -> Namespace:
-    """What the words of a command line ask, files spelled out.
-
-    Raises:
-        ValueError: an option of these that cannot be read.
-    """
-    return typed_options(argv, add_generation_args, _add_megatrons)
-
-
-def _add_megatrons(parser: ArgumentParser) -> None:
+def add_megatrons(parser: ArgumentParser) -> None:
+    """What `ASKED` looks at beside them."""
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
 
 
-# Of what `typed` reads, and of the whole command line; no row relies on another.
+# Of what is typed, and of the whole command line; no row relies on another.
 ASKED = (
     Refusal(
         lambda args: args.load is None,

@@ -5,10 +5,9 @@ Imports no torch, which takes seconds.
 
 import argparse
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_scmoe.checks.before_torch import typed_options
 from megatron_scmoe.checks.refusal import Found, Refusal
 
 TOKENS = 204_800  # what C2R's published matrices were counted from
@@ -25,16 +24,8 @@ def add_profile_args(parser: ArgumentParser) -> None:
     group.add_argument("--picture", metavar="FILE", help="A heat map of every layer, as SVG.")
 
 
-def typed(argv: Sequence[str]) -> Namespace:
-    """What the words of a command line ask, files spelled out.
-
-    Raises:
-        ValueError: an option of these that cannot be read.
-    """
-    return typed_options(argv, add_profile_args, _add_megatrons)
-
-
-def _add_megatrons(parser: ArgumentParser) -> None:
+def add_megatrons(parser: ArgumentParser) -> None:
+    """What `ASKED` looks at beside them."""
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--data-path", nargs="*", metavar="PREFIX", help=argparse.SUPPRESS)
 
@@ -57,7 +48,7 @@ def _homeless(args: Namespace) -> Found:
     return bool(found) and {"files": " and ".join(found)}
 
 
-# Of what `typed` reads, and of the whole command line; no row relies on another.
+# Of what is typed, and of the whole command line; no row relies on another.
 ASKED = (
     Refusal(lambda args: args.load is None, "profile runs a checkpoint", "add --load"),
     Refusal(

@@ -56,9 +56,6 @@ class Cluster:
     """Nodes of equal GPUs and what connects them.
 
     Bandwidths are bytes/s, one direction, for each GPU.
-
-    Raises:
-        ValueError: a number that no cluster has, in one line.
     """
 
     gpus_per_node: int
@@ -69,16 +66,6 @@ class Cluster:
     """Share of the bandwidths that an all-to-all reaches."""
     message_latency: float = 0.0
     """Seconds that an all-to-all needs for each peer, whatever the size."""
-
-    def __post_init__(self) -> None:
-        for name in ("gpus_per_node", "intra_node_bandwidth", "network_bandwidth", "efficiency"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"a cluster with {name} {value}: it must be positive.")
-        if self.efficiency > 1:
-            raise ValueError(f"an efficiency of {self.efficiency}: it is a share, at most 1.")
-        if self.message_latency < 0:
-            raise ValueError(f"a message latency of {self.message_latency} s.")
 
     def ranks_in_node(self, ranks: int, stride: int = 1) -> int:
         """How many of the ranks 0, stride, 2 * stride, ... share the first one's node."""
@@ -107,13 +94,9 @@ class Cluster:
         local = self.ranks_in_node(ranks, stride)
         seconds = sent * (local - 1) / ranks / self.intra_node_bandwidth
         if local < ranks:
-            if self.network_bandwidth is None:
-                raise ValueError(
-                    f"an all-to-all over {ranks} ranks leaves the node ({local} of them share "
-                    "one) and no network is known: add --cluster-network-gbytes."
-                )
-            network = sent * self.share_leaving_node(ranks, stride) / self.network_bandwidth
-            seconds = max(seconds, network)
+            leaving = sent * self.share_leaving_node(ranks, stride)
+            what = f"an all-to-all over {ranks} ranks leaves the node ({local} of them share one)"
+            seconds = max(seconds, leaving / self._network(what))
         return seconds / self.efficiency + self.message_latency * (ranks - 1)
 
     def two_hops_seconds(self, across: float, inside: float, ranks: int, stride: int = 1) -> float:
@@ -149,10 +132,11 @@ class Cluster:
         passed_on = held * (ranks - 1) / ranks
         seconds = passed_on / self.intra_node_bandwidth if local > 1 else 0.0
         if local < ranks:
-            if self.network_bandwidth is None:
-                raise ValueError(
-                    f"gradients of {ranks} ranks leave the node and no network is known: add "
-                    "--cluster-network-gbytes."
-                )
-            seconds = max(seconds, passed_on / (local * self.network_bandwidth))
+            network = self._network(f"gradients of {ranks} ranks leave the node")
+            seconds = max(seconds, passed_on / (local * network))
         return seconds / self.efficiency
+
+    def _network(self, what: str) -> float:
+        if self.network_bandwidth is None:
+            raise ValueError(f"{what} and no network is known: add --cluster-network-gbytes.")
+        return self.network_bandwidth

@@ -8,15 +8,14 @@ from argparse import Namespace, _ArgumentGroup
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_scmoe.checks.before_torch import typed_options
-from megatron_scmoe.checks.ranges import NOT_NEGATIVE, POSITIVE, RANGES, Range, out_of_range
+from megatron_scmoe.checks.before_torch import NO_YAML, typed_options
+from megatron_scmoe.checks.ranges import NOT_NEGATIVE, PART, POSITIVE, RANGES, Range, numbers_in
 from megatron_scmoe.checks.refusal import Found, Refusal
 from megatron_scmoe.planner.cluster import PRESETS, Preset
 from megatron_scmoe.words import flag
 
 COMPUTE = ("cluster_tflops", "cluster_flops_efficiency")
 NETWORK = ("cluster_intra_node_gbytes", "cluster_bandwidth_efficiency")
-PART = Range(0, 1, open_least=True)
 # By the end of their names: kind, name of the value, which values there are, what it is.
 OPTIONS: dict[str, tuple[type, str, Range, str]] = {
     "nodes": (int, "N", Range(1), "Machines of the job."),
@@ -105,11 +104,6 @@ def _without(names: Sequence[str]) -> Callable[[Namespace], Found]:
     return when
 
 
-def _impossible(args: Namespace) -> Found:
-    found = list(out_of_range(args, OF_CLUSTER))
-    return bool(found) and {"all": "; ".join(found)}
-
-
 def _absent(args: Namespace) -> Found:
     files = {dest: getattr(args, dest) for dest in ("measured", "collaboration")}
     found = [f"{flag(dest)} {file}" for dest, file in files.items() if file and not file.exists()]
@@ -118,11 +112,7 @@ def _absent(args: Namespace) -> Found:
 
 # Of what `typed` reads, and of the whole command line; no row relies on another.
 ASKED = (
-    Refusal(
-        lambda args: args.yaml_cfg is not None,
-        "--yaml-cfg has no place for the --scmoe options",
-        "use the command line",
-    ),
+    NO_YAML,
     Refusal(
         lambda args: args.use_checkpoint_args,
         "--use-checkpoint-args: the planner reads no checkpoint",
@@ -133,7 +123,7 @@ ASKED = (
         "A model without --num-experts has no all-to-all to plan for",
         "add it",
     ),
-    Refusal(_impossible, "{all}"),
+    numbers_in(OF_CLUSTER),
     Refusal(
         _without(("cluster_nodes", "cluster_gpus_per_node")),
         "The layout needs {missing}",

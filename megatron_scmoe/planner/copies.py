@@ -18,7 +18,6 @@ from statistics import fmean
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.c2r import collaboration, placement
-from megatron_scmoe.c2r.closeness import groups_in_order
 from megatron_scmoe.model.routing import ROUTERS
 
 
@@ -93,13 +92,8 @@ def _counted(
             placed = found
 
     def mean(groups: int) -> float:
-        each = ranks // groups
         return fmean(
-            layer.distinct(
-                groups_in_order(counts.experts, groups)
-                if placed is None
-                else placed.rank_of(number) // each
-            )
+            layer.distinct(placement.groups_of(counts.experts, groups, number, placed))
             for number, layer in counts.layers.items()
         )
 

@@ -32,13 +32,6 @@ from megatron_scmoe.planner.size import ModelSize, Weights, model_size
 from megatron_scmoe.planner.times import changed, exchange_bytes
 
 
-class Overlap(NamedTuple):
-    """What of data parallelism's traffic runs beside compute."""
-
-    gradients: bool
-    parameters: bool
-
-
 class GradientTraffic(NamedTuple):
     """What data parallelism sends in an iteration: one rank, mean over pipeline stages."""
 
@@ -141,8 +134,8 @@ def race(
         return Racer(
             own,
             *(
-                Iteration(units * work.seconds, exposed_seconds(own, work, units, overlap))
-                for overlap in (Overlap(False, False), Overlap(True, parameters))
+                Iteration(units * work.seconds, exposed_seconds(own, work, units, *overlap))
+                for overlap in ((False, False), (True, parameters))
             ),
         )
 
@@ -215,17 +208,20 @@ def _bucket_parameters(args: Namespace, parameters: int) -> float:
     return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
-def exposed_seconds(traffic: GradientTraffic, work: Work, units: float, overlap: Overlap) -> float:
+def exposed_seconds(
+    traffic: GradientTraffic, work: Work, units: float, gradients: bool, parameters: bool
+) -> float:
     """What compute waits for.
 
     Args:
         units: MoE layers of a rank.
+        gradients, parameters: whether they travel beside compute.
     """
     return sum(
         max(seconds - units * idle, traffic.last_bucket * seconds) if beside else seconds
         for seconds, idle, beside in (
-            (traffic.gradients, work.idle_backward, overlap.gradients),
-            (traffic.parameters, work.idle_forward, overlap.parameters),
+            (traffic.gradients, work.idle_backward, gradients),
+            (traffic.parameters, work.idle_forward, parameters),
         )
     )
 

@@ -31,15 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_scmoe.overlap.measure.cost import RoutedTimes
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, window
-from megatron_scmoe.planner.predict import (
-    PAIR,
-    Model,
-    PassTimes,
-    Routed,
-    predict,
-    stock_seconds,
-)
+from megatron_scmoe.planner.predict import PAIR, Model, PassTimes, predict, stock_seconds
 from megatron_scmoe.words import read_json
 
 TOLERANCE = 0.1
@@ -187,9 +181,9 @@ def _pass_times(content: Any, topk: int, has_exchanges: bool) -> PassTimes:
     routed = [seconds.get(name, 0.0) for name in ("experts", "dispatch", "combine")]
     return PassTimes(
         dense={step: seconds[step.value] for step in PAIR},
-        routed=Routed(*routed),
+        routed=RoutedTimes(*routed),
         # Experts and exchanges take as much longer as there are more rows.
-        wider=Routed(*(value * (topk + 1) / topk for value in routed)),
+        wider=RoutedTimes(*(value * (topk + 1) / topk for value in routed)),
     )
 
 

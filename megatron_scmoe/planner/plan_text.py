@@ -14,7 +14,7 @@ from megatron_scmoe.planner.copies import copies_of
 from megatron_scmoe.planner.iteration import Race, Racer
 from megatron_scmoe.planner.measured import TOLERANCE
 from megatron_scmoe.planner.memory import RankMemory, activation_remarks
-from megatron_scmoe.planner.plan import LARGEST_EP, Plan, TimesFrom
+from megatron_scmoe.planner.plan import LARGEST_EP, Degree, Plan, TimesFrom
 from megatron_scmoe.planner.predict import Model, Prediction
 from megatron_scmoe.planner.times import exchange_bytes, tokens_per_rank
 from megatron_scmoe.planner.twin import what_the_flag_changes
@@ -59,8 +59,8 @@ def as_json(
         "seconds": {
             name: {
                 **{step.value: times.dense[step] for step in plan.model.operators},
-                **asdict(times.routed),
-                "wider": asdict(times.wider),
+                **times.routed._asdict(),
+                "wider": times.wider._asdict(),
             }
             for name, times in (("forward", forward), ("backward", backward))
         },
@@ -76,24 +76,13 @@ def as_json(
         ],
         "refused": plan.refused,
         "first_misfit": {position: plan.first_misfit(position) for position in plan.predictions},
-        "degrees": [
-            {
-                "expert_model_parallel_size": degree.ranks,
-                "leaving_node": degree.leaving_node,
-                **asdict(degree.times.routed),
-                "best": [_prediction(prediction, True) for prediction in degree.best.values()],
-            }
-            for degree in plan.degrees
-        ],
+        "degrees": [_degree(degree) for degree in plan.degrees],
         "extrapolated": [
             {
                 "gpus": larger.gpus,
-                "expert_model_parallel_size": larger.degree.ranks,
                 "num_experts": larger.experts,
                 "parameters": larger.parameters,
-                "leaving_node": larger.degree.leaving_node,
-                **asdict(larger.degree.times.routed),
-                "best": [_prediction(value, True) for value in larger.degree.best.values()],
+                **_degree(larger.degree),
                 "memory": _memory(larger.memory),
             }
             for larger in plan.larger
@@ -412,7 +401,10 @@ def _larger_table(plan: Plan) -> str:
             f"{larger.parameters / 1e9:.3g}",
             f"{larger.degree.leaving_node:.0%}",
             _ms(larger.degree.times.routed.dispatch),
-            *(_hidden_and_speed(larger.degree.best[position]) for position in positions),
+            *(
+                f"{best.hidden_share:.0%} {best.over_wider:.2f}x"
+                for best in map(larger.degree.best.__getitem__, positions)
+            ),
             f"{larger.memory.total_bytes / GIB:.1f}",
         ]
         for larger in plan.larger
@@ -484,15 +476,11 @@ def _wider(config: TransformerConfig) -> str:
 
 def _sides(model: Model, prediction: Prediction) -> str:
     before = after = 0.0
-    for times, slot in zip(model.passes, model.slot_of_each_pass(prediction.slots), strict=True):
+    for times, (slot, _) in zip(model.passes, model.slots_of_passes(prediction.slots), strict=True):
         dense = times.unit(prediction.position).dense
         before += sum(dense[:slot])
         after += sum(dense[slot:])
     return f"{_ms(before)} | {_ms(after)}"
-
-
-def _hidden_and_speed(prediction: Prediction) -> str:
-    return f"{prediction.hidden_share:.0%} {prediction.over_wider:.2f}x"
 
 
 def _ms(seconds: float) -> str:
@@ -516,6 +504,15 @@ def _prediction(prediction: Prediction, best: bool) -> dict[str, Any]:
         "speedup_over_wider": prediction.over_wider,
         "speedup_over_shared": prediction.over_shared,
         "model_speedup_over_wider": prediction.model_over_wider,
+    }
+
+
+def _degree(degree: Degree) -> dict[str, Any]:
+    return {
+        "expert_model_parallel_size": degree.ranks,
+        "leaving_node": degree.leaving_node,
+        **degree.times.routed._asdict(),
+        "best": [_prediction(best, True) for best in degree.best.values()],
     }
 
 

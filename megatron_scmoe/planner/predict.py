@@ -27,34 +27,20 @@ DENSE_LAYER = tuple(step for step in PAIR if step not in MOE_LAYER)
 
 
 @dataclass(frozen=True)
-class Routed:
-    """Seconds of the routed part of a MoE, in one direction."""
-
-    experts: float
-    dispatch: float
-    combine: float
-
-    @property
-    def total(self) -> float:
-        return self.experts + self.dispatch + self.combine
-
-
-@dataclass(frozen=True)
 class PassTimes:
     """Seconds of a pair's parts on one rank, for one micro-batch in one direction."""
 
     dense: Mapping[Step, float]
     """Every operator of PAIR that the model has."""
-    routed: Routed
+    routed: RoutedTimes
     """With top-K."""
-    wider: Routed
+    wider: RoutedTimes
     """With top-(K+1)."""
 
     def unit(self, position: str, further: int = 0) -> UnitTimes:
         """With one routed branch and `further` ones, which take as long."""
         dense = tuple(self.dense[step] for step in window(position))
-        own = RoutedTimes(self.routed.experts, self.routed.dispatch, self.routed.combine)
-        return UnitTimes(dense, *own, (own,) * further)
+        return UnitTimes(dense, *self.routed, (self.routed,) * further)
 
 
 @dataclass(frozen=True)
@@ -77,18 +63,14 @@ class Model:
         """Of every pass."""
         return [times.unit(position, len(self.further)) for times in self.passes]
 
-    def directions(self) -> list[Direction]:
-        """Of every pass."""
-        forward: list[Direction] = ["forward"] * (len(self.passes) - 1)
-        return [*forward, "backward"]
-
     @property
     def operators(self) -> tuple[Step, ...]:
         return PAIR if self.paired else MOE_LAYER
 
-    def slot_of_each_pass(self, slots: Slots) -> list[int]:
-        """A recomputed forward pass has the forward slot."""
-        return [slots.forward] * (len(self.passes) - 1) + [slots.backward]
+    def slots_of_passes(self, slots: Slots) -> list[tuple[int, Direction]]:
+        """Slot and direction of every pass; a recomputed forward pass has the forward slot."""
+        forward: tuple[int, Direction] = (slots.forward, "forward")
+        return [*[forward] * (len(self.passes) - 1), (slots.backward, "backward")]
 
 
 @dataclass(frozen=True)
@@ -127,9 +109,7 @@ def predict(model: Model, position: str, slots: Slots) -> Prediction:
     units = model.units(position)
     costs = tuple(
         slot_seconds_of_routes(times, slot, position, model.further, direction)
-        for times, slot, direction in zip(
-            units, model.slot_of_each_pass(slots), model.directions(), strict=True
-        )
+        for times, (slot, direction) in zip(units, model.slots_of_passes(slots), strict=True)
     )
     outside = [step for step in model.operators if step not in window(position)]
     seconds = math.fsum(

@@ -10,10 +10,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.specs import moe_layer_pattern, unit_class
+from megatron_scmoe.overlap.measure.cost import RoutedTimes
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.cluster import Cluster
 from megatron_scmoe.planner.copies import copies_of
-from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes, Routed
+from megatron_scmoe.planner.predict import DENSE_LAYER, MOE_LAYER, Model, PassTimes
 from megatron_scmoe.planner.size import ModelSize, model_size
 
 _ROUTER_WEIGHT_BYTES = 4
@@ -95,7 +96,7 @@ def with_exchanges(
         ValueError: the expert parallel group leaves the node and no network is known.
     """
 
-    def exchanged(routed: Routed, topk: int) -> Routed:
+    def exchanged(routed: RoutedTimes, topk: int) -> RoutedTimes:
         ranks, stride = config.expert_model_parallel_size, config.expert_tensor_parallel_size
         dispatch, combine = (
             cluster.all_to_all_seconds(sent, ranks, stride)
@@ -107,7 +108,7 @@ def with_exchanges(
                 cluster.two_hops_seconds(*sent, ranks, stride)
                 for sent in zip(across, exchange_bytes(args, config, topk, "rank"), strict=True)
             )
-        return replace(routed, dispatch=dispatch, combine=combine)
+        return routed._replace(dispatch=dispatch, combine=combine)
 
     topk = config.moe_router_topk
     return replace(
@@ -139,8 +140,8 @@ def computed_model(
         experts = dense.pop(Step.EXPERTS) * padding_factor(transformer) / (1 + len(further))
         compute = PassTimes(
             dense=dense,
-            routed=Routed(experts, 0.0, 0.0),
-            wider=Routed(experts * (topk + 1) / topk, 0.0, 0.0),
+            routed=RoutedTimes(experts, 0.0, 0.0),
+            wider=RoutedTimes(experts * (topk + 1) / topk, 0.0, 0.0),
         )
         return with_exchanges(compute, args, transformer, cluster)
 

@@ -19,10 +19,6 @@ class Twin(NamedTuple):
     before: ModelSize
     after: ModelSize
 
-    @property
-    def flops_ratio(self) -> float:
-        return self.after.model_flops / self.before.model_flops
-
 
 def twin(args: Namespace) -> Twin | None:
     """Both sizes; None without a shortcut.
@@ -64,7 +60,8 @@ def what_the_flag_changes(args: Namespace) -> list[str]:
         return []  # the memory report says what is not counted
     if both is None:
         return []
-    before, after, ratio = both.before, both.after, both.flops_ratio
+    before, after = both
+    ratio = after.model_flops / before.model_flops
     lines = [
         f"--scmoe-shortcut-position {args.scmoe_shortcut_position}: "
         f"{_parameters(after)} and {ratio:.2f} x the FLOPs; without it {_parameters(before)}"

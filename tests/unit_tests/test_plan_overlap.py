@@ -30,7 +30,7 @@ from megatron_scmoe.c2r.placement import Placement
 from megatron_scmoe.commands import plan_overlap
 from megatron_scmoe.commands.examination import judge_gradients
 from megatron_scmoe.model.builder import ScMoEModelConfig
-from megatron_scmoe.overlap.measure.cost import UnitTimes, slot_seconds
+from megatron_scmoe.overlap.measure.cost import RoutedTimes, UnitTimes, slot_seconds
 from megatron_scmoe.overlap.schedule import POSITIONS, Slots, Step, window
 from megatron_scmoe.planner.cluster import PRESETS, Cluster
 from megatron_scmoe.planner.copies import copies_of, expected
@@ -43,7 +43,6 @@ from megatron_scmoe.planner.predict import (
     PAIR,
     Model,
     PassTimes,
-    Routed,
     predict,
     predict_best,
     stock_seconds,
@@ -301,8 +300,8 @@ def times(scale: float = 1.0, dispatch: float = 4.0, combine: float = 2.0) -> Pa
             step: scale * seconds
             for step, seconds in zip(PAIR, _spread(operators, len(PAIR)), strict=True)
         },
-        routed=Routed(5 * scale, dispatch, combine),
-        wider=Routed(10 * scale, 2 * dispatch, 2 * combine),
+        routed=RoutedTimes(5 * scale, dispatch, combine),
+        wider=RoutedTimes(10 * scale, 2 * dispatch, 2 * combine),
     )
 
 

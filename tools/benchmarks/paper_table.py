@@ -20,12 +20,12 @@ from typing import NamedTuple
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scmoe.model.builder import ScMoEModelConfig
+from megatron_scmoe.overlap.measure.cost import RoutedTimes
 from megatron_scmoe.overlap.schedule import Step
 from megatron_scmoe.planner.predict import (
     PAIR,
     Model,
     PassTimes,
-    Routed,
     predict_best,
     stock_seconds,
 )
@@ -83,8 +83,8 @@ def pair_by_flops(architecture: Architecture, share: float, topk: int = 1) -> Mo
     flops = step_flops(model_size(config, 2 * architecture.positions, micro_batch_size=1))
     expert, exchange = (1 - share) / 2, share / 4
 
-    def routed(k: int) -> Routed:
-        return Routed(k * expert, k * exchange, k * exchange)
+    def routed(k: int) -> RoutedTimes:
+        return RoutedTimes(k * expert, k * exchange, k * exchange)
 
     dense = {step: expert * flops[step] / flops[Step.DENSE_MLP] for step in PAIR}
     return Model([PassTimes(dense, routed(topk), routed(topk + 1))], paired=True)

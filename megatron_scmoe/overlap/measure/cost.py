@@ -40,6 +40,10 @@ class RoutedTimes(NamedTuple):
     dispatch: float
     combine: float
 
+    @property
+    def total(self) -> float:
+        return sum(self)
+
 
 @dataclass(frozen=True)
 class UnitTimes:
