@@ -27,49 +27,46 @@ from megatron_scmoe.presets import PRESETS
 NO_OPTIONS = ("scmoe_measured_slots", "scmoe_offload", "scmoe_experts_at_home")
 
 
+def _option(default: Any, **shown: Any) -> Any:
+    """A field that the host's parser is told more about."""
+    return field(default=default, metadata={"argparse_meta": shown})
+
+
 def _of_table(table: Mapping[str, type[Variant]], default: str) -> Any:
     """A field whose values are the keys of a table, also of those that are added to it later."""
-    return field(default=default, metadata={"argparse_meta": {"choices": table}})
+    return _option(default, choices=table)
 
 
 def _shown_as(metavar: str, default: Any) -> Any:
     """A field whose value has a name in --help."""
-    return field(default=default, metadata={"argparse_meta": {"metavar": metavar}})
+    return _option(default, metavar=metavar)
 
 
 def _switch() -> Any:
     """A field that a preset may switch on, and the command line off again."""
-    return field(default=False, metadata={"argparse_meta": {"action": BooleanOptionalAction}})
+    return _option(False, action=BooleanOptionalAction)
 
 
 @dataclass
 class ScMoEConfig:
     """Shortcut-connected mixture of experts (arXiv:2404.05019)."""
 
-    scmoe_preset: str | None = field(
-        default=None,
-        metadata={
-            "argparse_meta": {
-                "choices": tuple(PRESETS),
-                "help": "The options of a published system; what is typed wins. "
-                + "; ".join(f"{name}: {options}" for name, options in PRESETS.items())
-                + ".",
-            }
-        },
+    scmoe_preset: str | None = _option(
+        None,
+        choices=tuple(PRESETS),
+        help="The options of a published system; what is typed wins. "
+        + "; ".join(f"{name}: {options}" for name, options in PRESETS.items())
+        + ".",
     )
     """A published system by name, a key of presets.PRESETS."""
 
-    scmoe_shortcut_position: str = field(
-        default="none",
-        metadata={
-            "argparse_meta": {
-                "choices": ("none", *POSITIONS),
-                "help": "Where the routed experts read: "
-                + "".join(f"{name}, {position.reads}; " for name, position in POSITIONS.items())
-                + "none, behind its own attention: stock Megatron, or with another variant a "
-                "unit without a shortcut.",
-            }
-        },
+    scmoe_shortcut_position: str = _option(
+        "none",
+        choices=("none", *POSITIONS),
+        help="Where the routed experts read: "
+        + "".join(f"{name}, {position.reads}; " for name, position in POSITIONS.items())
+        + "none, behind its own attention: stock Megatron, or with another variant a unit without "
+        "a shortcut.",
     )
     """Where the routed experts read, a key of overlap.schedule.POSITIONS; or none."""
 
@@ -133,14 +130,10 @@ class ScMoEConfig:
     scmoe_dual_gating: str = _of_table(GATINGS, "none")
     """How many gates a unit has, and whose weights."""
 
-    scmoe_distinct_experts: bool = field(
-        default=True,
-        metadata={
-            "argparse_meta": {
-                "help": "Let both gates of --scmoe-dual-gating send a token to the same expert. By "
-                "default the gate on the current representation takes its second expert then."
-            }
-        },
+    scmoe_distinct_experts: bool = _option(
+        True,
+        help="Let both gates of --scmoe-dual-gating send a token to the same expert. By default "
+        "the gate on the current representation takes its second expert then.",
     )
     """Where both gates of --scmoe-dual-gating want the same expert, the gate on the current
     representation takes its second one."""
@@ -152,14 +145,10 @@ class ScMoEConfig:
     scmoe_post_norm: bool = False
     """Normalise the sum of shared and routed outputs before the residual add."""
 
-    scmoe_overlap: bool = field(
-        default=True,
-        metadata={
-            "argparse_meta": {
-                "help": "Await every all-to-all where it starts, instead of running it beside "
-                "dense work; results are bitwise the same."
-            }
-        },
+    scmoe_overlap: bool = _option(
+        True,
+        help="Await every all-to-all where it starts, instead of running it beside dense work; "
+        "results are bitwise the same.",
     )
     """Run the all-to-alls beside dense work. Without it the same steps run, but every all-to-all is
     awaited where it starts; results are bitwise the same."""
@@ -247,25 +236,27 @@ class ScMoEConfig:
             ValueError: a value is in no table; the command line knows no such values.
         """
         host_type, copies = config.moe_token_dispatcher_type, self.scmoe_dispatch_copies
-        dispatch: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
+        chosen: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
             ("--moe-token-dispatcher-type", host_type, DISPATCHERS),
             ("--scmoe-dispatch-copies", copies, COPIES),
-        ]
-        chosen: list[tuple[str, str, Mapping[str, type[Variant]]]] = [
             ("--scmoe-combine", self.scmoe_combine, COMBINES),
             ("--scmoe-router", self.scmoe_router, ROUTERS),
             ("--scmoe-dual-gating", self.scmoe_dual_gating, GATINGS),
             *(("A kind of experts at home:", kind, AT_HOME) for kind in self.scmoe_experts_at_home),
         ]
-        for option, value, table in (*dispatch, *chosen):
+        for option, value, table in chosen:
             if value not in table:
                 raise ValueError(f"{option} {value} is none of {', '.join(table) or 'them'}.")
         for kind, number in self.scmoe_experts_at_home.items():
             if number < 0:
                 raise ValueError(f"--scmoe-num-{kind}-experts {number} is not at least 0.")
-        at_home = [AT_HOME[kind] for kind in self.at_home]
-        others = [table[value] for _, value, table in chosen if table is not AT_HOME]
-        return [dispatcher_of(host_type, copies), *others, *at_home]
+        return [
+            dispatcher_of(host_type, copies),
+            COMBINES[self.scmoe_combine],
+            ROUTERS[self.scmoe_router],
+            GATINGS[self.scmoe_dual_gating],
+            *(AT_HOME[kind] for kind in self.at_home),
+        ]
 
     @property
     def initial_slots(self) -> Slots:

@@ -13,7 +13,7 @@ Shapes: b rows, v vocabulary
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from megatron.core.inference.config import InferenceConfig
@@ -45,21 +45,6 @@ class Decoded(NamedTuple):
     is_first: bool
 
 
-class Kept(Protocol):
-    """A batch on its way."""
-
-    def forward(self) -> Decoded:
-        """The next pass of this rank's layers."""
-
-    def advance(self, tokens: list[int], is_open: list[bool]) -> None:
-        """What follows the rows of the last pass.
-
-        Args:
-            tokens: chosen for each row.
-            is_open: by prompt, whether it is to be continued.
-        """
-
-
 class StaticKept:
     """One length for all prompts.
 
@@ -70,15 +55,16 @@ class StaticKept:
 
     def __init__(self, model: Module, prompts: list[list[int]], new_tokens: int) -> None:
         longest = max(map(len, prompts)) + new_tokens
-        self._wrapper = _wrapper(model, StaticInferenceContext(len(prompts), longest))
+        self._wrapper = wrapped(model, StaticInferenceContext(len(prompts), longest))
         self._prompts = prompts
         self._length = 0
         self._following = [prompt[: min(map(len, prompts))] for prompt in prompts]
 
     def forward(self) -> Decoded:
+        """The next pass of this rank's layers."""
         tokens = torch.tensor(self._following, device=torch.cuda.current_device())
         is_first = self._length == 0
-        logits = _causal(self._wrapper, tokens, self._length)
+        logits = causal(self._wrapper, tokens, self._length)
         self._length += tokens.shape[1]
         self._wrapper.inference_context.enable_decode_mode()
         draws = [self._length >= len(prompt) for prompt in self._prompts]
@@ -87,6 +73,12 @@ class StaticKept:
         return Decoded(rows, draws, last, tokens.numel(), is_first)
 
     def advance(self, tokens: list[int], is_open: list[bool]) -> None:
+        """What follows the rows of the last pass.
+
+        Args:
+            tokens: chosen for each row.
+            is_open: by prompt, whether it is to be continued.
+        """
         self._following = [
             [prompt[self._length] if self._length < len(prompt) else token]
             for prompt, token in zip(self._prompts, tokens, strict=True)
@@ -118,7 +110,7 @@ class DynamicKept:
             max_sequence_length=longest,
         )
         self._context = DynamicInferenceContext(get_model_config(model), config)
-        self._wrapper = _wrapper(model, self._context)
+        self._wrapper = wrapped(model, self._context)
         self._is_first = True
         self._rows: list[int] = []
         for number, prompt in enumerate(prompts):
@@ -150,25 +142,26 @@ class DynamicKept:
         self._context.update_requests(stays, torch.tensor(tokens))
 
 
-Keeps = Callable[[Module, list[list[int]], int], Kept]
+Keeps = Callable[[Module, list[list[int]], int], StaticKept | DynamicKept]
 """Makes one, from the model, the prompts and the number of new tokens."""
 
 
 def idle(model: Module) -> None:
     """Take part in an exchange of the ranks that have something to compute."""
     tokens = torch.zeros(1, 1, dtype=torch.long, device=torch.cuda.current_device())
-    _causal(_wrapper(model, StaticInferenceContext(1, 1)), tokens, 0)
+    causal(wrapped(model, StaticInferenceContext(1, 1)), tokens, 0)
 
 
-def _wrapper(
+def wrapped(
     model: Module, context: StaticInferenceContext | DynamicInferenceContext
 ) -> GPTInferenceWrapper:
+    """This rank's stage as the host's programs call it."""
     wrapper = GPTInferenceWrapper(model, context)
     wrapper.prep_model_for_inference()
     return wrapper
 
 
-def _causal(wrapper: GPTInferenceWrapper, tokens: Tensor, begin: int) -> Tensor | None:
+def causal(wrapper: GPTInferenceWrapper, tokens: Tensor, begin: int) -> Tensor | None:
     """Logits behind `tokens`, [b, new], whose first one has `begin` others before it."""
     new, end = tokens.shape[1], begin + tokens.shape[1]
     # True where masked. Kernels that know a causal mask do not look at it.

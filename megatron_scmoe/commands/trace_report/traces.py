@@ -205,29 +205,28 @@ def read_run(folder: Path) -> TracedRun:
 def _numbers(facts: dict[str, Any], name: str, iterations: set[int]) -> list[float]:
     """What a trace says of iterations; older ones say nothing. Raises ValueError."""
     by_iteration = facts.get(name, {})
-    _need({name: by_iteration}, name, dict)
+    _need({name: by_iteration}, {name: dict})
     found = [value for number, value in by_iteration.items() if int(number) in iterations]
     for value in found:
-        _need({name: value}, name, (*NUMBER, NoneType))
+        _need({name: value}, {name: (*NUMBER, NoneType)})
     return [value for value in found if value is not None]
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
         trace = read_json(path)
-        _need(trace, "otherData", dict)
-        _need(trace, "traceEvents", list)
+        _need(trace, {"otherData": dict, "traceEvents": list})
         facts = trace["otherData"]
-        for name in (*TRACED_OPTIONS, *TRACED_PARAMETERS, *TRACED_LAYOUT, "expert_slots"):
-            _need(facts, name, KINDS.get(name, int))
+        needed = (*TRACED_OPTIONS, *TRACED_PARAMETERS, *TRACED_LAYOUT, "expert_slots")
+        _need(facts, {name: KINDS.get(name, int) for name in needed})
         sizes = [facts[name] for name in TRACED_OPTIONS if KINDS.get(name, int) is int]
         if min(sizes) < 1 or min(facts[name] for name in TRACED_PARAMETERS) < 0:
             raise ValueError("a size is not positive")
         if facts["scmoe_shortcut_position"] not in TAPS or facts["scmoe_num_chunks"] < 1:
             raise ValueError("no step of a unit")
         for rank in facts["expert_parallel_ranks"]:
-            _need({"rank": rank}, "rank", int)
-        _need({"further_taps": [], **facts}, "further_taps", list)
+            _need({"rank": rank}, {"rank": int})
+        _need({"further_taps": [], **facts}, {"further_taps": list})
         first = TAPS[facts["scmoe_shortcut_position"]].tap
         if not all(tap in range(first, len(PAIR)) for tap in facts.get("further_taps", ())):
             raise ValueError("a route taps outside of the unit")
@@ -241,7 +240,8 @@ def _load(path: Path) -> dict[str, Any]:
     return trace
 
 
-KINDS: dict[str, type | tuple[type, ...]] = {
+Kinds = dict[str, type | tuple[type, ...]]
+KINDS: Kinds = {
     "scmoe_shortcut_position": str,
     "scmoe_overlap": bool,
     "overlap_grad_reduce": bool,
@@ -255,44 +255,41 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 }
 """Of facts that are no whole numbers."""
 NUMBER = (int, float)
-OF_STEP = {"step": str, "iteration": int, "layer": int, "chunk": int, "pass": int}
+OF_EVENT: Kinds = {"args": dict, "pid": int, "ts": NUMBER, "dur": NUMBER, "cat": str}
+OF_STEP: Kinds = {"step": str, **dict.fromkeys(("iteration", "layer", "chunk", "pass"), int)}
+OF_EXCHANGE: Kinds = {"blocked_us": NUMBER, "bytes": NUMBER, "bytes_between_nodes": NUMBER}
+NEWER = {"route": 0, "bytes_between_nodes": 0}
+"""What older traces do not have."""
 STEPS = {*EXCHANGES, *(step.value for step in Step)}
 
 
-def _need(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
-    """Raises KeyError or ValueError unless a field is there and of its kind."""
-    value = fields[name]
-    of_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not of_kind:
-        raise ValueError(f"'{name}' is {value!r:.40}")
+def _need(fields: dict[str, Any], kinds: Kinds) -> None:
+    """Raises KeyError or ValueError unless fields are there and of their kinds."""
+    for name, kind in kinds.items():
+        value = fields[name]
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise ValueError(f"'{name}' is {value!r:.40}")
 
 
 def _check_event(event: Any) -> None:
     if not isinstance(event, dict):
         raise ValueError(f"an event is {event!r:.40}")
-    _need(event, "ph", str)
+    _need(event, {"ph": str})
     if event["ph"] != "X":
         return
-    _need(event, "args", dict)
-    args = event["args"]
-    for name, kind in OF_STEP.items():
-        _need(args, name, kind)
+    _need(event, OF_EVENT)
+    args = NEWER | event["args"]
+    _need(args, {**OF_STEP, "route": int})
+    if args["step"] in EXCHANGES:
+        _need(args, OF_EXCHANGE)
     if args["step"] not in STEPS:
         raise ValueError(f"'step' is {args['step']!r:.40}")
-    _need(event, "pid", int)
-    for name in ("ts", "dur"):
-        _need(event, name, NUMBER)
     if event["cat"] not in ("forward", "backward"):
         raise ValueError(f"'cat' is {event['cat']!r:.40}")
-    if args["step"] in EXCHANGES:
-        _need(args, "blocked_us", NUMBER)
-        _need(args, "bytes", NUMBER)
-        _need({"bytes_between_nodes": 0, **args}, "bytes_between_nodes", NUMBER)
     if args["pass"] < 1 or args["chunk"] < 0:
         raise ValueError(f"'pass' is {args['pass']} and 'chunk' {args['chunk']}")
     if event["dur"] < 0 or min(args.get("blocked_us", 0), args.get("bytes", 0)) < 0:
         raise ValueError("an event takes less than no time, or sends less than nothing")
-    _need({"route": 0, **args}, "route", int)
 
 
 def _broken(path: Path, error: Exception) -> TraceError:
@@ -314,11 +311,8 @@ def _check_times(events: Mapping[Path, list[dict[str, Any]]]) -> None:
     for path, steps in events.items():
         begins: dict[int, float] = {}
         for event in steps:
-            try:
-                iteration, begin = event["args"]["iteration"], event["ts"] / 1e6
-                begins[iteration] = min(begin, begins.get(iteration, begin))
-            except (KeyError, TypeError) as error:
-                raise _broken(path, error) from error
+            iteration, begin = event["args"]["iteration"], event["ts"] / 1e6
+            begins[iteration] = min(begin, begins.get(iteration, begin))
         for iteration, begin in begins.items():
             times[iteration].append((begin, path))
     for iteration, begins_of_ranks in times.items():
@@ -357,11 +351,7 @@ def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tupl
 
 
 def _add(records: dict[UnitPlace, UnitRecord], event: dict[str, Any], origin: float) -> None:
-    """Add a step or an exchange to its record.
-
-    Raises:
-        KeyError, TypeError: the event is not one of this version.
-    """
+    """Add a step or an exchange to its record."""
     args = event["args"]
     record = records[UnitPlace(event["pid"], args["iteration"], args["layer"])]
     activity = Activity(
