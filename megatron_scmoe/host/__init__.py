@@ -6,7 +6,7 @@ host's `parse_args` and `validate_args`.
 
 from megatron_scmoe.host import cpu
 from megatron_scmoe.host.cpu import apply_cpu_defaults, switch_kernels
-from megatron_scmoe.host.replace import Replacement, format_table, replace_symbols, restore
+from megatron_scmoe.host.replace import Replacement, format_table, replace_symbols
 from megatron_scmoe.host.table import TABLE
 from megatron_scmoe.host.version import check_megatron_core
 
@@ -16,7 +16,6 @@ __all__ = [
     "format_table",
     "prepare",
     "replace_symbols",
-    "restore",
     "switch_kernels",
 ]
 

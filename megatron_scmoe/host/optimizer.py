@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 StateDict = dict[Any, Any]
+Load = Callable[[Any, StateDict], None]
 
 
 def state_dict_before_first_step(state_dict: Callable[[Any], StateDict]) -> Callable[..., Any]:
@@ -37,9 +38,7 @@ def state_dict_before_first_step(state_dict: Callable[[Any], StateDict]) -> Call
     return replacement
 
 
-def load_state_dict_with_steps(
-    load_state_dict: Callable[[Any, StateDict], None],
-) -> Callable[[Any, StateDict], None]:
+def load_state_dict_with_steps(load_state_dict: Load) -> Load:
     """`DistributedOptimizer.load_state_dict` after which every parameter has the saved `step`.
 
     The host goes wrong twice for torch's AdamW, and both times the bias correction suffers
@@ -107,9 +106,7 @@ def _without_padding(buffer: Any) -> dict[torch.Tensor, tuple[int, int, int]]:
     }
 
 
-def load_schedule_and_step(
-    load_state_dict: Callable[[Any, StateDict], None],
-) -> Callable[[Any, StateDict], None]:
+def load_schedule_and_step(load_state_dict: Load) -> Load:
     """`OptimizerParamScheduler.load_state_dict` that computes weight decay from what it has loaded.
 
     The host takes the step first and the schedule of weight decay after it
@@ -124,9 +121,7 @@ def load_schedule_and_step(
     return replacement
 
 
-def load_chain_of_any_layout(
-    load_state_dict: Callable[[Any, StateDict], None],
-) -> Callable[[Any, StateDict], None]:
+def load_chain_of_any_layout(load_state_dict: Load) -> Load:
     """`ChainedOptimizer.load_state_dict` for a checkpoint of another expert parallel size.
 
     The host wants the common state in the form that this run would save (optimizer.py:1578). Here

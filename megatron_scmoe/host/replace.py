@@ -1,4 +1,4 @@
-"""How host symbols are replaced at run time, and put back.
+"""How host symbols are replaced at run time.
 
 A row names the symbol, where the host uses it, when and why it is replaced. The condition "cpu"
 is a machine without a CUDA device; the others are defects of the wheel, "always" one that no
@@ -49,16 +49,6 @@ def replace_symbols(rows: Iterable[Replacement]) -> list[Replacement]:
         _undo[row.symbol] = owner, name, _MISSING if inherited else getattr(owner, name)
         setattr(owner, name, row.make(getattr(owner, name)))
     return applied
-
-
-def restore() -> None:
-    """Undo `replace_symbols`: for tests that look at the originals."""
-    while _undo:
-        _, (owner, name, original) = _undo.popitem()
-        if original is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
 
 
 def format_table(rows: Sequence[Replacement]) -> str:

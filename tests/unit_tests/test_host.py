@@ -23,12 +23,22 @@ from megatron_scmoe.host import cpu, optimizer, replace
 from megatron_scmoe.say import SECONDS_TO_SPEAK
 
 
+def restore() -> None:
+    """Undo what was replaced."""
+    while replace._undo:
+        _, (owner, name, original) = replace._undo.popitem()
+        if original is replace._MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
 @pytest.fixture
 def originals():
     """The table taken down for the test; name it before monkeypatch, which then ends first."""
-    host.restore()
+    restore()
     yield
-    host.restore()
+    restore()
     start.replace_host_symbols()
 
 
@@ -72,7 +82,7 @@ def test_apply_and_restore(originals: None, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.ones(1).cuda().device == cpu.CPU
     assert not torch.cuda.is_available() or torch.cuda.device_count() > 0
     assert start.replace_host_symbols() == []
-    host.restore()
+    restore()
     assert {row.symbol: _value(row.symbol) for row in start.all_rows()} == before
     assert "type" not in vars(torch.Tensor)
 
