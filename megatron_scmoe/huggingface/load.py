@@ -78,7 +78,7 @@ def open_directory(
     if tokens > config["vocab_size"]:
         raise ValueError(
             f"the tokenizer in {folder} has {tokens} tokens, and vocab_size of {path} is "
-            f"{config['vocab_size']}"
+            f"{config['vocab_size']}: resize the model, or take the others out of the tokenizer"
         )
     return Directory(folder, SafetensorsReader(folder), dialect, config)
 
