@@ -8,6 +8,7 @@ is refused where units are made (model/specs.py). Host lines are those of megatr
 
 import math
 import os
+import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 
@@ -193,7 +194,22 @@ def _no_blocks(args: Namespace) -> Found:
     return {"local": local, "group": group, "text": _product(args, (_sides(args)[1][0], EP))[1]}
 
 
+def _no_interface(args: Namespace) -> Found:
+    """gloo would end on this node, with a line of its C++, while the other nodes wait."""
+    there = [name for _, name in socket.if_nameindex()]
+    asked = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    missing = [name for name in asked.split(",") if name and name not in there]
+    if not missing or args.world_size == 1:
+        return False
+    return {"missing": ",".join(missing), "host": socket.gethostname(), "there": ", ".join(there)}
+
+
 TYPED = (
+    Refusal(
+        _no_interface,
+        "GLOO_SOCKET_IFNAME names {missing}, which {host} does not have",
+        "name one of {there} there, or unset it",
+    ),
     *(
         Refusal(
             _ranks(side),

@@ -371,6 +371,7 @@ OF_COMMAND_LINE: dict[str, Typed] = {
     "--decoder-last-pipeline-num-layers 1 speaks of": Typed(
         TYPED, "--decoder-last-pipeline-num-layers 1"
     ),
+    "GLOO_SOCKET_IFNAME names eth7, which": Typed(TYPED, ""),
     "The number of ranks, 4, is no multiple of --context-parallel-size 3": Typed(
         TYPED, "--context-parallel-size 3"
     ),
@@ -594,6 +595,8 @@ def first_complaint(line: str, corpus: Path) -> tuple[Refusal, str]:
     with pytest.MonkeyPatch.context() as patch:
         if line.endswith("is for machines"):
             patch.setattr(generation, "no_cuda_device", lambda: False)
+        if line.startswith("GLOO_SOCKET_IFNAME"):
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo,eth7")
         if line.endswith("needs the package"):
             patch.setattr(command_line, "find_spec", lambda name: None)
         return next(complaints(rows, args, *BESIDE.get(rows, [])))
