@@ -707,7 +707,7 @@ MUTATIONS = (
         "megatron_scmoe/run/checkpoint/unpickle.py",
         "if name not in _OF_METADATA.get(module, ()):",
         "if module not in _OF_METADATA:",
-        f"{FUNCTIONAL}hostile_checkpoints.py",
+        f"{FUNCTIONAL}hostile_checkpoints.py -k module",
     ),
 )
 

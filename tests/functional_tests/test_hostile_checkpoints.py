@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_scmoe.run.checkpoint import contents
+from megatron_scmoe.run.checkpoint import contents, unpickle
 from tests.functional_tests.test_checkpoints import error_line, succeeded, train
 
 LINE = "names os.makedirs, which no checkpoint needs and which could run anything"
@@ -100,6 +100,24 @@ def test_object_among_the_tensors(data_prefix: Path, checkpoints: Path, tmp_path
     line = error_line(go_on(data_prefix, checkpoints))
     assert f" of the checkpoint {LINE}" in line and "common_state" in line
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "getcwd"),
+        ("torch", "load"),
+        ("torch", "os.getcwd"),  # as deep as one likes, from protocol 4 on
+        ("torch.serialization", "load"),
+        ("collections", "namedtuple"),
+        ("torch.distributed.checkpoint.metadata", "dataclass"),
+    ],
+)
+def test_a_module_of_the_metadata_is_not_all_of_it(module: str, name: str) -> None:
+    words = (bytes([0x8C, len(word)]) + word.encode() for word in (module, name))
+    call = b"\x80\x04" + b"".join(words) + b"\x93)R."  # STACK_GLOBAL, (), REDUCE, STOP
+    with pytest.raises(unpickle.UntrustedError, match=rf"names {module}\.{name}, which no"):
+        unpickle.load_metadata(BytesIO(call))
 
 
 def test_trusted(data_prefix: Path, checkpoints: Path, tmp_path: Path) -> None:
