@@ -12,6 +12,8 @@ import os
 import shlex
 import shutil
 import signal
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -379,8 +381,12 @@ def test_starts_from_the_baseline(data_prefix: Path, tmp_path: Path, by: str) ->
     assert read_scalars(tmp_path / "run", "lm loss")[1] < untrained - 0.5
 
 
-def kill_the_writer() -> None:
-    """A hook: the kernel ends the process that writes rank 0's checkpoints, short of memory."""
+def kill_the_writer(seconds: float | None = None) -> None:
+    """A hook: the kernel ends the process that writes rank 0's checkpoints, short of memory.
+
+    Args:
+        seconds: from when the host begins to wait for it to take the tensors; None before.
+    """
     from megatron.training import training
 
     save = training.save_checkpoint_and_time
@@ -388,18 +394,30 @@ def kill_the_writer() -> None:
     def kill_then_save(iteration: int, *args: object, **kwargs: object) -> None:
         training.maybe_finalize_async_save(blocking=True)
         if iteration == 6 and torch.distributed.get_rank() == 0:
-            PersistentAsyncCaller._persistent_process.kill()
-            PersistentAsyncCaller._persistent_process.join()
+            writer = PersistentAsyncCaller._persistent_process
+            if seconds is None:
+                writer.kill()
+                writer.join()
+            else:
+                os.kill(writer.pid, signal.SIGSTOP)
+                threading.Timer(seconds, writer.kill).start()
         save(iteration, *args, **kwargs)
 
     training.save_checkpoint_and_time = kill_then_save
 
 
-def test_writer_of_async_saves_is_gone(data_prefix: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(None, marks=pytest.mark.slow), 1.0],
+    ids=["before a save", "in a save"],
+)
+def test_writer_of_async_saves_is_gone(
+    data_prefix: Path, tmp_path: Path, seconds: float | None
+) -> None:
     """The host would wait for it forever; the earlier checkpoint stays."""
     folder = tmp_path / "checkpoints"
     save = ["--save", str(folder), "--save-interval", "3", "--async-save"]
-    run = train(data_prefix, tmp_path, *save, hook=kill_the_writer)
+    run = train(data_prefix, tmp_path, *save, hook=partial(kill_the_writer, seconds))
     assert "the process that writes checkpoints has ended (exit code -9" in error_line(run)
     assert sorted(path.name for path in folder.iterdir()) == [
         "iter_0000003",

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scmoe.run.checkpoint import aside, contents
 from megatron_scmoe.run.checkpoint.record import drop_records_without_checkpoint, write_record
-from megatron_scmoe.run.checkpoint.writer import check_writer
+from megatron_scmoe.run.checkpoint.writer import check_writer, not_waiting_for_a_dead_writer
 from megatron_scmoe.run.collaboration_dir import write_counts
 from megatron_scmoe.run.watch import lost_peer
 
@@ -53,7 +53,8 @@ def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
         if folder is None:
             with _leaves_nothing_half_written(Path(options.save)):
                 check_writer()
-                return save_checkpoint(iteration, *args, **kwargs)
+                with not_waiting_for_a_dead_writer():
+                    return save_checkpoint(iteration, *args, **kwargs)
         folder = folder.resolve()
         with _leaves_nothing_half_written(folder):
             check_writer()
@@ -65,7 +66,8 @@ def saving(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
                 if persistent:
                     write_record(folder, iteration, options)
             torch.distributed.barrier()  # nobody writes into what the first rank puts aside
-            save_checkpoint(iteration, *args, **kwargs)
+            with not_waiting_for_a_dead_writer():
+                save_checkpoint(iteration, *args, **kwargs)
             if not options.async_save:
                 _settle_begun()
         write_counts(options, iteration)

@@ -6,7 +6,7 @@ processes of a rank, not to the rank alone; those die of it, and the checkpoint 
 on its way out (--exit-signal-handler) waits for them forever. A rank that is killed leaves them
 behind: the restarted job would share its memory, and its files, with writers of the run before.
 
-The functions without an underscore but the last two replace host symbols (replacements.py).
+The functions without an underscore but the last three replace host symbols (replacements.py).
 """
 
 import multiprocessing
@@ -14,7 +14,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -112,3 +113,34 @@ def check_writer() -> None:
             f"the process that writes checkpoints has ended (exit code {writer.exitcode}; -9 often "
             "means that the host's memory is full)"
         )
+
+
+@contextmanager
+def not_waiting_for_a_dead_writer() -> Iterator[None]:
+    """Let a save inside the block end when the writer does.
+
+    The host waits, without looking, until the writer has taken its tensors, which is when memory is
+    shortest.
+
+    Raises:
+        RuntimeError: its process has ended.
+    """
+    saved = threading.Event()
+    threading.Thread(target=_wait_no_longer, args=(saved,), daemon=True).start()
+    try:
+        yield
+    finally:
+        saved.set()
+    check_writer()
+
+
+def _wait_no_longer(saved: threading.Event) -> None:
+    caller = PersistentAsyncCaller
+    while not saved.wait(SECONDS_TO_NOTICE):
+        writer = caller._persistent_process
+        if writer is None or writer.is_alive():
+            continue
+        for waiting in (caller._persistent_queue, caller._persistent_preload_q):
+            waiting.cancel_join_thread()  # nobody reads what is on the way
+        with suppress(ValueError):  # nobody waits, or not yet
+            caller._persistent_preload_q.task_done()
