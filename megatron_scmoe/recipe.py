@@ -104,7 +104,11 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def _words(option: str, value: Any, variables: Mapping[str, str]) -> list[str]:
-    """One line of the file as words of a command line."""
+    """One line of the file as words of a command line.
+
+    Raises:
+        ValueError: it is no option with a value, or names a variable that is not set.
+    """
     if not option.startswith("--"):
         raise ValueError(f"{option} is no option, which begins with --.")
     if value == "true":

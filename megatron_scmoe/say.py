@@ -106,7 +106,7 @@ def one_line_interrupts() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises what it refuses, without argparse's usage before it.
+    """A parser that raises what it refuses, without argparse's usage before it.
 
     Args:
         refused: the kind of error.

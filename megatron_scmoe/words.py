@@ -16,6 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def speed(bytes_per_second: float) -> str:
+    """Bytes a second in powers of 1000."""
     return f"{size(bytes_per_second)}/s"
 
 
@@ -28,6 +29,7 @@ def size(number: float) -> str:
 
 
 def percent(share: float) -> str:
+    """A share with one digit behind the point."""
     return f"{share:.1%}"
 
 

@@ -183,7 +183,7 @@ def _grouped(matrix: np.ndarray, num_groups: int) -> Ranks:
 def improved(
     chosen: Chosen, ranks: Ranks, ranks_per_node: int, max_imbalance: float = MAX_IMBALANCE
 ) -> Ranks:
-    """Two experts change places, the best two each time, until no two make it better."""
+    """Let two experts change places, the best two each time, until no two make it better."""
     order = [expert for rank in ranks for expert in rank]
     while True:
         ranks = _cut(order, len(ranks))

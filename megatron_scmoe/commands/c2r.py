@@ -148,7 +148,11 @@ def offer_report(parser: argparse.ArgumentParser) -> None:
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """The verb `report`."""
+    """The verb `report`.
+
+    Raises:
+        ValueError: one line.
+    """
     counts = collaboration.read(args.matrix)
     if args.ranks is not None:
         check_ranks(args, counts.experts)
@@ -245,7 +249,11 @@ def offer_place(parser: argparse.ArgumentParser) -> None:
 
 
 def write_place(args: argparse.Namespace) -> None:
-    """The verb `place`."""
+    """The verb `place`.
+
+    Raises:
+        ValueError: one line.
+    """
     counts = collaboration.read(args.matrix)
     check_ranks(args, counts.experts)
     if not args.max_imbalance >= 1:

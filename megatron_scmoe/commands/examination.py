@@ -219,7 +219,11 @@ def gather(mine: Any, control: links.Group, timeout: timedelta) -> list[Any]:
 def examine_links(
     args: Namespace | None, control: links.Group, timeout: timedelta, hosts: dict[int, str]
 ) -> list[Finding]:
-    """Measure every expert parallel group; without options, all ranks as one group."""
+    """Measure every expert parallel group; without options, all ranks as one group.
+
+    Raises:
+        RuntimeError: an exchange failed.
+    """
     group = torch.distributed.group.WORLD
     if args is not None:
         with redirect_stdout(StringIO()):

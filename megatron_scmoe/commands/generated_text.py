@@ -150,7 +150,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 
 class TextWriter:
-    """Writes what is generated to standard output, on the first rank.
+    """What is generated on its way to standard output, on the first rank.
 
     One prompt is written token by token, several when all are there.
     """

@@ -95,7 +95,11 @@ def describe(dataset: Dataset) -> str:
 
 
 def samples(dataset: Dataset, args: argparse.Namespace) -> str:
-    """Some documents, evenly spread, as text."""
+    """Some documents, evenly spread, as text.
+
+    Raises:
+        DataError: nothing names the tokenizer, or it does not decode a document.
+    """
     tokenizer = load_tokenizer(_tokenizer_arguments(dataset, args))
     lines = []
     for number in sorted({i * dataset.documents // args.samples for i in range(args.samples)}):
@@ -113,7 +117,11 @@ def samples(dataset: Dataset, args: argparse.Namespace) -> str:
 
 
 def _tokenizer_arguments(dataset: Dataset, args: argparse.Namespace) -> argparse.Namespace:
-    """The options of the tokenizer, from the manifest where there are none."""
+    """The options of the tokenizer, from the manifest where there are none.
+
+    Raises:
+        DataError: the manifest names no tokenizer.
+    """
     options = argparse.Namespace(**vars(args), append_eod=False)
     if options.tokenizer_type is None:
         manifest = dataset.manifest() or {}

@@ -59,7 +59,11 @@ def format_table(rows: Sequence[Replacement]) -> str:
 
 
 def _locate(symbol: str) -> tuple[Any, str]:
-    """The object that holds the symbol and the symbol's name in it."""
+    """The object that holds the symbol and the symbol's name in it.
+
+    Raises:
+        AttributeError: there is no such symbol.
+    """
     parts = symbol.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:

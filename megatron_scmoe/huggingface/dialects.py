@@ -39,10 +39,14 @@ def is_computed(name: str, config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Dialect:
+    """How another program writes a model: its config.json and the names in its files."""
+
     config: Callable[[Config], Config]
     """Theirs in ours.
 
-    Raises: ValueError: a setting that no model here has; KeyError: a field is missing.
+    Raises:
+        ValueError: a setting that no model here has.
+        KeyError: a field is missing.
     """
     where: Callable[[str, Config, set[str]], Where]
     """A name of ours, our config, and the names in their files."""
@@ -116,7 +120,12 @@ def _qwen3(config: Config) -> Config:
 def baseline(
     config: Config, experts: str, expert_size: int, renormalises: bool | None = None
 ) -> Config:
-    """A decoder with grouped-query attention, RMSNorm, SwiGLU and softmax routing."""
+    """A decoder with grouped-query attention, RMSNorm, SwiGLU and softmax routing.
+
+    Raises:
+        ValueError: settings that no model here has.
+        KeyError: a field is missing.
+    """
     config = {**DEFAULTS, **config}
     if config.get("use_sliding_window", True) and config.get("sliding_window"):
         raise ValueError(f"sliding_window {config['sliding_window']} has no counterpart here")

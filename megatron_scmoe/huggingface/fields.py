@@ -212,6 +212,7 @@ def check(config: Config) -> None:
     """Refuse a config.json that nothing can be made of.
 
     Raises:
-        ValueError: why, in one line; KeyError: a field is missing.
+        ValueError: why, in one line.
+        KeyError: a field is missing.
     """
     refuse(CONFIG, config)

@@ -50,7 +50,7 @@ def _join_qkv(parts: Parts, config: Config) -> Tensor:
 
 
 def _split_vocabulary(whole: Tensor, rows: list[int], config: Config) -> Parts:
-    """Without the padding, which is kept apart (padding.py)."""
+    """Without the padding, which is kept apart (padding.safetensors)."""
     return [whole[: rows[0]]]
 
 

@@ -127,7 +127,11 @@ def locate(directory: Directory) -> list[tuple[Tensor, list[Where]]]:
 
 
 def _check_tied(directory: Directory) -> None:
-    """Some programs write a tied output layer too."""
+    """Refuse a tied output layer with weights of its own; some programs write it too.
+
+    Raises:
+        ValueError: it is another tensor than the embedding.
+    """
     reader = directory.reader
     if reader.entries[HEAD] != reader.entries.get(EMBEDDING) or not torch.equal(
         reader.read(HEAD), reader.read(EMBEDDING)

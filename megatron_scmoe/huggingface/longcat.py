@@ -89,7 +89,8 @@ def from_theirs(config: Config) -> Config:
     """A config.json of LongcatFlashForCausalLM in ours.
 
     Raises:
-        ValueError: settings that no model here has; KeyError: a field is missing.
+        ValueError: settings that no model here has.
+        KeyError: a field is missing.
     """
     other = [
         f"{name} {config[name]}"
@@ -125,7 +126,8 @@ def _positions(rope: dict[str, Any], config: Config) -> dict[str, Any]:
     """Megatron's options of their angles and of the scale of their scores.
 
     Raises:
-        ValueError: YaRN with settings that Megatron's has not; KeyError: a field is missing.
+        ValueError: YaRN with settings that Megatron's has not.
+        KeyError: a field is missing.
     """
     yarn = rope["rope_type"] == "yarn"
     mscales = {name: rope.get(name) for name in ("mscale", "mscale_all_dim")}

@@ -102,6 +102,7 @@ class ScMoERotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x, [b, s, h], for its device and type, and positions, [b, s]."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -218,6 +219,7 @@ class ScMoEGroupedQueryAttention(ScMoEAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """From [b, s, h] to [b, s, h], and the weights if they exist."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
         if self.q_norm is not None and self.k_norm is not None:
@@ -280,6 +282,7 @@ class ScMoELatentAttention(ScMoEAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """From [b, s, h] to [b, s, h], and the weights if they exist."""
         nope, rope = self.head_sizes
         if self.q_proj is not None:
             query = self.q_proj(hidden_states).unflatten(-1, (-1, nope + rope)).transpose(1, 2)
@@ -492,6 +495,7 @@ class ScMoEStackedExperts(nn.Module):
         return self.gate_up_proj_bias
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """From tokens [T, h], their experts and weights, [T, K] each, to [T, h]."""
         output = torch.zeros_like(hidden_states)
         chosen, order = top_k_index.flatten().sort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts]
@@ -870,9 +874,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """The balancing loss of pretraining, summed over layers, without its coefficient.
 
-    topk and c2r: (E + Z) sum_i f_i P_i, f_i the share of all selections that went to expert i, P_i
-    its mean score, normalised over experts; the loss's own selection knows neither expert bias nor
-    groups.
+    topk and c2r: (E + Z) sum_i f_i P_i (arXiv:2101.03961, (4)), f_i the share of all selections
+    that went to expert i, P_i its mean score, normalised over experts; the loss's own selection
+    knows neither expert bias nor groups.
     Mixtral's in transformers is K times as large and averages over layers.
 
     heterogeneous: the same with weight tau for zero-computation experts (arXiv:2410.07348, (7)).

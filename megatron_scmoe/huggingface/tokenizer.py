@@ -93,13 +93,18 @@ def is_there(folder: Path) -> bool:
 
 
 def copy_files(folder: Path, output: Path) -> None:
+    """Copy those of FILES that are there."""
     for name in FILES:
         if (folder / name).is_file():
             shutil.copy(folder / name, output / name)
 
 
 def _tokens(folder: Path) -> dict[str, int]:
-    """Every token of tokenizer.json and its number."""
+    """Every token of tokenizer.json and its number.
+
+    Raises:
+        ValueError: the file holds no tokenizer.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}

@@ -151,7 +151,11 @@ class TorchDistReader:
         return found
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """The chunk, kept until another one is asked for: it may hold several experts."""
+        """The chunk, kept until another one is asked for: it may hold several experts.
+
+        Raises:
+            ValueError: it is missing or corrupt.
+        """
         index = MetadataIndex(key, chunk.offsets)
         if self._last is not None and self._last[0] == index:
             return self._last[1]
@@ -176,6 +180,9 @@ def _mapped(path: Path, where: _StorageInfo) -> Tensor:
     """The tensor that `torch.save` has written into a part of a file, read when it is used.
 
     `torch.load` would copy it into fresh memory, at a quarter of the speed. Read-only.
+
+    Raises:
+        ValueError: it ends behind its archive.
     """
     with path.open("rb") as file:
         # The disk reads on while this chunk is checked and written: most often the next one.
@@ -221,7 +228,7 @@ _STORAGES = {
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads what `torch.save` writes for one tensor, and nothing else."""
+    """Unpickler of what `torch.save` writes for one tensor, and of nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

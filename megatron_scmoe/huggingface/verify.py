@@ -219,7 +219,11 @@ def _logits_there(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits_here(
     source: export.SourceCheckpoint, tokens: Tensor, ranks: int, options: list[str]
 ) -> Tensor:
-    """Of Megatron's model, [b, s, v]."""
+    """Of Megatron's model, [b, s, v].
+
+    Raises:
+        ValueError: the program that computes them fails.
+    """
     from safetensors.torch import load_file, save_file
 
     with TemporaryDirectory() as scratch:

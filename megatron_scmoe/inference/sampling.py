@@ -36,7 +36,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens for some prompts.
+    """The choice of tokens for some prompts.
 
     Args:
         numbers: of the prompts, which with the seed make the generators.

@@ -40,7 +40,7 @@ class ScMoEModelConfig(GPTModelConfig):
 
 
 class ScMoEModelBuilder(GPTModelBuilder):
-    """Builds the host's GPTModel from shortcut units; without a shortcut, the stock model."""
+    """What builds the host's GPTModel of shortcut units, or the stock model without a shortcut."""
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[GPTModel]:
         scmoe = self._model_config.scmoe

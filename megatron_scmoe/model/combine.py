@@ -51,7 +51,7 @@ class Combine(Variant):
 
 
 class Gate(MegatronModule):
-    """Weighs both parts of the sum."""
+    """The gate that weighs both parts of the sum."""
 
     def forward(self, x: Tensor, shared_output: Tensor) -> SharedOutput:
         """x and SE(x), each [s, b, h]."""

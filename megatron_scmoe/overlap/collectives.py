@@ -241,7 +241,7 @@ class Fused(Collective):
         return [tensor.detach() for tensor in received], []
 
     def take_back(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients of what was sent from those of what was received; call once."""
+        """Gradients of what was sent, [N, ...], from those of what came, [R, ...]; call once."""
         assert self._graph is not None
         graph, self._graph = self._graph, None
         return graph.backward(list(grads))

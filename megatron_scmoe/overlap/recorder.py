@@ -72,7 +72,7 @@ class UnitRecord:
 
 
 class UnitRecorder:
-    """Collects the record of one unit over the micro-batches of an iteration.
+    """The record of one unit, collected over the micro-batches of an iteration.
 
     Args:
         ranks_per_node: ranks of the job that share a node.

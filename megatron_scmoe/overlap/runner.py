@@ -36,7 +36,7 @@ class _Running:
 
 
 class Runner:
-    """Does the tasks of a schedule in order.
+    """The tasks of a schedule, done in order.
 
     Args:
         steps: what is done for each step, given the pass and the task.

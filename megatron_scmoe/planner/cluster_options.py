@@ -45,7 +45,7 @@ OF_CLUSTER = {
 
 
 def add_cluster_args(parser: argparse.ArgumentParser) -> list[_ArgumentGroup]:
-    """Add the planner's own options; returns their groups."""
+    """Add the planner's own options, and return their groups."""
     cluster = parser.add_argument_group("cluster", "Bandwidths: GB/s, one direction, for each GPU.")
     cluster.add_argument("--cluster-preset", choices=sorted(PRESETS), help="Peak numbers of a GPU.")
     for name, (kind, metavar, _, text) in OPTIONS.items():

@@ -273,7 +273,11 @@ def _larger(
     source: TimesFrom,
     positions: list[str],
 ) -> Iterator[Larger]:
-    """One expert parallel group over all GPUs of a pipeline stage, experts of a rank kept."""
+    """One expert parallel group over all GPUs of a pipeline stage, experts of a rank kept.
+
+    Raises:
+        ValueError: there are no options of a cluster.
+    """
     if source.cluster is None:
         raise ValueError("--extrapolate needs a network: add the --cluster options.")
     layout = config.transformer

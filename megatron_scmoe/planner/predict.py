@@ -5,7 +5,7 @@ layer stands in front. It is compared with two stock layouts of the same pair th
 exchange where it starts: top-(K+1) without a shared expert, which has the expert FLOPs of ScMoE
 with top-K where shared and routed experts are of one size, and top-K with a shared expert.
 
-The time of a unit is `overlap.cost`'s.
+The time of a unit is `overlap.measure.cost`'s.
 """
 
 import math

@@ -15,6 +15,7 @@ class SharedFolderError(ValueError):
 
 
 def has_several_nodes() -> bool:
+    """Whether the launcher started ranks on other nodes too."""
     return os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
 
 

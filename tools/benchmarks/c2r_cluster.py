@@ -200,7 +200,11 @@ class C2RBench(TwoHostBench):
 
 
 def _goes_on(folder: Path) -> list[str]:
-    """With a trained model that stays as it is."""
+    """With a trained model that stays as it is.
+
+    Raises:
+        BenchmarkError: there is none.
+    """
     checkpoints = folder / "checkpoints"
     if not checkpoints.exists():
         raise BenchmarkError(f"{folder} has no checkpoints: train them with --train N --output.")

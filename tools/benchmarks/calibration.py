@@ -45,7 +45,7 @@ def find_rate(
     first_rate: float,
     tolerance: float,
 ) -> LayerTime:
-    """Search; returns the measurement that is nearest to the wanted share.
+    """Search, and return the measurement that is nearest to the wanted share.
 
     Args:
         measure: the layer's time at a rate, in bits per second.

@@ -24,7 +24,7 @@ def write_report(
     rows: list[TurnsRow],
     goals: list[Goal],
 ) -> tuple[Path, Path]:
-    """Write overlap_cluster.md and .json; returns their paths."""
+    """Write overlap_cluster.md and .json, and return their paths."""
     sections = {"Links": link_table(unlimited, links)}
     for share, time in links.items():
         own = [row for row in rows if row.share == share]
@@ -90,10 +90,12 @@ def link_name(share: float, time: LayerTime) -> str:
 
 
 def rate_name(time: LayerTime) -> str:
+    """The rate of the link in words."""
     return "unlimited" if time.rate is None else f"{time.rate / 1e6:.0f} Mbit/s"
 
 
 def link_table(unlimited: LayerTime, links: dict[float, LayerTime]) -> list[str]:
+    """A line for every link, by its wanted share; first the one without a limit."""
     all_links = {"-": unlimited} | {f"{share:.0%}": time for share, time in links.items()}
     return table_of(
         [
@@ -137,6 +139,7 @@ def row_table(rows: list[TurnsRow]) -> list[str]:
 
 
 def goal_table(goals: list[Goal]) -> list[str]:
+    """A line for every goal, and whether it was reached."""
     body = [(goal.claim, goal.measured, "yes" if goal.reached else "**no**") for goal in goals]
     return markdown_table(("goal", "measured", "reached"), body)
 

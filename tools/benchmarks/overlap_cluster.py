@@ -173,7 +173,11 @@ def choose_rows(args: argparse.Namespace, sizes: Sizes) -> list[Contender]:
 
 
 def _derived(text: str, rows: list[Contender]) -> Contender:
-    """NAME=BASE OPTIONS: another contender's command line with further options."""
+    """NAME=BASE OPTIONS: another contender's command line with further options.
+
+    Raises:
+        BenchmarkError: it is not written so.
+    """
     name, separator, rest = text.partition("=")
     base, *options = shlex.split(rest) or [""]
     known = {row.name: row for row in rows}

@@ -36,7 +36,7 @@ NAME = "o_text_document"
 
 
 def write_corpus(path: Path, megabytes: float) -> list[str]:
-    """Writes JSON lines; returns a sample to train tokenizers on."""
+    """Write JSON lines, and return a sample to train tokenizers on."""
     sample: list[str] = []
     size = 0
     with path.open("w") as stream:
@@ -52,7 +52,7 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
 
 
 def train_byte_level(folder: Path, sample: list[str], words: str, vocab_size: int) -> list[str]:
-    """A byte-level BPE with the given expression of words; returns the tool's options."""
+    """Train a byte-level BPE with this expression of words, and return the tool's options."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -77,7 +77,7 @@ def train_byte_level(folder: Path, sample: list[str], words: str, vocab_size: in
 
 
 def train_sentencepiece(folder: Path, sample: list[str], vocab_size: int) -> list[str]:
-    """A BPE in Llama 2's way: bytes for what is unknown, digits apart, white space kept."""
+    """Train a BPE in Llama 2's way: bytes for what is unknown, digits apart, white space kept."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

@@ -18,7 +18,7 @@ VOCABULARY = 256
 
 
 def write_text(folder: Path) -> Path:
-    """Write the dataset, unless an earlier run has; returns the prefix of .bin and .idx."""
+    """Write the dataset, unless an earlier run has, and return the prefix of .bin and .idx."""
     prefix = folder / "bytes"
     if Path(f"{prefix}.idx").exists():
         return prefix

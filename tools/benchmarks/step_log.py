@@ -64,7 +64,7 @@ class TrainingStep:
 
 
 class StepReader:
-    """Puts the lines of a run together, one after the other."""
+    """The lines of a run, put together one after the other."""
 
     def __init__(self) -> None:
         self._iteration: int | None = None

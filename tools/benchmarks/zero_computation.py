@@ -103,7 +103,7 @@ def forward(moe: ScMoELayer, z: Tensor, routing: Routing) -> Tensor:
 
 
 def turn(arm: MeteredLayer, z: Tensor, grad: Tensor, routing: Routing, steps: int) -> None:
-    """Some steps of one arm, after one that does not count."""
+    """Some steps of one arm, after one that does not count; z and grad [s, b, h]."""
     for step in range(-1, steps):
         with torch.no_grad():
             ahead = seconds(lambda: forward(arm.moe.eval(), z, routing))

@@ -56,7 +56,7 @@ def requirements(names: Iterable[str]) -> list[str]:
 
 
 def collect(folder: Path, transformer_engine: Path | None) -> list[Path]:
-    """Download, copy and pack; returns the wheels in `folder`.
+    """Download, copy and pack, and return the wheels in `folder`.
 
     Raises:
         BundleError: a package cannot be had.

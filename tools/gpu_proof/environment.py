@@ -20,6 +20,7 @@ CUDA_PACKAGES = ("nvidia-", "cuda-")
 
 
 def site_packages(environment: Path) -> Path:
+    """Where a virtual environment of this Python has its packages."""
     return environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 
 

@@ -70,6 +70,7 @@ COLLECTIVES: tuple[Callable[[int, int, str], bool], ...] = (
 
 
 def attempt(collective: Callable[[int, int, str], bool], device: str) -> str | None:
+    """What is wrong with a collective here, in one line; None where it works."""
     try:
         right = collective(dist.get_rank(), dist.get_world_size(), device)
     except RuntimeError as error:

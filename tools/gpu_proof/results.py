@@ -42,7 +42,7 @@ class ProofFinding:
 
 
 class Results:
-    """Collects the findings of one part.
+    """The findings of one part.
 
     Args:
         part: its name.

@@ -647,7 +647,11 @@ def _train(block: Any, size: Size, dtype: torch.dtype, steps: int) -> Tensor:
 def _train_in_little_memory(
     block: Any, size: Size, dtype: torch.dtype, steps: int
 ) -> tuple[Tensor, int]:
-    """Losses, and the bytes that were free beside what the model holds; 0 on the CPU."""
+    """Losses, and the bytes that were free beside what the model holds; 0 on the CPU.
+
+    Raises:
+        RuntimeError: no multiple of PRESSURE suffices.
+    """
     if not torch.cuda.is_available():
         return _train(block, size, dtype, steps), 0
     weights = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}

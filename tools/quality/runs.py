@@ -96,7 +96,7 @@ class RunResult:
 
 
 class RunQueue:
-    """Does what is not done yet.
+    """A queue of the runs that are not done yet.
 
     Args:
         folder: of results, a file for each run, and of the logs.
@@ -247,6 +247,7 @@ def rate_tasks(contender: QualityContender, scale: Scale) -> list[PlannedRun]:
 
 
 def seed_tasks(contender: QualityContender, scale: Scale, rate: float) -> list[PlannedRun]:
+    """The full runs at its rate: all seeds of a main contender, one of every other."""
     seeds = scale.seeds if contender.main else scale.seeds[:1]
     return [PlannedRun(contender, seed, rate, scale.iterations) for seed in seeds]
 
@@ -259,6 +260,7 @@ def chosen_rate(contender: QualityContender, scale: Scale, results: Iterable[Run
 
 
 def number_of_runs(scale: Scale) -> int:
+    """Of all contenders, those that choose a rate included."""
     return sum(
         len(rate_tasks(each, scale)) + len(seed_tasks(each, scale, 0)) for each in CONTENDERS
     )

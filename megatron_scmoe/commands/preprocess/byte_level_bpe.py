@@ -114,7 +114,11 @@ class ByteLevelBPE:
 
 
 def _words(pre_tokenizer: dict[str, Any] | None) -> str:
-    """The expression of WORDS that a tokenizer.json's pre-tokenizer is."""
+    """The expression of WORDS that a tokenizer.json's pre-tokenizer is.
+
+    Raises:
+        NotExactError: it is none of them.
+    """
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return GPT2
@@ -135,7 +139,11 @@ def _words(pre_tokenizer: dict[str, Any] | None) -> str:
 
 
 def _ranks(model: dict[str, Any], added: list[str]) -> tuple[dict[bytes, int], list[int]]:
-    """The ranks of a BPE's tokens, bytes first, then in the order of its merges; each one's id."""
+    """The ranks of a BPE's tokens, bytes first, then in the order of its merges; each one's id.
+
+    Raises:
+        NotExactError: merges alone do not say what it does.
+    """
     from tokenizers import Tokenizer, models
 
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):

@@ -134,7 +134,11 @@ class _Part:
         self._sequences = 0
 
     def cut(self, sizes: Sequence[int]) -> None:
-        """Raises OSError where a file is shorter than it was."""
+        """Cut the files to sizes that were recorded.
+
+        Raises:
+            OSError: a file is shorter than it was.
+        """
         for path, stream, size in zip(self._paths, self._streams, sizes, strict=True):
             if path.stat().st_size < size:
                 raise OSError(f"{path} is shorter than it was: delete its folder and start anew")
@@ -236,6 +240,9 @@ class OutputFolder:
         """Give the finished files their final names, in place of older ones.
 
         If a renaming fails, none of the final names is left.
+
+        Raises:
+            OSError: a renaming failed.
         """
         finals = [self.target / writer.name for writer in self._writers]
         try:

@@ -80,7 +80,11 @@ class PreprocessJob:
         }
 
     def finish(self) -> None:
-        """Complete the datasets, not yet under their final names."""
+        """Complete the datasets, not yet under their final names.
+
+        Raises:
+            DataError: there are no documents, or all of a dataset are empty.
+        """
         args = self._args
         if self._bad_lines:
             say(f"skipped {self._bad_lines} lines in all")

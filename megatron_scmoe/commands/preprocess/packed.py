@@ -11,7 +11,11 @@ ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def decompress(raw: io.BufferedReader, suffix: str) -> BinaryIO | gzip.GzipFile | lzma.LZMAFile:
-    """The bytes of a file whose name ends in `suffix`; raises one of ERRORS while they are read."""
+    """The bytes of a file whose name ends in `suffix`.
+
+    Raises:
+        ERRORS: one of them, while they are read.
+    """
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".zst":

@@ -104,7 +104,11 @@ class SentencePieceBPE:
 
 
 def _by_rank(scores: list[tuple[float, str]]) -> list[str]:
-    """Tokens of more than one character, the best first."""
+    """Tokens of more than one character, the best first.
+
+    Raises:
+        NotExactError: two of them have the same score.
+    """
     seen: dict[float, str] = {}
     lowest = min((score for score, _ in scores), default=0.0)
     for score, token in scores:

@@ -76,7 +76,11 @@ def work_folder(prefix: Path, resume: bool, run: dict[str, Any]) -> Iterator[Wor
 
 
 def _progress(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What the run before has recorded; None if nothing."""
+    """What the run before has recorded; None if nothing.
+
+    Raises:
+        DataError: the record is damaged, or of a run with other options.
+    """
     try:
         recorded = read_json(path / _PROGRESS)
         before, progress = recorded["run"], recorded["progress"]

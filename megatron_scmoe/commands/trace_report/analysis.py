@@ -322,7 +322,11 @@ def _link(
 
 
 def _direction_figures(run: TracedRun, direction: Direction) -> DirectionFigures:
-    """Averaged as the run itself does when it chooses its slots (overlap/measure/adaptive.py)."""
+    """Figures averaged as a run does to choose its slots (overlap/measure/adaptive.py).
+
+    Raises:
+        TraceError: a record or a pass is not whole.
+    """
     passes = defaultdict(list)
     for one in run.passes:
         if one.direction == direction:
@@ -394,7 +398,11 @@ def _measured(one: TracedPass, position: str) -> float:
 
 
 def _example(run: TracedRun, rank: int | None) -> dict[Direction, TracedPass]:
-    """The unit nearest to the medians of time and of exposed time, in both directions."""
+    """The unit nearest to the medians of time and of exposed time, in both directions.
+
+    Raises:
+        TraceError: no unit has both directions.
+    """
     pairs: dict[tuple[UnitPlace, int], dict[Direction, TracedPass]] = defaultdict(dict)
     for one in run.passes:
         if rank is None or one.place.rank == rank:

@@ -203,7 +203,11 @@ def read_run(folder: Path) -> TracedRun:
 
 
 def _numbers(facts: dict[str, Any], name: str, iterations: set[int]) -> list[float]:
-    """What a trace says of iterations; older ones say nothing. Raises ValueError."""
+    """What a trace says of iterations; older ones say nothing.
+
+    Raises:
+        ValueError: it is not of their kinds.
+    """
     by_iteration = facts.get(name, {})
     _need({name: by_iteration}, {name: dict})
     found = [value for number, value in by_iteration.items() if int(number) in iterations]
@@ -264,7 +268,12 @@ STEPS = {*EXCHANGES, *(step.value for step in Step)}
 
 
 def _need(fields: dict[str, Any], kinds: Kinds) -> None:
-    """Raises KeyError or ValueError unless fields are there and of their kinds."""
+    """Refuse fields that are not there or not of their kinds.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: a field is of another kind.
+    """
     for name, kind in kinds.items():
         value = fields[name]
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
@@ -306,7 +315,11 @@ def _shared_facts(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_times(events: Mapping[Path, list[dict[str, Any]]]) -> None:
-    """An iteration is at one time on all ranks."""
+    """An iteration is at one time on all ranks.
+
+    Raises:
+        TraceError: it is not, so that the files are not of one run.
+    """
     times: dict[int, list[tuple[float, Path]]] = defaultdict(list)
     for path, steps in events.items():
         begins: dict[int, float] = {}
@@ -326,7 +339,11 @@ def _check_times(events: Mapping[Path, list[dict[str, Any]]]) -> None:
 
 
 def _slots(traces: Mapping[Path, dict[str, Any]]) -> tuple[Slots, set[int], tuple[int, ...]]:
-    """The slots of the last iteration, the iterations that ran with them, and the others."""
+    """The slots of the last iteration, the iterations that ran with them, and the others.
+
+    Raises:
+        TraceError: slots are damaged, or the files are not of one run.
+    """
     by_rank = []
     for path, trace in traces.items():
         try:

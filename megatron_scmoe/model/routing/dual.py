@@ -121,7 +121,7 @@ class Choice(NamedTuple):
 
 
 class _Chooser(Selection):
-    """Chooses another expert than those that are taken.
+    """The choice of another expert than those that are taken.
 
     Args:
         taken: an expert of every token that it may not choose, [T, 1]; None for none.

@@ -14,7 +14,7 @@ Best = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Selection:
-    """Stands where the host replays recorded routings (router_replay.py): the one place where a
+    """A stand-in for the replay of recorded routings (router_replay.py): the one place where a
     selection can change and everything behind it stays.
 
     Args:

@@ -96,7 +96,7 @@ ALONE = Phase(3, records_steps=True, overlap=False)
 
 
 class FirstIterations:
-    """Watches the first iterations of a run; see `observe`.
+    """What watches the first iterations of a run; see `observe`.
 
     Args:
         position: a key of TAPS.

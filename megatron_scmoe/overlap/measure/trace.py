@@ -53,7 +53,7 @@ EXCHANGES = ("dispatch", "combine")
 
 
 class TraceWriter:
-    """Collects the iterations of one rank and writes them as they come.
+    """The iterations of one rank, written as they come.
 
     Args:
         folder: made if it does not exist.

@@ -29,7 +29,11 @@ def check_folders(args: Namespace) -> None:
 
 
 def _check_place(option: str, path: Path) -> None:
-    """The folder of all iterations, and nothing in it."""
+    """Take the folder of all iterations, and nothing in it.
+
+    Raises:
+        ValueError: it is a file, or one of the iterations.
+    """
     if path.is_file():
         raise ValueError(f"{option} {path} is a file: give the folder that it lies in.")
     whole = (path / contents.DISTRIBUTED).exists() or any(path.glob("mp_rank_0*"))
@@ -42,7 +46,11 @@ def _check_place(option: str, path: Path) -> None:
 
 
 def _check_cleaned(args: Namespace) -> None:
-    """Nothing may lie below --non-persistent-global-ckpt-dir, where the host keeps one."""
+    """Nothing may lie below --non-persistent-global-ckpt-dir, where the host keeps one.
+
+    Raises:
+        ValueError: something does.
+    """
     cleaned = args.non_persistent_global_ckpt_dir
     if cleaned is None:
         return
@@ -86,7 +94,11 @@ def _first_iteration(args: Namespace) -> int:
 
 
 def _check_replaced(args: Namespace, save: Path, start: int) -> None:
-    """Whole iterations that the run would come to, and that are not its own past."""
+    """Refuse whole iterations that the run would come to, and that are not its own past.
+
+    Raises:
+        ValueError: there are some.
+    """
     goes_on = args.load is not None and Path(args.load).resolve() == save.resolve()
     if goes_on and not args.finetune:
         return  # after --ckpt-step, or where the run before was killed: its own

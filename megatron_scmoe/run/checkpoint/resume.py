@@ -307,7 +307,11 @@ def _or_finetune(args: Namespace) -> str:
 
 def _keep_vocabulary(where: str, saved: Namespace, args: Namespace) -> list[str]:
     """The checkpoint's padded vocabulary. The host pads to a multiple of the tensor parallel size,
-    loads what fits, and rows that were never trained move the loss."""
+    loads what fits, and rows that were never trained move the loss.
+
+    Raises:
+        ValueError: other options do not allow it.
+    """
     size = saved.padded_vocab_size
     if size is None or args.padded_vocab_size == size:
         return []

@@ -66,6 +66,7 @@ def load_metadata(file: IO[bytes]) -> Any:
 
     Raises:
         UntrustedError: it names something else.
+        OSError: it cannot be read.
         pickle.UnpicklingError: it is damaged; unpickling stumbles over that in any way there is.
     """
     try:

@@ -24,6 +24,7 @@ def here() -> bool:
 
 
 def check_device_of_rank(args: Namespace | None) -> Iterator[Finding]:
+    """Every rank of a node has a device of its own."""
     if not here():
         return
     local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

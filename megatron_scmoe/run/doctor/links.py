@@ -224,7 +224,7 @@ def measure_pairs(block: Group) -> PairTimes:
 
 
 def exchange_with(peer: int, sent: torch.Tensor, received: torch.Tensor, group: Group) -> None:
-    """Send to a global rank and receive from it."""
+    """Send to a global rank and receive from it, [N] each."""
     operations = [
         torch.distributed.P2POp(torch.distributed.isend, sent, peer, group),
         torch.distributed.P2POp(torch.distributed.irecv, received, peer, group),

@@ -67,6 +67,7 @@ def versions() -> str:
 
 
 def check_torch(args: Namespace | None) -> Iterator[Finding]:
+    """The overlap wants streams that older versions do not have."""
     if not is_torch_min_version(MIN_TORCH):
         yield Finding(
             "error",
@@ -139,6 +140,7 @@ def _batches_in_flight(args: Namespace) -> int:
 
 
 def check_disk(args: Namespace | None) -> Iterator[Finding]:
+    """The folder of --save can be written and has room."""
     if args is None or args.save is None:
         return
     folder = next(path for path in (Path(args.save), *Path(args.save).parents) if path.exists())

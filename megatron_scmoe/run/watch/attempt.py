@@ -32,7 +32,11 @@ def store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> Sto
 
 def _number_for_others(store: Store, rank: int, world_size: int, timeout: timedelta) -> int:
     """Take a number that no attempt had and answer who asks, the dead included, until every rank of
-    this attempt has it."""
+    this attempt has it.
+
+    Raises:
+        RuntimeError: some are not there in time.
+    """
     attempt = store.add("attempts", 1)
     deadline = time.monotonic() + timeout.total_seconds()
     missing = set(range(1, world_size))

@@ -91,7 +91,7 @@ def _speaks_alone() -> bool:
 
 
 class Watch:
-    """Watches this rank's main thread, and acts and answers for it."""
+    """What watches this rank's main thread, and acts and answers for it."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -159,7 +159,7 @@ class Watch:
                     self._stop(Alarm(self._board.rank, "late"))
 
     def _main_position(self) -> object:
-        """Changes whenever the main thread enters a collective or executes Python code."""
+        """What changes whenever the main thread enters a collective or executes Python code."""
         frame = sys._current_frames()[self._main]
         groups: list[Any] = list(distributed_c10d._world.pg_map)
         entered = sum(group._get_sequence_number_for_group() for group in groups)

@@ -38,7 +38,7 @@ class Offload:
 
 
 class OffloadedExperts:
-    """Comes before a class of experts in the bases of another; see `offloaded`.
+    """What comes before a class of experts in the bases of another; see `offloaded`.
 
     Attributes:
         cache: which experts are in which slot.
