@@ -1,7 +1,7 @@
 # make setup     .venv with the pinned packages
 # make pretrain  train a ScMoE GPT on real text with two expert-parallel ranks, about five minutes
-# make test      lint, types, and the tests on 1 to 8 gloo ranks that see every kind of mistake
-# make test-all  the same with the slow tests, which .ci/run calls
+# make test      lint, types, and the tests on 1 to 4 gloo ranks that see every kind of mistake
+# make test-all  the same with the slow tests, on up to 8 ranks, which .ci/run calls
 # make test-gpu  what only a GPU can show, on a machine with one: docs/gpu.md
 
 PYTHON_BIN := .venv/bin/python
