@@ -29,7 +29,7 @@ def no_cuda_device() -> bool:
     return not torch.cuda.is_available()
 
 
-# Streams and events: work on the CPU is finished when the call returns.
+# Streams and events: work on the CPU is finished when the call returns. ---------------------------
 
 
 class CpuStream:
@@ -91,7 +91,7 @@ def stream(stream: CpuStream | None) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-# Device queries.
+# Device queries. ----------------------------------------------------------------------------------
 
 
 def current_device() -> torch.device:
@@ -136,7 +136,7 @@ def memory_stats(device: Any = None) -> dict[str, int]:
     }
 
 
-# Random numbers: one generator, where the host keeps one for the CPU and one for CUDA.
+# Random numbers: one generator, where the host keeps one for the CPU and one for CUDA. ------------
 
 
 def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -170,7 +170,7 @@ def iterate_without_drawing(iter_: Callable[[Any], Any]) -> Callable[[Any], Any]
     return replacement
 
 
-# Tensors.
+# Tensors. -----------------------------------------------------------------------------------------
 
 
 def stay(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +238,7 @@ def allow_no_cuda(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]
     return functools.partial(initialize_megatron, allow_no_cuda=True)
 
 
-# Options and messages.
+# Options and messages. ----------------------------------------------------------------------------
 
 
 class CpuOption(NamedTuple):
@@ -310,7 +310,7 @@ def switch_kernels(args: Namespace) -> list[str]:
     return switched
 
 
-# Collectives over parts of different sizes, which gloo refuses and NCCL takes.
+# Collectives over parts of different sizes, which gloo refuses and NCCL takes. --------------------
 
 
 def gather_padded(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

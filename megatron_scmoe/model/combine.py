@@ -1,4 +1,6 @@
-"""How shared and routed outputs meet: c_s * SE(x) + c_r * sum_i G(z)_i E_i(z).
+"""How shared and routed outputs meet, arXiv:2404.05019, (14)-(17) and section 5.2.
+
+    c_s * SE(x) + c_r * sum_i G(z)_i E_i(z)
 
 Shapes: s sequence / TP, b batch, h hidden
 """

@@ -62,6 +62,7 @@ class Iteration(NamedTuple):
     """Of data parallelism's traffic, what compute waits for."""
 
     def seconds(self, num_microbatches: int) -> float:
+        """Of an iteration."""
         return num_microbatches * self.micro_batch + self.exposed
 
     def wins_from(self, other: "Iteration") -> int | None:

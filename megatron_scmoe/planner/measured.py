@@ -66,6 +66,7 @@ class CheckedPrediction(NamedTuple):
 
     @property
     def deviation(self) -> float:
+        """Of the prediction, as a share of what was measured."""
         return self.predicted / self.measured - 1
 
     @property

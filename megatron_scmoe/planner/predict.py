@@ -92,6 +92,7 @@ class Prediction:
 
     @property
     def exposed(self) -> float:
+        """Seconds for which compute waits for communication."""
         return math.fsum(cost.exposed for cost in self.passes)
 
     @property

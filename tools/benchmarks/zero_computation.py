@@ -33,7 +33,7 @@ from tools.benchmarks.provenance import as_markdown, describe
 
 KINDS = {"zero": 1, "copy": 1, "constant": 2}
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
-# The paper's 0.6B/(8+4)E: table 2, and the gains of table 3 in expert forward time.
+# 0.6B/(8+4)E of arXiv:2410.07348: table 2, and the gains of table 3 in expert forward time.
 PAPER_GAIN = {0.1: 1.645, 0.25: 0.927, 0.5: 0.382, 0.75: 0.252, 1.0: 0.191}
 TOPK = 2
 

@@ -153,6 +153,7 @@ class _Part:
         return [path.stat().st_size for path in self._paths]
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Add documents, as the dataset's `add` does."""
         ends = self._sequences + np.cumsum(sequences, dtype=np.int64)
         for stream, array in zip(self._streams, (tokens, lengths, ends), strict=True):
             stream.write(array.data)

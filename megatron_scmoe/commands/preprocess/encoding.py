@@ -74,6 +74,7 @@ class Encoder:
             self._empty = []
 
     def __call__(self, batch: Batch) -> EncodedBatch:
+        """Every document of a batch as ids, and what is wrong with its other lines."""
         ids: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
         lengths: dict[str, list[list[int]]] = {key: [] for key in self.keys}
         result = EncodedBatch({}, {}, {}, batch.end, disk_bytes=batch.disk_bytes)

@@ -54,6 +54,11 @@ class PreprocessJob:
         ]
 
     def add(self, batch: EncodedBatch) -> None:
+        """Write the documents of a batch, and count its bad lines.
+
+        Raises:
+            DataError: there is one, and --on-error is fail.
+        """
         for bad in batch.bad_lines:
             if self._args.on_error == "fail":
                 raise DataError(f"{bad} (--on-error skip leaves such lines out)")

@@ -35,6 +35,7 @@ class Communication(NamedTuple):
 
     @property
     def hidden(self) -> float:
+        """Of the time in flight, what is not exposed."""
         return self.in_flight - self.exposed
 
     @property
