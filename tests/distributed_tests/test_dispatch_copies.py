@@ -85,14 +85,17 @@ MODELS = {
     "bf16": CopiesModel(2, host={"params_dtype": torch.bfloat16, "bf16": True}),
 }
 
-# What is left of them is seen elsewhere: tops of 1 and 8 between those of others, and the engine,
-# which is the same for every way of sending, in test_overlap_parity.py.
+# What is left of them is seen elsewhere: tops of 1 and 8 between those of others, a capacity where
+# rows are padded to it, and the engine, which is the same for every way of sending, in
+# test_overlap_parity.py.
 SLOW = (
     "top-1",
     "every expert",
     "all to one rank",
+    "capacity",
     "more chunks than tokens",
     "selective recompute",
+    "without a shortcut",
 )
 ON_AND_OFF = ("top-2", "three chunks", "full recompute", "two gates", *SLOW)
 

@@ -124,7 +124,11 @@ def test_slow_rank_is_named(size: int, tmp_path: Path) -> None:
     ("main", "expected"),
     [
         (doctor_of_a_missing_rank, r"error: rank 1 did not come within 0:00:09"),
-        (doctor_of_a_hanging_rank, r"error: .*Ranks? 1 failed to pass monitoredBarrier"),
+        pytest.param(  # waits for half a minute
+            doctor_of_a_hanging_rank,
+            r"error: .*Ranks? 1 failed to pass monitoredBarrier",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hang(main: Callable[[], int], expected: str, tmp_path: Path) -> None:
