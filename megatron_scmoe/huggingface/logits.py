@@ -28,9 +28,6 @@ from megatron_scmoe.inference.one_pass import forward
 from megatron_scmoe.run.checkpoint.errors import CheckpointError
 from megatron_scmoe.run.watch import watched_ranks
 
-OWN = ("bf16", "fp16", "tokenizer_type", "vocab_size")
-"""What is not the checkpoint's."""
-
 
 def add_options(parser: ArgumentParser) -> ArgumentParser:
     """The package's options and these; an `extra_args_provider` of the host."""
@@ -46,10 +43,8 @@ def main() -> int:
     begin()
     with say.user_errors():
         args = parse(add_options)
-        # No text is read, so that the record's tokenizer need not be on this machine.
-        args.tokenizer_type, args.vocab_size = "NullTokenizer", 1
         with redirect_stdout(StringIO()):
-            config, _ = prepare_generation(args, own=OWN)
+            config, _ = prepare_generation(args, own=("bf16", "fp16"), reads_text=False)
     with watched_ranks(timedelta(minutes=10), (CheckpointError,)) as store:
         model = join_and_load(config, store)
         logits = forward(model, load_file(args.tokens)["tokens"])

@@ -34,7 +34,7 @@ def begin() -> None:
 
 
 def prepare_generation(
-    args: Namespace, own: tuple[str, ...] = (), offloads: bool = False
+    args: Namespace, own: tuple[str, ...] = (), offloads: bool = False, reads_text: bool = True
 ) -> tuple[ScMoEModelConfig, Any]:
     """Everything that needs no process group, so that what is wrong ends the run here.
 
@@ -42,6 +42,7 @@ def prepare_generation(
         args: parsed; becomes the host's global options.
         own: dests that are not the checkpoint's, beside those on the command line.
         offloads: routed experts will not all be on the device.
+        reads_text: without it the record's tokenizer need not be on this machine.
 
     Returns:
         the model, and the tokenizer.
@@ -50,6 +51,8 @@ def prepare_generation(
         ValueError and other say.USER_ERRORS: what the host or we refuse.
     """
     adopt_model(args, [*typed_options(sys.argv[1:]), *own])
+    if not reads_text and args.tokenizer_type != "NullTokenizer":
+        args.tokenizer_type, args.vocab_size = "NullTokenizer", 1
     replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     args.micro_batch_size, args.global_batch_size = 1, max(1, args.world_size // replica)
     args.skip_train = args.no_load_optim = args.no_load_rng = True

@@ -175,7 +175,7 @@ def test_both_models_give_the_same_logits(constrained: Any, tmp_path: Path) -> N
     ("options", "line"),
     [
         ("--scmoe-router c2r --scmoe-c2r-top-t 2", "--scmoe-router c2r has no lists of partners"),
-        ("--scmoe-c2r-lists LISTS --scmoe-c2r-top-t 2 --num-layers 2", "lists for layer 4"),
+        ("--scmoe-c2r-lists LISTS --scmoe-c2r-top-t 2 --num-layers 2", "it has layer 4, which"),
         ("--scmoe-collaboration-dir LISTS", "--scmoe-collaboration-dir would stay empty"),
     ],
 )

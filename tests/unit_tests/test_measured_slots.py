@@ -91,7 +91,7 @@ def other_connections(patch: pytest.MonkeyPatch) -> str:
 
 
 def other_torch(patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(record, "version", lambda package: "0.0")
+    patch.setattr(record, "installed", lambda package: "0.0")
     return f"torch {torch.__version__.split('+')[0]}"
 
 
