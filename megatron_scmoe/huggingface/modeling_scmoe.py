@@ -17,7 +17,6 @@ Shapes: b batch, s sequence, h hidden, T = b*s tokens, E routed experts, Z zero-
         K top-k, n query heads, g key-value heads, d head size, F intermediate size
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -515,26 +514,52 @@ class ScMoEStackedExperts(nn.Module):
     def _bias(self, projection: str, expert: int) -> Tensor | None:
         return getattr(self, f"{projection}_proj_bias")[expert] if self.has_bias else None
 
+    def _rows_on_disk(self, prefix: str) -> dict[str, Tensor]:
+        """What belongs to each name on disk: weights [out, in] and biases [out] of one expert."""
+        found = {}
+        for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + self.has_bias]:
+            for expert, rows in enumerate(getattr(self, f"gate_up_proj{end}")):
+                parts = rows.chunk(2) if self.has_gate else (rows,)
+                for projection, part in zip(("gate", "up")[-len(parts) :], parts, strict=True):
+                    found[f"{prefix}{expert}.{projection}_proj.{kind}"] = part
+            for expert, rows in enumerate(getattr(self, f"down_proj{end}")):
+                found[f"{prefix}{expert}.down_proj.{kind}"] = rows
+        return found
+
     @torch.no_grad()
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *others: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Take experts by their names on disk, too, as many as there are: when the Trainer resumes
         it gives the content of a file to `load_state_dict`, which converts nothing."""
-        on_disk = re.compile(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.(weight|bias)")
-        for name, match in [(name, on_disk.fullmatch(name)) for name in state_dict]:
-            if match is None:
-                continue
-            expert, projection, kind = match.groups()
-            own = "down_proj" if projection == "down" else "gate_up_proj"
-            own += "_bias" if kind == "bias" else ""
-            weight = getattr(self, own)
-            rows = weight[int(expert)]
-            if projection != "down" and self.has_gate:
-                rows = rows.chunk(2)[projection == "up"]
-            rows.copy_(state_dict.pop(name))
-            state_dict[prefix + own] = weight
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        on_disk = self._rows_on_disk(prefix)
+        if on_disk.keys() & state_dict.keys():
+            for name, rows in on_disk.items():
+                value = state_dict.pop(name, None)
+                if value is None:
+                    missing_keys += [name] * strict  # of a file of several it lies in another
+                elif value.shape != rows.shape:
+                    error_msgs.append(f"{name} is {[*value.shape]}, not {[*rows.shape]}")
+                else:
+                    rows.copy_(value)
+            own = {prefix + name: value for name, value in self.named_parameters(recurse=False)}
+            state_dict.update(own)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 class ScMoEExperts(ScMoEStackedExperts):

@@ -887,6 +887,27 @@ def test_the_trainer_resumes(kind: str, shard: str, tmp_path: Path) -> None:
     assert torch.equal(other(ids).logits, wanted)
 
 
+def test_experts_that_a_file_lacks_are_named() -> None:
+    made = model()
+    (name,) = [x for x in made.state_dict() if x.endswith("experts.down_proj")][:1]
+    layer = name.removesuffix("down_proj")
+    whole = dict(made.state_dict())
+    into, out = whole.pop(f"{layer}gate_up_proj"), whole.pop(name)
+    for expert, (both, down) in enumerate(zip(into, out, strict=True)):
+        gate, up = both.chunk(2)
+        values = {"gate": gate, "up": up, "down": down}
+        whole |= {f"{layer}{expert}.{part}_proj.weight": value for part, value in values.items()}
+    made.load_state_dict(dict(whole))
+    lacking = {key: value for key, value in whole.items() if key != f"{layer}1.up_proj.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.up_proj\.weight"):
+        made.load_state_dict(dict(lacking))
+    made.load_state_dict(dict(lacking), strict=False)
+    with pytest.raises(RuntimeError, match=r"1\.up_proj\.weight is \[1, "):
+        made.load_state_dict(lacking | {f"{layer}1.up_proj.weight": up[:1]})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*99\.up_proj\.weight"):
+        made.load_state_dict(whole | {f"{layer}99.up_proj.weight": up})
+
+
 def test_low_rank_adapters(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     made, ids = model(), tokens()
