@@ -5,7 +5,8 @@ layouts.py            how the parts of one lie in the other
 config.py             what a model is, as Megatron's options and as a config.json
 torch_dist.py         a Megatron checkpoint, tensor by tensor
 safetensors_files.py  a Hugging Face directory, tensor by tensor
-tokenizer.py          the tokenizer's files and special tokens
+tokenizer.py          what lies beside weights: tokenizer, chat templates, generation config
+progress.py           how far a conversion is
 export.py             from the one to the other
 load.py dialects.py longcat.py  from the other to the one, and what may come in
 upcycle.py            a dense model as the start of one

@@ -7,7 +7,6 @@ directory gets its name when it is whole.
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_scmoe.huggingface import longcat, safetensors_files, tensor_names, tokenizer
 from megatron_scmoe.huggingface.config import from_record
 from megatron_scmoe.huggingface.layouts import LAYOUTS, is_zero_centered
+from megatron_scmoe.huggingface.progress import progress
 from megatron_scmoe.huggingface.safetensors_files import BLOCK_BYTES, Entry
 from megatron_scmoe.huggingface.tensor_names import Config, Tensor
 from megatron_scmoe.huggingface.torch_dist import Address, TorchDistReader
@@ -43,6 +42,8 @@ class SourceCheckpoint:
     reader: TorchDistReader
     config: Config
     record: dict[str, Any]
+    tokenizer: Path | None
+    """The folder of its tokenizer."""
 
 
 @dataclass
@@ -108,8 +109,9 @@ def open_checkpoint(
         config = from_record(record)
     except KeyError as error:
         raise ValueError(f"{checkpoint}.json does not say what {error.args[0]} is") from error
-    config = tokenizer.complete(config, record, tokenizer_folder)
-    return SourceCheckpoint(load, iteration, TorchDistReader(checkpoint), config, record)
+    folder = tokenizer_folder or tokenizer.folder_of(record, load)
+    config = tokenizer.complete(config, record, folder)
+    return SourceCheckpoint(load, iteration, TorchDistReader(checkpoint), config, record, folder)
 
 
 def locate(source: SourceCheckpoint) -> tuple[list[tuple[Tensor, Address]], list[str]]:
@@ -236,11 +238,11 @@ def export(
     with whole_folder(output, counts.bytes) as folder:
         writer = safetensors_files.SafetensorsWriter(folder, entries, shard_bytes)
         padding: dict[str, torch.Tensor] = {}
-        with progress(counts.bytes, "export") as bar:
+        with progress(counts.bytes, "export") as advance:
             for tensor, place in located:
                 for name, values in parts_of(tensor, reader.read(place), config, padding):
                     writer.write(name_of(name), values)
-                    bar.update(values.numel() * values.dtype.itemsize)
+                    advance(values.numel() * values.dtype.itemsize)
         for name, shape in rows:
             writer.write(name, torch.zeros(shape))
         writer.close()
@@ -249,8 +251,10 @@ def export(
         _write_texts(folder, source, theirs, counts)
         for name in () if is_longcat else MODELLING:
             shutil.copy(Path(__file__).with_name(name), folder / name)
-        for line in tokenizer.copy(folder, source.record, tokenizer_folder):
-            say(line)
+        if source.tokenizer is not None:
+            tokenizer.copy(source.tokenizer, folder)
+    if source.tokenizer is None or not tokenizer.is_there(source.tokenizer):
+        say(_no_tokenizer(source.record))
     experts = counts.experts()
     say(
         f"{counts.sources} tensors of iteration {source.iteration} mapped, {counts.written} "
@@ -350,16 +354,9 @@ def _write_texts(folder: Path, source: SourceCheckpoint, config: Config, counts:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def progress(total: int, what: str, unit: str = "B") -> "tqdm[Any]":
-    """A bar on a terminal."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
+def _no_tokenizer(record: dict[str, Any]) -> str:
+    name = record["options"].get("tokenizer_model") or record["tokenizer"]["type"]
+    return f"no tokenizer beside the weights: {name} has no files here; give --tokenizer DIR"
 
 
 def _kinds(left: list[str]) -> str:

@@ -1,26 +1,27 @@
 """A Hugging Face directory as a `torch_dist` checkpoint, which loads at any layout.
 
 What the model is says its config.json. Only safetensors are read. The folder gets its name when it
-is whole: one iteration with its record, and the tokenizer beside it.
+is whole: one iteration with its record, and what lay beside the weights.
 """
 
 import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_scmoe import __version__
 from megatron_scmoe.c2r.lists import partners_of
 from megatron_scmoe.huggingface import dialects, fields, tensor_names, tokenizer
 from megatron_scmoe.huggingface.config import KEPT, ONLY, to_options
 from megatron_scmoe.huggingface.dialects import Dialect, Where
-from megatron_scmoe.huggingface.export import DTYPES, PADDING, progress, whole_folder
+from megatron_scmoe.huggingface.export import DTYPES, PADDING, whole_folder
 from megatron_scmoe.huggingface.layouts import LAYOUTS
+from megatron_scmoe.huggingface.progress import progress
 from megatron_scmoe.huggingface.safetensors_files import DTYPES as STORED
 from megatron_scmoe.huggingface.safetensors_files import SafetensorsReader, converted, read_file
 from megatron_scmoe.huggingface.tensor_names import Config, Tensor
@@ -32,7 +33,6 @@ from megatron_scmoe.words import read_json, size
 
 FIRST_ITERATION = 1  # the host refuses a tracker that names 0
 VOCABULARY_MULTIPLE = 128  # the host's --make-vocab-size-divisible-by
-TOKENIZER = "tokenizer"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BYTES = {name: dtype.itemsize for dtype, name in STORED.items()}
 # What the host's newer checkpoints say of themselves, checkpointing.py.
@@ -209,13 +209,13 @@ def write(
         writer = TorchDistWriter(
             contents.iteration_folder(partial, iteration), stacked, config["num_experts"]
         )
-        with progress(total, "import", "") as bar:
+        with progress(total, "import") as advance:
             for tensor, wheres in located:
                 values = _join(tensor, wheres, directory, padding, options)
                 if dtype and not tensor.row.keeps_dtype:
                     values = converted(tensor.megatron, values, DTYPES[dtype])
                 writer.write(tensor.megatron, values)
-                bar.update(values.numel())
+                advance(values.numel())
         state = {
             "args": Namespace(**_saved_options(options)),
             "checkpoint_version": 3.0,
@@ -224,9 +224,7 @@ def write(
         }
         writer.write_object("common_state/shard_0_1", state)
         writer.close()
-        if options["tokenizer_type"] == "HuggingFaceTokenizer":
-            (partial / TOKENIZER).mkdir()
-            tokenizer.copy_files(folder, partial / TOKENIZER)
+        tokenizer.copy(folder, partial / tokenizer.FOLDER)
         record = _record(options, iteration, partial)
         record_path(partial, iteration).write_text(json.dumps(record, indent=1) + "\n")
         contents.write_tracker(partial, iteration)
@@ -287,7 +285,7 @@ def options_of(directory: Directory, save: Path) -> dict[str, Any]:
     padded = kept.get("padded_vocab_size") or 0
     if padded < vocabulary:
         padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    has_tokenizer = (directory.folder / "tokenizer.json").exists()
+    has_tokenizer = (directory.folder / tokenizer.TOKENIZER).exists()
     return options | {
         "seq_length": config["max_position_embeddings"],  # for what only computes
         "vocab_size": vocabulary,
@@ -299,7 +297,7 @@ def options_of(directory: Directory, save: Path) -> dict[str, Any]:
         "moe_router_load_balancing_type": kept.get("moe_router_load_balancing_type", "aux_loss"),
         "scmoe_tau": config.get("router_tau", 0.75),
         "tokenizer_type": "HuggingFaceTokenizer" if has_tokenizer else "NullTokenizer",
-        "tokenizer_model": str(save.absolute() / TOKENIZER) if has_tokenizer else None,
+        "tokenizer_model": str(save.absolute() / tokenizer.FOLDER) if has_tokenizer else None,
         "vocab_file": None,
         "merge_file": None,
         "tensor_model_parallel_size": 1,
@@ -316,13 +314,13 @@ def _saved_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record(options: dict[str, Any], iteration: int, partial: Path) -> dict[str, Any]:
-    here = options["tokenizer_model"] and str(partial / TOKENIZER)
+    here = options["tokenizer_model"] and str(partial / tokenizer.FOLDER)
     digest = tokenizer_digest(Namespace(**{**options, "tokenizer_model": here}))
     model = {name: options[name] for name in (*ARCHITECTURE, *SCMOE) if name in options}
     return {
         "schema": SCHEMA,
         "iteration": iteration,
-        "versions": {"python": "", "megatron-scmoe": version("megatron-scmoe")},
+        "versions": {"python": "", "megatron-scmoe": __version__},
         "machine": {},
         "padded_vocab_size": options["padded_vocab_size"],
         "tokenizer": digest,

@@ -1,49 +1,71 @@
-"""The tokenizer of a checkpoint's record: its size, its special tokens, its files.
+"""What lies beside a model's weights: its tokenizer, chat templates, how text is drawn.
 
-Only a folder on this machine is looked at; a name on a hub is the user's to download.
+Only a folder on this machine is looked at; a name on a hub is the user's to download. The files are
+read as JSON: size and special tokens need no library.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_scmoe.huggingface.tensor_names import Config
 
+FOLDER = "tokenizer"
+"""Of an imported checkpoint, beside its iteration."""
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenization_*.py",
 )
+"""Of a tokenizer, of any kind."""
+BESIDE = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+"""What else transformers reads there."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def folder_of(record: dict[str, Any]) -> Path | None:
-    """Where the record's tokenizer lies, if it is Hugging Face's and on this machine."""
+def folder_of(record: dict[str, Any], load: Path) -> Path | None:
+    """Where the record's tokenizer lies, if it is Hugging Face's and on this machine; else what an
+    import has left beside its checkpoint.
+
+    Args:
+        load: the folder of all iterations.
+    """
     name = record["options"].get("tokenizer_model")
-    if record["tokenizer"]["type"] != "HuggingFaceTokenizer" or not name:
-        return None
-    return Path(name) if Path(name).is_dir() else None
+    kind = record["tokenizer"]["type"]
+    places = [Path(name)] if kind == "HuggingFaceTokenizer" and name else []
+    places += [load / FOLDER] if kind in ("HuggingFaceTokenizer", "NullTokenizer") else []
+    return next((place for place in places if place.is_dir()), None)
 
 
-def complete(config: Config, record: dict[str, Any], folder: Path | None = None) -> Config:
+def complete(config: Config, record: dict[str, Any], folder: Path | None) -> Config:
     """The config with the tokenizer's size, where the record has none, and its special tokens.
 
     Args:
-        folder: in place of the record's.
+        folder: of the tokenizer, if there is one.
 
     Raises:
-        ValueError: the tokenizer is damaged, or has tokens that the model does not have.
+        ValueError: a file is damaged, or the tokenizer has tokens that the model does not have.
     """
-    folder = folder or folder_of(record)
-    tokens = _tokens(folder) if folder else {}
     config = {**config, **dict.fromkeys(IDS)}
+    if folder is None:
+        return config
+    tokens = check(folder)
     if tokens and record["tokenizer"]["vocab_size"] is None:
         config["vocab_size"] = _size(tokens)
         rows = record["padded_vocab_size"]
@@ -52,82 +74,106 @@ def complete(config: Config, record: dict[str, Any], folder: Path | None = None)
                 f"the tokenizer in {folder} has {config['vocab_size']} tokens, and the model's "
                 f"vocabulary {rows} rows"
             )
-    for field, token in _special(folder).items() if folder else ():
-        config[field] = tokens.get(token)
-    return config
+    return config | _special(folder, tokens)
+
+
+def check(folder: Path) -> dict[str, int]:
+    """Read the files of a folder that are JSON.
+
+    Returns:
+        Every token of tokenizer.json and its number; none without that file.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    for path in found(folder):
+        if path.suffix == ".json" and path.name != TOKENIZER:
+            _json(path)
+    return _tokens(folder / TOKENIZER)
 
 
 def size_of(folder: Path) -> int:
     """Of the vocabulary that a folder's tokenizer.json wants; 0 without one.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: a file beside it, or itself, is damaged.
     """
-    return _size(_tokens(folder))
+    return _size(check(folder))
 
 
 def encode(folder: Path, text: str) -> list[int]:
     """The tokens of a text."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-
-
-def copy(output: Path, record: dict[str, Any], folder: Path | None = None) -> list[str]:
-    """Copy the files beside the weights.
-
-    Returns:
-        A line for the user if there are none.
-    """
-    folder = folder or folder_of(record)
-    if folder is None:
-        name = record["options"].get("tokenizer_model") or record["tokenizer"]["type"]
-        return [f"no tokenizer beside the weights: {name} is no folder here; give --tokenizer DIR"]
-    copy_files(folder, output)
-    return []
+    return Tokenizer.from_file(str(folder / TOKENIZER)).encode(text).ids
 
 
 def is_there(folder: Path) -> bool:
     """Whether a folder has a tokenizer of any kind."""
-    return any((folder / name).is_file() for name in FILES)
+    return any(True for _ in found(folder, FILES))
 
 
-def copy_files(folder: Path, output: Path) -> None:
-    """Copy those of FILES that are there."""
-    for name in FILES:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, output / name)
+def found(folder: Path, names: tuple[str, ...] = FILES + BESIDE) -> Iterator[Path]:
+    """Those of the files that a folder has."""
+    for name in names:
+        yield from (path for path in sorted(folder.glob(name)) if path.is_file())
 
 
-def _tokens(folder: Path) -> dict[str, int]:
-    """Every token of tokenizer.json and its number.
+def copy(folder: Path, output: Path) -> None:
+    """Copy FILES and BESIDE, as far as they are there."""
+    for path in found(folder):
+        there = output / path.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there)
+
+
+def _tokens(path: Path) -> dict[str, int]:
+    """Of a tokenizer.json; tokens may be added to those of its model.
 
     Raises:
         ValueError: the file holds no tokenizer.
     """
-    path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
-    from tokenizers import Tokenizer
-
+    content = _json(path)
     try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # the library has no class for it
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram's: each with its score, in order
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {each["content"]: each["id"] for each in content.get("added_tokens") or ()}
+        tokens: dict[str, int] = added | vocabulary
+        if not all(type(number) is int and number >= 0 for number in tokens.values()):
+            raise ValueError("a number of a token is none")
+    except KeyError as error:
+        raise ValueError(f"{path} is no tokenizer (it lacks {error.args[0]})") from error
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no tokenizer ({error})") from error
+    return tokens
 
 
 def _size(tokens: dict[str, int]) -> int:
     return max(tokens.values(), default=-1) + 1
 
 
-def _special(folder: Path) -> dict[str, str]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+def _special(folder: Path, tokens: dict[str, int]) -> Config:
+    """The special tokens that tokenizer_config.json names."""
+    path = folder / TOKENIZER_CONFIG
+    names = _json(path) if path.is_file() else {}
+    texts = {field: names.get(field.removesuffix("_id")) for field in IDS}
+    texts = {f: v.get("content") if isinstance(v, dict) else v for f, v in texts.items()}
+    return {
+        field: tokens[text]
+        for field, text in texts.items()
+        if isinstance(text, str) and text in tokens
+    }
+
+
+def _json(path: Path) -> Config:
+    """An object; a tokenizer's numbers may be too large to compute with (model_max_length)."""
     try:
-        config = json.loads(path.read_bytes())
-        found = {field: config.get(field.removesuffix("_id")) for field in IDS}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON object ({error})") from error
-    texts = {f: v.get("content") if isinstance(v, dict) else v for f, v in found.items()}
-    return {field: text for field, text in texts.items() if isinstance(text, str)}
+        content = json.loads(path.read_bytes())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} and no object")
+    return content

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_scmoe.huggingface import export, load, tensor_names, tokenizer
+from megatron_scmoe.huggingface.progress import progress
 from megatron_scmoe.huggingface.tensor_names import Config
 from megatron_scmoe.words import read_json, size
 
@@ -76,7 +77,7 @@ def compare_tensors(
     located, _ = export.locate(source)
     count = 0
     load.locate(directory)
-    with export.progress(len(located), "verify", " tensors") as bar:
+    with progress(len(located), "verify") as advance:
         for tensor, place in located:
             whole = source.reader.read(place)
             for name, values in export.parts_of(tensor, whole, source.config, {}):
@@ -86,7 +87,7 @@ def compare_tensors(
                     most = (values.float() - there.float()).abs().max().item()
                     return f"{name} differs by up to {most:.3g} ({tensor.megatron} in {place.key})"
                 count += 1
-            bar.update(1)
+            advance(1)
     say(f"{count} tensors of {folder} are those of iteration {source.iteration}, bit for bit")
     return None
 
@@ -153,7 +154,7 @@ def compare_logits(
 def _opened(checkpoints: Path, folder: Path, step: int | None) -> export.SourceCheckpoint:
     """A checkpoint, with the directory's tokenizer where the record's is not on this machine."""
     source = export.open_checkpoint(checkpoints, step)
-    if tokenizer.folder_of(source.record) is not None:
+    if source.tokenizer is not None:
         return source
     return replace(source, config=tokenizer.complete(source.config, source.record, folder))
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.commands.convert_checkpoint import main
-from megatron_scmoe.huggingface import export, load, safetensors_files, verify
+from megatron_scmoe.huggingface import export, load, safetensors_files, tokenizer, verify
 from megatron_scmoe.run.checkpoint.model_options import SCMOE
 from tests.functional_tests.forked import launch_forked
 from tests.functional_tests.test_checkpoints import succeeded
@@ -543,7 +543,7 @@ def test_a_fine_tuned_model_comes_back_and_pretraining_goes_on(
     assert steps["tuned"][1] < 0.8 * steps["adapters"][0]
     load.load(tmp_path / "tuned", tmp_path / "checkpoints")
     # Numbers are compared, and no text: the record's tokenizer need not be there.
-    (tmp_path / "checkpoints" / load.TOKENIZER).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / tokenizer.FOLDER).rename(tmp_path / "elsewhere")
     found = verify.compare_logits(tmp_path / "checkpoints", tmp_path / "tuned")
     assert found.same, found.text()
     run = succeeded(
