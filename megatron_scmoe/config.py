@@ -20,7 +20,7 @@ from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.model.routing import ROUTERS
 from megatron_scmoe.model.routing.dual import GATINGS
 from megatron_scmoe.model.variant import Variant
-from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots
+from megatron_scmoe.overlap.schedule import POSITIONS, Slots, default_slots, window
 from megatron_scmoe.presets import PRESETS
 
 # Fields of ScMoEConfig that stand on no command line.
@@ -264,6 +264,10 @@ class ScMoEConfig:
         if self.scmoe_expert_slot != "auto":
             numbers = self.scmoe_expert_slot.split(",")
             return Slots(int(numbers[0]), int(numbers[-1]))
+        if self.scmoe_offload is not None:
+            # Experts travel longer than rows: the whole window is theirs.
+            last = len(window(self.scmoe_shortcut_position))
+            return Slots(last, last)
         if self.scmoe_measured_slots is not None:
             return Slots(*self.scmoe_measured_slots[:2])
         return default_slots(self.scmoe_shortcut_position)

@@ -9,6 +9,7 @@ from megatron.training.arguments import moe_freq_type
 
 from megatron_scmoe.checks.shortcut import check_model
 from megatron_scmoe.config import ScMoEConfig
+from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.model.specs import block_config, block_layers
 from megatron_scmoe.overlap.schedule import POSITIONS
 from tests.models import Case
@@ -87,6 +88,14 @@ def test_slots_before_anything_is_measured() -> None:
     assert not ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_overlap=False).measures_slots
     known = ScMoEConfig(scmoe_shortcut_position="pos3", scmoe_measured_slots=[2, 3])
     assert known.initial_slots == (2, 3) and not known.measures_slots
+
+
+def test_experts_that_have_to_be_fetched_run_behind_the_whole_window() -> None:
+    """Whatever a run with resident ones has measured; what is typed wins."""
+    for position, last in {"none": 1, "pos1": 4, "pos2": 5, "pos3": 8}.items():
+        options = {"scmoe_shortcut_position": position, "scmoe_offload": Offload("cpu", 2)}
+        assert ScMoEConfig(**options, scmoe_measured_slots=[0, 0]).initial_slots == (last, last)
+        assert ScMoEConfig(**options, scmoe_expert_slot="0").initial_slots == (0, 0)
 
 
 def test_shortcut_is_off_by_default() -> None:
