@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_scmoe.model.experts.offload.cache import ExpertCache
+from megatron_scmoe.model.experts.offload.cache import Account, ExpertCache, travelled
 
 
 class Memory:
@@ -110,3 +110,22 @@ def test_no_more_is_read_than_on_demand(slots: int, announces: bool) -> None:
             cache.announce(step)
         run(cache, memory, step)
     assert cache.account.fetched == len(memory.log) <= on_demand
+
+
+class Travelled:
+    """An arrival whose times are known."""
+
+    def __init__(self, *times: float) -> None:
+        self._times = times
+
+    def wait(self) -> None: ...
+
+    def times(self, clock: object) -> tuple[float, ...]:
+        return self._times
+
+
+def test_what_waits_for_its_turn_is_not_in_flight() -> None:
+    """Two of one layer, sent at once, share the link with one of another; then it is idle."""
+    one = Account(arrivals=[Travelled(0, 2, 1), Travelled(0, 4, 2)])
+    other = Account(arrivals=[Travelled(3, 6, 0), Travelled(7, 8, 1)])
+    assert travelled([other, one], None) == (7, 4)

@@ -28,6 +28,7 @@ from megatron_scmoe.inference.offload import layers_of
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.builder import ScMoEModelBuilder, ScMoEModelConfig
 from megatron_scmoe.model.experts.offload import experts
+from megatron_scmoe.model.experts.offload.cache import travelled
 from megatron_scmoe.model.experts.offload.experts import Offload
 from megatron_scmoe.overlap.schedule import POSITIONS
 from megatron_scmoe.overlap.streams import Clock, Flight
@@ -143,9 +144,7 @@ class GenerationPart:
         if not accounts:
             return {}
         clock = Clock(torch.zeros((), device=self._device))
-        times = [arrival.times(clock) for account in accounts for arrival in account.arrivals]
-        copying = sum(end - begin for begin, end, _ in times)
-        waited = sum(blocked for *_, blocked in times)
+        copying, waited = travelled(accounts, clock)
         return {
             "copies_s": copying,
             "waited_s": waited,

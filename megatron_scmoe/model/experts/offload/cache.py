@@ -6,7 +6,7 @@ is computed with, it is not given up for anything else.
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,24 @@ class Account:
     arrivals: list[Arrival] = field(default_factory=list)
     """Those waited for, if they are to be kept."""
     keeps_arrivals: bool = False
+
+
+def travelled(accounts: Iterable[Account], clock: Any) -> tuple[float, float]:
+    """Seconds for which experts were in flight, and for which compute stood still for them.
+
+    They travel one behind the other, those of all layers: what waits for its turn is not in flight.
+
+    Args:
+        accounts: that have kept their arrivals.
+        clock: of `Arrival.times`.
+    """
+    in_flight = stood_still = last = 0.0
+    times = (arrival.times(clock) for account in accounts for arrival in account.arrivals)
+    for begin, end, blocked in sorted(times):
+        in_flight += max(0.0, end - max(begin, last))
+        stood_still += blocked
+        last = max(last, end)
+    return in_flight, stood_still
 
 
 class ExpertCache:
