@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,44 @@ def _room(args: Namespace, model: ScMoEModelConfig, length: int, home: int) -> f
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be used, by the machine and by the control group."""
+    """Bytes of host memory that can be used, by the machine and by the control groups."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-        limit = (group / own / "memory.max").read_text().strip()
-        used = (group / own / "memory.current").read_text().strip()
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    return min([free, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+# By the controllers of a line of /proc/self/cgroup, version 2 and version 1: where the groups are
+# mounted, the limit of one and what it uses.
+_GROUPS = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def _left_in_groups(own: Path, mounts: Path) -> list[int]:
+    """Bytes that each group may still use that has a limit, those around this process's own too."""
+    left = []
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _GROUPS:
+            continue
+        mount, limit, used = _GROUPS[controllers]
+        group = mounts / mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            # Without a limit, "max"; in a container the path may be the host's, of which only the
+            # root is there.
+            with suppress(OSError, ValueError):
+                room = int((folder / limit).read_text()) - int((folder / used).read_text())
+                left.append(max(0, room + _cached(folder)))
+    return left
+
+
+def _cached(group: Path) -> int:
+    """Bytes of files that a group has read and the kernel takes back for it."""
+    for line in (group / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0
 
 
 def _check(args: Namespace, plan: OffloadPlan) -> None:

@@ -95,6 +95,28 @@ def test_auto_fills_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(least + home, "cpu") and not fits(least + home - 1000, "cpu")
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_is_what_a_control_group_leaves(version: int, tmp_path: Path) -> None:
+    """Of the group or of one around it; what the kernel caches for it counts as free."""
+    mount, limit, used = {
+        1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("", "memory.max", "memory.current"),
+    }[version]
+    own = tmp_path / "cgroup"
+    own.write_text({1: "8:pids:/x\n4:memory:/job/step\n0::/\n", 2: "0::/job/step\n"}[version])
+    job = tmp_path / mount / "job"
+    step = job / "step"
+    step.mkdir(parents=True)
+    assert offload._left_in_groups(own, tmp_path) == []
+    for folder, allowed, uses in ((job, "1000", "600"), (step, "max", "500")):
+        (folder / limit).write_text(allowed)
+        (folder / used).write_text(uses)
+        (folder / "memory.stat").write_text("active_file 7\ninactive_file 100\n")
+    assert offload._left_in_groups(own, tmp_path) == [500]
+    (step / limit).write_text("300")
+    assert min(offload._left_in_groups(own, tmp_path)) == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
