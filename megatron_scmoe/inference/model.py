@@ -13,7 +13,7 @@ from io import StringIO
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import get_tokenizer, training
+from megatron.training import get_args, get_tokenizer, training
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 from torch.distributed import Store
@@ -38,6 +38,8 @@ def prepare_generation(
 ) -> tuple[ScMoEModelConfig, Any]:
     """Everything that needs no process group, so that what is wrong ends the run here.
 
+    Without --load the model is the command line's, with weights as they are drawn.
+
     Args:
         args: parsed; becomes the host's global options.
         own: dests that are not the checkpoint's, beside those on the command line.
@@ -50,7 +52,8 @@ def prepare_generation(
     Raises:
         ValueError and other say.USER_ERRORS: what the host or we refuse.
     """
-    adopt_model(args, [*typed_options(sys.argv[1:]), *own])
+    if args.load is not None:
+        adopt_model(args, [*typed_options(sys.argv[1:]), *own])
     if not reads_text and args.tokenizer_type != "NullTokenizer":
         args.tokenizer_type, args.vocab_size = "NullTokenizer", 1
     replica = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
@@ -89,7 +92,7 @@ def join_job(store: Store | None) -> None:
 
 
 def load_model(config: ScMoEModelConfig) -> Module:
-    """Build this rank's stage and load its weights.
+    """Build this rank's stage and load its weights, if there is a checkpoint.
 
     Raises:
         CheckpointError: the files cannot be read.
@@ -97,5 +100,6 @@ def load_model(config: ScMoEModelConfig) -> Module:
     (model,) = ScMoEModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    training.load_checkpoint([model], None, None)
+    if get_args().load is not None:
+        training.load_checkpoint([model], None, None)
     return model.eval()

@@ -15,6 +15,10 @@ from megatron_scmoe.inference.cache_size import CacheSize, cache_size
 from megatron_scmoe.inference.offload import plan_offload
 from megatron_scmoe.model.builder import ScMoEModelConfig
 from megatron_scmoe.model.experts.offload.tiers import move_home
+from megatron_scmoe.overlap.schedule import window
+from megatron_scmoe.planner.fetch import FetchTimes, fetch_times
+from megatron_scmoe.planner.size import model_size
+from megatron_scmoe.planner.times import step_flops
 from tests.models import Case
 
 GB = 10**9
@@ -155,3 +159,32 @@ def test_a_file_is_gone_when_nobody_reads_it(
     del module
     gc.collect()
     assert maps() == 0
+
+
+def test_window_and_transfer_of_a_layer() -> None:
+    """Of uniform routing, at the last slot."""
+    case = Case(num_layers=8, scmoe={"scmoe_shortcut_position": "pos2"})
+    model = ScMoEModelConfig(
+        transformer=case.host_config(), scmoe=case.scmoe_config(), vocab_size=32, seq_length=8
+    )
+    topk, experts = model.transformer.moe_router_topk, model.transformer.num_moe_experts
+    args = Namespace(
+        scmoe_shortcut_position="pos2",
+        scmoe_experts_at_home={},
+        scmoe_router="topk",
+        scmoe_ranks_per_node=None,
+    )
+
+    def times(tokens: int, keys: int = 8, slots: int = 0) -> FetchTimes:
+        return fetch_times(args, model, tokens, keys, 1e6, expert_seconds=2.0, slots=slots)
+
+    flops = step_flops(model_size(model, 16, 1))
+    dense = sum(flops[step] for step in window("pos2"))
+    assert times(3).window == pytest.approx(3 * dense / 1e6)
+    assert times(3, keys=16).window > times(3).window
+    # A token needs K, very many need all; of what is kept a share is there.
+    assert times(1).transfer == pytest.approx(2.0 * topk)
+    assert times(2).transfer == pytest.approx(2.0 * experts * (1 - (1 - topk / experts) ** 2))
+    assert times(10_000).transfer == pytest.approx(2.0 * experts)
+    assert times(1, slots=1).transfer == pytest.approx(2.0 * topk * (1 - 1 / experts))
+    assert times(1, slots=experts).transfer == 0
