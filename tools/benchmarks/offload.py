@@ -42,8 +42,8 @@ with say.user_errors():
 
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.arguments import parse_args
 
+from megatron_scmoe.arguments import parse
 from megatron_scmoe.commands.generated_text import add_options
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.inference.cache_size import CacheSize
@@ -327,11 +327,11 @@ def row_of(
 def main() -> int:
     start.one_rank_by_itself()
     with say.user_errors():
-        args = parse_args(options)
+        environment = describe()
+        args = parse(options)
         args.prompt, args.prompt_file = ["-"], None
         if args.scmoe_offload_experts == "none":
             args.scmoe_offload_experts = "disk"
-        environment = describe()
         with redirect_stdout(StringIO()):
             config, tokenizer = prepare_generation(args, offloads=True)
         config.transformer.moe_router_force_load_balancing = args.uniform
@@ -343,6 +343,8 @@ def main() -> int:
         join_job(None)
         resident = load_model(config)
         config.scmoe.scmoe_offload = offload_of(plan)
+        # The weights will be the resident model's.
+        config.transformer.perform_initialization = False
         offloaded = load_model(config)
         if args.load is None:
             offloaded.load_state_dict(resident.state_dict())
