@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_scmoe.c2r import placement
 from megatron_scmoe.commands import generate
+from tools.benchmarks import offload
 
 from .forked import launch_forked
 from .launch import TINY_MODEL, TINY_MOE
@@ -100,3 +103,27 @@ def test_every_layout_writes_the_same(
     for each, expected in zip(found, one_process, strict=True):
         assert each["tokens"] == expected["tokens"] and 0 < len(each["tokens"]) <= 6
         assert each["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-5)
+
+
+@pytest.mark.slow  # its parts: unit_tests/test_offload_benchmark.py
+def test_the_benchmark_of_offloading_on_a_model_of_the_command_line(tmp_path: Path) -> None:
+    """All arms write the same text; only those that are early have windows."""
+    words = Tokenizer(models.WordLevel({"a": 0, "the": 1, "<eod>": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eod>").save_pretrained(tmp_path)
+    moe = [option for option in TINY_MOE if option != "--moe-grouped-gemm"]
+    text = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path)]
+    asked = shlex.split(
+        "--moe-layer-freq ([0,1]*1) --scmoe-shortcut-position pos2 --uniform --batches 2 "
+        "--prompt-tokens 4 --max-new-tokens 3 --shares 0.5 --repetitions 1"
+    )
+    command = [*TINY_MODEL, *moe, *text, *asked]
+    run = launch_forked(command, 1, tmp_path / "run", main=offload.main)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "the same text from every arm: True." in run.stdout
+    header, _, *rows = [line for line in run.stdout.splitlines() if line.startswith("|")]
+    columns = [name.strip() for name in header.split("|")]
+    arms = [dict(zip(columns, row.split("|"), strict=True)) for row in rows]
+    assert [row["arm"].strip() for row in arms] == [offload.RESIDENT, *offload.ARMS]
+    assert [row["window, ms"].strip() == "-" for row in arms] == [True, True, True, False, False]
+    assert [row["of experts"].strip() for row in arms] == ["49.2 kB"] + ["24.6 kB"] * 4

@@ -48,7 +48,7 @@ from megatron_scmoe.commands.generated_text import add_options
 from megatron_scmoe.host.cpu import no_cuda_device
 from megatron_scmoe.inference.cache_size import CacheSize
 from megatron_scmoe.inference.generation import Limits, generate
-from megatron_scmoe.inference.model import join_job, load_model, prepare_generation
+from megatron_scmoe.inference.model import begin, join_job, load_model, prepare_generation
 from megatron_scmoe.inference.offload import OffloadPlan, layers_of, offload_of, plan_offload
 from megatron_scmoe.inference.sampling import Sampling
 from megatron_scmoe.model.experts.offload import experts
@@ -325,7 +325,7 @@ def row_of(
 
 
 def main() -> int:
-    start.one_rank_by_itself()
+    begin()
     with say.user_errors():
         environment = describe()
         args = parse(options)
