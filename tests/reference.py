@@ -288,13 +288,10 @@ def rope(x: Tensor, config: ReferenceConfig) -> Tensor:
     r = int(x.shape[-1] * config.rotary_percent)
     dtype = config.rotary_dtype or x.dtype
     frequencies = 1.0 / config.rotary_base ** (torch.arange(0, r, 2, dtype=dtype) / r)
-    rows = []
-    for position in range(x.shape[0]):
-        angles = position * frequencies
-        cos, sin = torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype)
-        first, second, rest = x[position, : r // 2], x[position, r // 2 : r], x[position, r:]
-        rows.append(torch.cat([first * cos - second * sin, second * cos + first * sin, rest]))
-    return torch.stack(rows)
+    angles = torch.arange(x.shape[0], dtype=dtype)[:, None] * frequencies
+    cos, sin = torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype)
+    first, second, rest = x[:, : r // 2], x[:, r // 2 : r], x[:, r:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def attention(params: Parameters, prefix: str, x: Tensor, config: ReferenceConfig) -> Tensor:

@@ -20,16 +20,16 @@ Orders are vector clocks: for every stream, how much of its work is known to be 
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_scmoe.overlap import streams
 
@@ -269,68 +269,88 @@ class StreamModel(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = str(operator)
-        reads, writes = _accesses(operator, args, kwargs)
+        facts = _facts(operator)
+        reads, writes = facts.accesses(args, kwargs)
         blocks = [(self._block(x), False) for x in reads] + [(self._block(x), True) for x in writes]
         on_host = bool(blocks) and all(block.on_host for block, _ in blocks)
-        if not on_host and _needs_values(operator, args):
-            self.events.append(f"host waits in {name}")
+        if not on_host and facts.needs_values(args):
+            self.events.append(f"host waits in {facts.name}")
         result = operator(*args, **kwargs)
-        if _is_view(operator):
+        if facts.is_view:
             return result
         for block, write in blocks:
-            self._access(block, write, name)
-        for tensor in _tensors([result]):
+            self._access(block, write, facts.name)
+        for tensor in _tensors(result):
             if self._key(tensor) not in self._blocks:
                 pool = self._pools.get(self.current.name, {})
                 block = self._allocate(tensor, dict(pool))
                 block.on_host |= on_host
-                if "empty" not in name and not on_host:
-                    self._access(block, True, name)
+                if "empty" not in facts.name and not on_host:
+                    self._access(block, True, facts.name)
         if on_host:
             return result
-        self.events.append(f"{self.current.kind}: {name}")
+        self.events.append(f"{self.current.kind}: {facts.name}")
         return result
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, Tensor)]
+def _tensors(value: Any) -> list[Tensor]:
+    """A tensor, or those of lists in lists, which is all that an operator takes and returns."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
 
 
-def _needs_values(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host has to know values to go on, a number or a shape that depends on them; or
-    has to wait until its own are on the device, out of memory that is not pinned.
+@dataclass(frozen=True)
+class Facts:
+    """What the schema of an operator says of all its calls."""
 
-    Those are the numbers of `torch.tensor` and of a list that is an index. A number that is
-    assigned to a part of a tensor looks the same on the CPU; `fill_` does not.
-    """
-    if operator is torch.ops.aten.index.Tensor:
-        return any(x is not None and x.dtype == torch.bool for x in args[1])
-    if operator is torch.ops.aten.lift_fresh.default:
-        return True
-    tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
-    return any(tag in operator.tags for tag in tags)
-
-
-def _is_view(operator: Any) -> bool:
+    operator: Any
+    name: str
+    arguments: list[tuple[str, bool]]
+    """Name, and whether it is written."""
+    is_view: bool
     """Whether it makes another tensor of the same memory, and looks at none of it."""
-    returns = operator._schema.returns
-    return bool(returns) and all(
-        value.alias_info is not None and not value.alias_info.is_write for value in returns
+    waits: bool
+    """Whether the host has to know values to go on: a number or a shape that depends on them."""
+
+    def accesses(self, args: tuple[Any, ...], kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """(read, written) tensors of a call."""
+        if self.operator.namespace == "c10d":
+            # Its schemas do not say what is written: the first argument, everything in place.
+            return _tensors(args[1:]), _tensors(args[0])
+        reads: list[Tensor] = []
+        writes: list[Tensor] = []
+        for index, (name, written) in enumerate(self.arguments):
+            value = args[index] if index < len(args) else kwargs.get(name)
+            (writes if written else reads).extend(_tensors(value))
+        return reads, writes
+
+    def needs_values(self, args: tuple[Any, ...]) -> bool:
+        """Whether the host waits in this call: for values, or until its own are on the device, out
+        of memory that is not pinned.
+
+        Those are the numbers of `torch.tensor` and of a list that is an index. A number that is
+        assigned to a part of a tensor looks the same on the CPU; `fill_` does not.
+        """
+        if self.operator is torch.ops.aten.index.Tensor:
+            return any(x is not None and x.dtype == torch.bool for x in args[1])
+        return self.waits
+
+
+@cache
+def _facts(operator: Any) -> Facts:
+    schema = operator._schema
+    returned = [value.alias_info for value in schema.returns]
+    tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
+    return Facts(
+        operator,
+        str(operator),
+        [
+            (argument.name, argument.alias_info is not None and argument.alias_info.is_write)
+            for argument in schema.arguments
+        ],
+        bool(returned) and all(alias is not None and not alias.is_write for alias in returned),
+        operator is torch.ops.aten.lift_fresh.default or any(tag in operator.tags for tag in tags),
     )
-
-
-def _accesses(operator: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[list, list]:
-    """(read, written) tensors of a call."""
-    if operator.namespace == "c10d":
-        # Its schemas do not say what is written: the first argument, everything in place.
-        first, *others = args
-        return _tensors(others), _tensors([first])
-    reads, writes = [], []
-    names = [argument.name for argument in operator._schema.arguments]
-    for argument in operator._schema.arguments:
-        index = names.index(argument.name)
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        (writes if written else reads).extend(_tensors([value]))
-    return reads, writes
