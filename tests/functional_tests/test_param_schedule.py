@@ -8,6 +8,8 @@ runs at the values of a run that had it from the start, and with neither it is r
 import math
 import re
 import shlex
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,20 +68,31 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["EP1", "EP2, distributed optimizer"])
-def without_a_stop(
-    request: pytest.FixtureRequest, data_prefix: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Path]:
-    folder = tmp_path_factory.mktemp("whole")
-    save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
-    succeeded(train(data_prefix, folder, *save, ranks=request.param))
-    return request.param, folder
+WholeRun = Callable[[int], Path]
 
 
+@pytest.fixture(scope="module")
+def whole(data_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """The folder of a run on so many ranks that nothing stopped. Each is made once."""
+
+    @cache
+    def run(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        save = ["--save", str(folder / "checkpoints"), "--save-interval", "3"]
+        succeeded(train(data_prefix, folder, *save, ranks=ranks))
+        return folder
+
+    return run
+
+
+on_ranks = pytest.mark.parametrize("ranks", [1, 2], ids=["EP1", "EP2, distributed optimizer"])
+
+
+@on_ranks
 def test_every_option_goes_on_as_in_the_checkpoint(
-    without_a_stop: tuple[int, Path], data_prefix: Path, tmp_path: Path
+    whole: WholeRun, data_prefix: Path, tmp_path: Path, ranks: int
 ) -> None:
-    ranks, folder = without_a_stop
+    folder = whole(ranks)
     load = ["--load", str(folder / "checkpoints"), "--ckpt-step", "3"]
     every = [part for other in OTHER for part in shlex.split(other)]
     run = succeeded(train(data_prefix, tmp_path, *load, *every, OLD, ranks=ranks))
@@ -90,14 +103,12 @@ def test_every_option_goes_on_as_in_the_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("without_a_stop", "other"),
-    [*((1, other) for other in OTHER), *((2, other) for other in TWO_RANKS)],
-    indirect=["without_a_stop"],
+    ("ranks", "other"), [*((1, other) for other in OTHER), *((2, other) for other in TWO_RANKS)]
 )
 def test_one_option_is_followed_or_refused(
-    without_a_stop: tuple[int, Path], data_prefix: Path, tmp_path: Path, other: str
+    whole: WholeRun, data_prefix: Path, tmp_path: Path, ranks: int, other: str
 ) -> None:
-    ranks, folder = without_a_stop
+    folder = whole(ranks)
     load = ["--load", str(folder / "checkpoints"), "--ckpt-step", "3", *shlex.split(other)]
     asked = [] if other in CONSTANTS else [NEW]
     if asked:
@@ -119,11 +130,12 @@ def test_one_option_is_followed_or_refused(
         assert math.isclose(here["learning-rate"][step], rate, rel_tol=1e-6)
 
 
+@on_ranks
 def test_a_longer_run_decays_its_weights_as_the_checkpoint_says(
-    without_a_stop: tuple[int, Path], data_prefix: Path, tmp_path: Path
+    whole: WholeRun, data_prefix: Path, tmp_path: Path, ranks: int
 ) -> None:
     """From the first iteration on: the host takes the step before the schedule."""
-    ranks, folder = without_a_stop
+    folder = whole(ranks)
     load = ["--load", str(folder / "checkpoints"), "--ckpt-step", "3", "--train-iters", "12"]
     succeeded(train(data_prefix, tmp_path, *load, OLD, "--exit-interval", "6", ranks=ranks))
     assert curves(tmp_path) == curves(folder)
