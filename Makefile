@@ -6,6 +6,8 @@
 
 PYTHON_BIN := .venv/bin/python
 INSTALLED := .venv/.installed
+SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh examples/*.sh examples/*/*.sh examples/*/*.sbatch \
+    tools/*.sh tools/*/*.sh)
 # Some tests wait more than they compute: three at a time keep two cores busy. A module stays in one
 # worker, so that what its tests share is made once; in the order of their names the long ones come
 # first.
@@ -31,6 +33,8 @@ check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck --severity warning --external-sources $(SHELL_SCRIPTS)
+	.venv/bin/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 test: check
 	$(PYTEST) -m "not slow"

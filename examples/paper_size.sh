@@ -118,7 +118,7 @@ DATA_ARGS=(
     --tokenizer-type HuggingFaceTokenizer
     --tokenizer-model "$TOKENIZER"
     --data-path "$DATA"
-    --split 98,1,1
+    --split "98,1,1"
 )
 LOGGING_ARGS=(
     --log-interval 10

@@ -301,12 +301,11 @@ def attention(params: Parameters, prefix: str, x: Tensor, config: ReferenceConfi
 
     x: normalised input, (s, b, h) -> (s, b, h), before the residual addition
     """
-    s, b, _ = x.shape
     d, groups = config.kv_channels, config.num_query_groups
     heads_per_group = config.num_attention_heads // groups
     qkv = x @ params[prefix + "self_attention.linear_qkv.weight"].T
     sequences = []
-    for j in range(b):
+    for j in range(x.shape[1]):
         heads = []
         for group in range(groups):
             start = group * (heads_per_group + 2) * d
@@ -316,16 +315,17 @@ def attention(params: Parameters, prefix: str, x: Tensor, config: ReferenceConfi
             key, value = rope(blocks[-2], config), blocks[-1]
             for head in range(heads_per_group):
                 query = rope(blocks[head], config)
-                heads.append(torch.stack([_attend(i, query, key, value) for i in range(s)]))
+                heads.append(_attend(query, key, value))
         sequences.append(torch.cat(heads, dim=-1))
     context = torch.stack(sequences, dim=1)
     return context @ params[prefix + "self_attention.linear_proj.weight"].T
 
 
-def _attend(i: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of position i over positions 0..i of one head; all (s, d) -> (d,)."""
-    scores = key[: i + 1] @ query[i] / math.sqrt(query.shape[-1])
-    return torch.softmax(scores, dim=-1) @ value[: i + 1]
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of one head, of every position over itself and those before. all (s, d)"""
+    scores = query @ key.T / math.sqrt(query.shape[-1])
+    later = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
+    return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ value
 
 
 # ---------------------------------------------------------------------------- routing
