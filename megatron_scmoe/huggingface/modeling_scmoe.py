@@ -1008,7 +1008,7 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
             mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
-            moes = [layer.mlp for layer in self.model.layers if layer.is_moe]
+            moes = [x for x in self.model.modules() if isinstance(x, ScMoESparseMoeBlock)]
             routers = [router for moe in moes for router in moe.routers]
             aux_loss = load_balancing_loss(outputs.router_logits, routers, mask)
             if loss is not None:

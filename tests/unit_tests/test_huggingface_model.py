@@ -837,13 +837,23 @@ def known_options(softmax_scale: float, **_: Any) -> dict[str, Any]:
     return {"softmax_scale": softmax_scale}
 
 
-def test_router_logits_and_the_balancing_loss() -> None:
-    made, ids = model(router_aux_loss_coef=0.5, **MOEPP), tokens()
+@pytest.mark.parametrize(
+    ("kind", "gates"),
+    [
+        (MOEPP, ["gate"]),
+        (MODELS["dual"] | {"dual_gating": "shared"}, ["gate", "gate"]),
+        (MODELS["dual"], ["gate", "current_gate"]),
+    ],
+    ids=["MoE++", "one gate asked twice", "two gates"],
+)
+def test_router_logits_and_the_balancing_loss(kind: dict[str, Any], gates: list[str]) -> None:
+    made, ids = model(router_aux_loss_coef=0.5, **kind), tokens()
     plain = made(ids, labels=ids)
     mask = torch.ones_like(ids)
     output = made(ids, labels=ids, attention_mask=mask, output_router_logits=True)
-    assert [logits.shape for logits in output.router_logits] == [(16, 8)] * 2
-    routers = [made.model.layers[layer].mlp.gate for layer in (1, 3)]
+    experts = made.model.layers[1].mlp.gate.weight.shape[0]
+    assert [logits.shape for logits in output.router_logits] == [(16, experts)] * 2 * len(gates)
+    routers = [getattr(made.model.layers[layer].mlp, gate) for layer in (1, 3) for gate in gates]
     wanted = plain.loss + 0.5 * load_balancing_loss(output.router_logits, routers)
     torch.testing.assert_close(output.loss, wanted)
     assert made(ids, output_hidden_states=True).hidden_states[-1].shape == (2, 8, 16)
