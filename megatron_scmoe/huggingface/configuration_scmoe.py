@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig
 
-OLDEST_TRANSFORMERS = "5.23.0"
+OLDEST_TRANSFORMERS = "5.19.0"
 
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     raise ImportError(

@@ -181,6 +181,8 @@ def to_theirs(config: Config) -> Config:
         other.append(f"rope_parameters {rope}")
     if other:
         raise ValueError(f"this model is no LongCat-Flash layer: {', '.join(other)}")
+    scaling = {name: rope[name] for name in ("rope_type", "factor", *YARN)} if yarn else {}
+    scaling |= {name: kept[name] for name in YARN_KEPT[1:]} if kept["mscale_all_dim"] else {}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "longcat_flash",
@@ -191,12 +193,9 @@ def to_theirs(config: Config) -> Config:
         "num_layers": layers // 2,
         "num_key_value_heads": config["num_attention_heads"],
         "head_dim": config["qk_rope_head_dim"],  # what transformers makes angles for
-        "rope_parameters": {
-            name: rope[name]
-            for name in ("rope_type", "rope_theta", *(("factor", *YARN) if yarn else ()))
-        }
-        | ({name: kept[name] for name in YARN_KEPT[1:]} if kept["mscale_all_dim"] else {}),
+        # As their own files say it: SGLang's class of the config stumbles over rope_parameters.
         "rope_theta": rope["rope_theta"],
+        **({"rope_scaling": scaling} if yarn else {}),
         "dtype": config["dtype"],
         "megatron": config["megatron"],
     }

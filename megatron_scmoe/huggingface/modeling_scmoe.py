@@ -39,11 +39,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-    PreTrainedModel,
-    slice_logits_to_keep,
-)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -988,7 +984,7 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             labels: [b, s], -100 where there is no loss; shifted here.
             output_router_logits: return the router's logits and the balancing loss, which is added
                 to the loss with the coefficient `router_aux_loss_coef`.
-            logits_to_keep: only those of the last tokens; 0 for all.
+            logits_to_keep: only those of so many last tokens, 0 for all, or of these positions.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -1002,7 +998,9 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        last = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if last else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
