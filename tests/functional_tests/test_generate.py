@@ -4,8 +4,13 @@ Against the uncached model, with every position and attention: distributed_tests
 """
 
 import json
+import os
 import re
 import shlex
+import signal
+import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_scmoe.c2r import placement
 from megatron_scmoe.commands import generate
+from tests.limits import JOB_S
 from tools.benchmarks import offload
 
-from .forked import launch_forked
+from .forked import launch_forked, start_ranks
 from .launch import TINY_MODEL, TINY_MOE
 
 ITERATIONS = 6
@@ -103,6 +109,35 @@ def test_every_layout_writes_the_same(
     for each, expected in zip(found, one_process, strict=True):
         assert each["tokens"] == expected["tokens"] and 0 < len(each["tokens"]) <= 6
         assert each["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-5)
+
+
+def in_folder(folder: Path) -> None:
+    """A hook: temporary files lie there, and an interrupt is heard."""
+    tempfile.tempdir = str(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_interrupt_leaves_no_file_of_experts(checkpoints: Path, tmp_path: Path) -> None:
+    """It has no name while it is used, so that nothing has to be removed."""
+    options = shlex.split(
+        f"--load {checkpoints} --prompt 7 --max-new-tokens 20000 --scmoe-offload-experts disk"
+    )
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    hook = partial(in_folder, folder)
+    (rank,) = start_ranks(options, [tmp_path / "rank0.txt"], hook=hook, main=generate.main)
+    try:
+        maps, deadline = Path(f"/proc/{rank.pid}/maps"), time.monotonic() + JOB_S
+        while str(folder) not in maps.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert str(folder) in maps.read_text() and [*folder.iterdir()] == []
+        assert rank.pid is not None
+        os.kill(rank.pid, signal.SIGINT)
+        rank.join(JOB_S)
+        assert rank.exitcode and [*folder.iterdir()] == []
+    finally:
+        rank.kill()
+        rank.join()
 
 
 @pytest.mark.slow  # its parts: unit_tests/test_offload_benchmark.py
