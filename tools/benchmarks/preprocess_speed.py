@@ -77,7 +77,8 @@ def train_byte_level(folder: Path, sample: list[str], words: str, vocab_size: in
 
 
 def train_sentencepiece(folder: Path, sample: list[str], vocab_size: int) -> list[str]:
-    """Train a BPE in Llama 2's way: bytes for what is unknown, digits apart, white space kept."""
+    """Train a BPE in Llama 2's way: bytes for what is unknown, digits apart, white space kept and
+    with tokens of its own."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -89,9 +90,20 @@ def train_sentencepiece(folder: Path, sample: list[str], vocab_size: int) -> lis
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
         minloglevel=2,
     )
     return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{folder}.model"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Variables of a run that keeps its tokenizers in `cache`."""
+    return {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": str(REPOSITORY),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
 
 
 def run(tool: Path, corpus: Path, output: Path, options: list[str]) -> tuple[float, float]:
@@ -110,12 +122,7 @@ def run(tool: Path, corpus: Path, output: Path, options: list[str]) -> tuple[flo
         ],
         check=True,
         capture_output=True,
-        env={
-            **os.environ,
-            "XDG_CACHE_HOME": str(output.parent / "cache"),
-            "PYTHONPATH": str(REPOSITORY),
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        },
+        env=environment(output.parent / "cache"),
     )
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -140,7 +147,7 @@ def main() -> None:
     )
     add("--megatron-lm", type=Path, metavar="FILE", help="its tools/preprocess_data.py, to compare")
     args = parser.parse_args()
-    environment = describe()
+    described = describe()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus, one = folder / "corpus.jsonl", folder / "one.jsonl"
@@ -160,7 +167,7 @@ def main() -> None:
         }
         if args.megatron_lm:
             programs["Megatron-LM"] = (args.megatron_lm, [])
-        print(as_markdown(environment))
+        print(as_markdown(described))
         print(
             f"\n{megabytes:.1f} MB of text, vocabularies of {args.vocab_size}. Net of start-up. "
             "All outputs of a tokenizer are the same bytes.\n\n"
