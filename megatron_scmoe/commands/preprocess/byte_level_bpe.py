@@ -30,7 +30,11 @@ from typing import Any
 import numpy as np
 
 from megatron_scmoe.commands.preprocess.proof import CLASSES, NotExactError, ranges
-from megatron_scmoe.commands.preprocess.special_tokens import finder, ranks_of
+from megatron_scmoe.commands.preprocess.special_tokens import (
+    finder,
+    make_encoding,
+    ranks_of,
+)
 
 _SPACE_BEFORE_A_WORD = r"|\s+(?!\S)"
 
@@ -60,7 +64,6 @@ class ByteLevelBPE:
     """
 
     def __init__(self, backend: Any, reference: Callable[[str], list[int]]) -> None:
-        import tiktoken
         from tokenizers.normalizers import NFC
 
         state = json.loads(backend.to_str())
@@ -83,12 +86,7 @@ class ByteLevelBPE:
             rf"[{space}]{WORDS[words]}(?=[^{space}])(?<=[{space}][{space}])"
         )
         self._mark = len(ranks)
-        self._bpe = tiktoken.Encoding(
-            "byte-level",
-            pat_str=_without_look_ahead(words),
-            mergeable_ranks=ranks | {_MARK.encode(): self._mark},
-            special_tokens={},
-        )
+        self._bpe = make_encoding(_without_look_ahead(words), ranks | {_MARK.encode(): self._mark})
         self._before = self._after = self._ids[:0]
         letter, around = self.encode("a"), reference("a")
         if letter is None or list(letter) != [i for i in around if i == letter[0]]:

@@ -1,6 +1,5 @@
 """What both engines ask of a text: whether it contains a special token, and tiktoken's ranks."""
 
-import array
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 _HINT = 3  # characters
-_LARGE_TEXT = 1 << 24  # characters from which Python's integers would need gigabytes
+_SPECIAL = "\U0010ffff" * 2  # in no text; in one it would be taken for ordinary characters
 
 
 def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
@@ -25,9 +24,20 @@ def finder(tokens: Iterable[str]) -> Callable[[str], bool]:
     return lambda text: any(start in text for start in beginnings) and bool(search(text))
 
 
+def make_encoding(words: str, ranks: dict[bytes, int]) -> Any:
+    """The `tiktoken.Encoding` of these tokens, for `ranks_of`.
+
+    Args:
+        words: the expression that cuts a text.
+    """
+    import tiktoken
+
+    # Without any special token tiktoken looks for one, which is empty, at every letter.
+    return tiktoken.Encoding(
+        "fast", pat_str=words, mergeable_ranks=ranks, special_tokens={_SPECIAL: len(ranks)}
+    )
+
+
 def ranks_of(encoding: Any, text: str) -> np.ndarray:
-    """The ranks of a text's tokens in a `tiktoken.Encoding`, uint32."""
-    if len(text) >= _LARGE_TEXT:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    # Faster than numpy.array.
-    return np.frombuffer(array.array("I", encoding.encode_ordinary(text)), np.uint32)
+    """The ranks of a text's tokens in an encoding of `make_encoding`, uint32."""
+    return encoding.encode_to_numpy(text, disallowed_special=())

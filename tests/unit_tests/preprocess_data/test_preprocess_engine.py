@@ -2,7 +2,9 @@
 
 import functools
 import io
+import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ from megatron_scmoe.commands.preprocess.corpus import Batch
 from megatron_scmoe.commands.preprocess.encoding import Encoder
 from megatron_scmoe.commands.preprocess.engines import find_engine
 from megatron_scmoe.commands.preprocess.proof import NotExactError, prove
-from megatron_scmoe.commands.preprocess.sentencepiece_bpe import SentencePieceBPE
+from megatron_scmoe.commands.preprocess.sentencepiece_bpe import SentencePieceBPE, _words
 from megatron_scmoe.commands.preprocess.special_tokens import finder
 
 CORPUS = (
@@ -165,9 +167,10 @@ def test_a_million_times_the_same(unit: str) -> None:
     assert make(GPT2).decode(engine(GPT2).encode(text).tolist()) == text
 
 
-def test_a_large_text_has_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(special_tokens, "_LARGE_TEXT", 10)
-    assert engine(QWEN2).encode(CORPUS).tolist() == make(QWEN2).encode(CORPUS).ids
+def test_what_tiktoken_takes_for_special_is_text() -> None:
+    text = f"a{special_tokens._SPECIAL} b"
+    ids = sentencepiece_model().encode_as_ids(text)
+    assert SentencePieceBPE(sentencepiece_model()).encode(text).tolist() == ids
 
 
 # "abc" is ab, c to the reference, because only a, bc makes abc; tiktoken would make abc of ab, c.
@@ -294,12 +297,9 @@ def test_the_same_ids_as_sentencepiece(text: str, prefix: bool, runs_alike: bool
 
 
 @pytest.mark.parametrize("runs_alike", [False, True])
-def test_proof_of_sentencepiece_on_the_stress_text(monkeypatch, runs_alike: bool) -> None:
+def test_proof_of_sentencepiece_on_the_stress_text(runs_alike: bool) -> None:
     processor = sentencepiece_model(True, runs_alike)
-    fast = SentencePieceBPE(processor)
-    prove(fast, processor.encode_as_ids, [CORPUS])
-    monkeypatch.setattr(special_tokens, "_LARGE_TEXT", 10)
-    prove(fast, processor.encode_as_ids, [CORPUS])
+    prove(SentencePieceBPE(processor), processor.encode_as_ids, [CORPUS])
 
 
 def altered_model(alter) -> SentencePieceProcessor:
@@ -325,13 +325,49 @@ def without_bytes(model) -> None:
         (without_bytes, "no bytes for unknown"),
         (lambda m: setattr(m.trainer_spec, "treat_whitespace_as_suffix", True), "its own way"),
         (lambda m: m.pieces.add(piece="e\u2581t", score=-1.5), "space behind something else"),
-        (lambda m: m.pieces.add(piece="zzz", score=-1.0), "have the same score"),
+        (lambda m: setattr(m.pieces[270], "score", m.pieces[271].score), "have the same score"),
         (lambda m: setattr(m.pieces[-1], "type", 5), "has unused tokens"),
     ],
 )
 def test_what_of_sentencepiece_is_not_exact_is_not_used(alter, reason: str) -> None:
     with pytest.raises(NotExactError, match=reason):
         SentencePieceBPE(altered_model(alter))
+
+
+def test_a_token_that_merges_do_not_make_is_never_used() -> None:
+    """To tiktoken a word that is a token is that, whatever its merges say."""
+    processor = altered_model(lambda model: model.pieces.add(piece="\u2581qqqq", score=-0.5))
+    text = "a qqqq qqqq"
+    assert processor.vocab_size() - 1 not in processor.encode_as_ids(text)
+    assert SentencePieceBPE(processor).encode(text).tolist() == processor.encode_as_ids(text)
+
+
+def test_special_tokens_that_begin_with_a_space() -> None:
+    """SentencePiece looks for them when its space is in front of the text, and all are U+2581."""
+
+    def add(model) -> None:
+        model.pieces.add(piece="\u2581den", type=model.pieces[0].USER_DEFINED)
+
+    for text in ("den", "a den", "a\u2581den"):
+        processor = altered_model(add)
+        assert processor.vocab_size() - 1 in processor.encode_as_ids(text)
+        assert SentencePieceBPE(processor).encode(text) is None
+
+
+@given(
+    tokens=st.lists(st.from_regex(r"\A *[ab.\]\\^é-]+\Z"), max_size=6),
+    between=st.lists(st.text(" ab.-]\\^é\n", max_size=3), min_size=6, max_size=6),
+)
+def test_no_token_reaches_across_the_words_that_a_text_is_cut_into(tokens, between) -> None:
+    words = re.sub(r"\\x\{(\w+)\}", lambda m: re.escape(chr(int(m[1], 16))), _words(tokens))
+    text = "".join(itertools.chain.from_iterable(zip(between, tokens, strict=False)))
+    found = re.findall(words, text)
+    assert "".join(found) == text
+    cuts = set(itertools.accumulate(map(len, found)))
+    for token in tokens:
+        for first in range(len(text)):
+            if text.startswith(token, first):
+                assert not cuts & set(range(first + 1, first + len(token)))
 
 
 def test_the_benchmark_trains_tokenizers_that_tiktoken_takes(tmp_path: Path) -> None:
