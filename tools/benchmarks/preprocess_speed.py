@@ -145,6 +145,7 @@ def main() -> None:
         metavar="N",
         help="of the trained ones (default: 4096)",
     )
+    add("--times", type=int, default=1, metavar="N", help="the corpus over and over (default: 1)")
     add("--megatron-lm", type=Path, metavar="FILE", help="its tools/preprocess_data.py, to compare")
     args = parser.parse_args()
     described = describe()
@@ -152,6 +153,7 @@ def main() -> None:
         folder = Path(name)
         corpus, one = folder / "corpus.jsonl", folder / "one.jsonl"
         sample = write_corpus(corpus, args.megabytes)
+        corpus.write_text(corpus.read_text() * args.times)
         one.write_text(json.dumps({"text": sample[0][:1000]}) + "\n")
         megabytes = sum(len(json.loads(line)["text"].encode()) for line in corpus.open()) / 1e6
         tokenizers = {

@@ -346,9 +346,9 @@ def test_special_tokens_that_begin_with_a_space() -> None:
     """SentencePiece looks for them when its space is in front of the text, and all are U+2581."""
 
     def add(model) -> None:
-        model.pieces.add(piece="\u2581den", type=model.pieces[0].USER_DEFINED)
+        model.pieces.add(piece="\u2581qd", type=model.pieces[0].USER_DEFINED)
 
-    for text in ("den", "a den", "a\u2581den"):
+    for text in ("qd", "a qd", "a\u2581qd"):
         processor = altered_model(add)
         assert processor.vocab_size() - 1 in processor.encode_as_ids(text)
         assert SentencePieceBPE(processor).encode(text) is None
