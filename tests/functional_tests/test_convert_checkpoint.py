@@ -500,6 +500,21 @@ def test_a_layout_of_every_kind_gives_the_same_logits(
     assert found.same and found.places == 32, found.text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_logits")
+@pytest.mark.parametrize(
+    "layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"]
+)
+def test_a_layout_of_one_kind_gives_the_same_logits(
+    layout: str, exported: Path, trained: Callable[[str], Path]
+) -> None:
+    pytest.importorskip("transformers")
+    found = verify.compare_logits(
+        trained("grouped query"), exported, ranks=2, options=layout.split()
+    )
+    assert found.same and found.places == 32, found.text()
+
+
 def counting_tokenizer(folder: Path) -> None:
     """Add a tokenizer whose ids are the host's NullTokenizer's: a number is its own token."""
     words = tokenizers.models.WordLevel({str(n): n for n in range(61)}, unk_token="60")

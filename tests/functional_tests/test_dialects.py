@@ -4,6 +4,7 @@ Tiny random models, written to disk by transformers itself, weights large enough
 angle, score or order of heads is seen.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_scmoe.commands.convert_checkpoint import main
 from megatron_scmoe.huggingface import export, load, verify
@@ -196,6 +197,30 @@ def test_longcat_flash_goes_out_as_it_came_in(
         logits = [model(tokens).logits for model in read]
     assert type(read[0]) is type(read[1])
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+
+
+def test_longcat_flash_comes_in_with_all_experts_in_one_tensor(
+    came_in: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As transformers holds them, with rows for those without weights; and without model_type."""
+    theirs = came_in("LongCat-Flash") / "theirs"
+    weights = load_file(theirs / "model.safetensors")
+    for pair in range(LONGCAT["num_layers"]):
+        experts = f"model.layers.{pair}.mlp.experts"
+        gate, up, down = (
+            [weights.pop(f"{experts}.{e}.{kind}_proj.weight") for e in range(number)]
+            for kind, number in (("gate", 6), ("up", 6), ("down", 4))
+        )
+        weights[f"{experts}.gate_up_proj"] = torch.stack(
+            [torch.cat(both) for both in zip(gate, up, strict=True)]
+        )
+        weights[f"{experts}.down_proj"] = torch.stack(down)
+    save_file(weights, tmp_path / "model.safetensors")
+    config = json.loads((theirs / "config.json").read_text())
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load.load(tmp_path, tmp_path / "checkpoints")
+    assert verify.compare_tensors(tmp_path / "checkpoints", theirs) is None
 
 
 @pytest.mark.usefixtures("forked_logits")
