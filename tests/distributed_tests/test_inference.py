@@ -295,7 +295,13 @@ class Unpinned:
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("name", [*POSITIONS, "experts at home", "two gates"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("none", "pos1") else ())
+        for name in (*POSITIONS, "experts at home", "two gates")
+    ],
+)
 def test_dynamic_context_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a slow kernel in place of flash-attn's; all else is the host's own, in blocks of 4."""
     monkeypatch.setattr(dynamic_context, "torch", Unpinned())

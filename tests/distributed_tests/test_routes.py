@@ -214,8 +214,17 @@ def test_equals_loops_over_tokens(kind: type[ShortcutLayer], units: int, positio
 
 
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("host", [{}, FULL, MOE], ids=["", "recomputed", "moe recomputed"])
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(
+    ("chunks", "host"),
+    [
+        pytest.param(1, {}, id="1-"),
+        pytest.param(1, FULL, id="1-recomputed"),
+        pytest.param(1, MOE, id="1-moe recomputed"),
+        pytest.param(3, {}, id="3-"),
+        pytest.param(3, FULL, id="3-recomputed", marks=pytest.mark.slow),
+        pytest.param(3, MOE, id="3-moe recomputed", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("kind", "units"), TOYS, ids=["two routes", "carried"])
 def test_no_bit_depends_on_when_it_runs(
     kind: type[ShortcutLayer], units: int, chunks: int, host: dict[str, Any]

@@ -135,7 +135,10 @@ def test_a_help_text_that_cannot_be_formatted_is_printed_as_it_is(text: str) -> 
     assert text in printed and "three is 3" in printed
 
 
-@pytest.mark.parametrize("script", ["pretrain_gpt_scmoe.py", "tools/plan_overlap.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["pretrain_gpt_scmoe.py", pytest.param("tools/plan_overlap.py", marks=pytest.mark.slow)],
+)
 def test_help_is_printed(script: str) -> None:
     """Of all options, the host's with a bare percent sign too."""
     done = subprocess.run(
