@@ -157,8 +157,9 @@ class ScMoEConfig:
     """Dense operators of the window that run before the routed experts. Attention is three
     operators: QKV, core, projection. Pos-1: attention, shared expert (0..4). Pos-2: MLP, attention,
     shared expert (0..5). Pos-3: attention, MLP, attention, shared expert (0..8). auto: measured in
-    the first iterations, forward and backward separately, then kept, in checkpoints too; N: fixed;
-    N,M: forward and backward. Results are bitwise the same at every slot."""
+    the first iterations, forward and backward separately, then kept, in checkpoints too, and the
+    last where experts are offloaded; N: fixed; N,M: forward and backward. Results are bitwise the
+    same at every slot."""
 
     scmoe_remeasure_slot: bool = False
     """Measure the expert slots again where a checkpoint has them."""
