@@ -22,11 +22,11 @@ Megatron-LM's tools/preprocess_data.py. Different on purpose:
 * Blank lines are skipped. An unpaired surrogate escape, which stops Megatron-LM, becomes U+FFFD.
 * A text must be a string; Megatron-LM's lists of sentences are refused.
 
-Byte-level BPE tokenizers of Hugging Face (GPT-2's, Llama 3's, Qwen2's words) and SentencePiece's
-BPE (Llama 2's, Mistral's) are encoded by tiktoken, several times as fast, once it has proven equal
-to the tokenizer on a stress text and on the first documents; --verify goes on comparing while it
-runs. The last line says what encoded. The first run with a tokenizer loads Megatron for it, later
-ones start in a second or two (preprocess/kept_tokenizer.py).
+BPE tokenizers of Hugging Face (GPT-2's, Llama's, Qwen's) and SentencePiece's BPE (Llama 2's,
+Mistral's) are encoded by gigatoken, where it is installed, many times as fast, once it has proven
+equal to the tokenizer on a stress text and on the first documents; --verify goes on comparing
+while it runs. The last line says what encoded. The first run with a tokenizer loads Megatron for
+it, later ones start in a second or two (preprocess/kept_tokenizer.py).
 
 The output appears when it is whole. An interrupted run leaves nothing; one that is killed outright
 (SIGKILL) leaves a hidden folder `.{prefix}.*.tmp` beside the output, to be deleted by hand. With
@@ -49,8 +49,9 @@ from megatron_scmoe.commands.preprocess import DataError
 from megatron_scmoe.commands.preprocess.corpus import Batch, find_files, read_batches
 from megatron_scmoe.commands.preprocess.dataset_writer import OutputFolder, optimal_dtype
 from megatron_scmoe.commands.preprocess.encoding import Encoder
-from megatron_scmoe.commands.preprocess.engines import find_engine
+from megatron_scmoe.commands.preprocess.gigatoken_bpe import find_engine
 from megatron_scmoe.commands.preprocess.host_tokenizer import (
+    SENTENCEPIECE_TYPES,
     add_tokenizer_arguments,
     check_tokenizer_arguments,
     find_eod,
@@ -193,7 +194,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--engine",
         choices=("auto", "reference"),
         default="auto",
-        help="auto: tiktoken encodes for the tokenizers that it reproduces exactly, the tokenizer "
+        help="auto: gigatoken encodes for the tokenizers that it reproduces exactly, the tokenizer "
         "itself the others, and the run says which; reference: always the tokenizer itself",
     )
     group.add_argument(
@@ -202,8 +203,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=range(1001),
         default=1,
         metavar="N",
-        help="of 1000 documents that tiktoken has encoded, let the tokenizer encode N again, drawn "
-        "at random; a difference stops the run (default: 1)",
+        help="of 1000 documents that gigatoken has encoded, let the tokenizer encode N again, "
+        "drawn at random; a difference stops the run (default: 1)",
     )
     group.add_argument(
         "--log-interval",
@@ -312,7 +313,7 @@ def preprocess(args: argparse.Namespace, guard: InterruptGuard) -> None:
         job.finish()
         with guard.shielded():
             output.publish()
-        by = f"by the tokenizer itself: {slow_because}" if slow_because else "by tiktoken"
+        by = f"by the tokenizer itself: {slow_because}" if slow_because else "by gigatoken"
         say(f"wrote {bar}{job.summary()}, encoded {by}")
 
 
@@ -341,8 +342,8 @@ def _choose_engine(args: argparse.Namespace, encoder: Encoder, first: list[Batch
         texts = [text[:SAMPLE_CHARS] for batch in first for text in encoder.texts(batch)]
         prove(engine, encoder.tokenizer.tokenize, texts)
     except NotExactError as error:
-        if args.tokenizer_type == "HuggingFaceTokenizer":
-            say(f"encoding is several times slower than with tiktoken: {error}")
+        if args.tokenizer_type in ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES):
+            say(f"encoding is many times slower than with gigatoken: {error}")
         return str(error)
     encoder.engine = engine
     return None

@@ -29,7 +29,7 @@ from tools.benchmarks.preprocess_speed import (
 )
 from tools.benchmarks.provenance import as_markdown, describe
 
-ONCE_MEGABYTES = 40  # of different text
+ONCE_MEGABYTES = 250  # of different text
 SHARES = (0.1, 0.5, 1.0)
 TOKENIZERS = ("gpt2", "llama2")
 
@@ -78,8 +78,6 @@ def _memory(parent: int) -> float:
 
 
 def main() -> None:
-    from megatron_scmoe.commands.preprocess.byte_level_bpe import GPT2
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--megabytes", type=float, default=2000, metavar="MB", help="of JSON (default: 2000)")
@@ -94,7 +92,7 @@ def main() -> None:
         folder = Path(name)
         sample = write_corpus(folder / "once.jsonl", ONCE_MEGABYTES)
         tokenizers = {
-            "gpt2": train_byte_level(folder / "gpt2", sample, GPT2, 4096),
+            "gpt2": train_byte_level(folder / "gpt2", sample, "gpt2", 4096),
             "llama2": train_sentencepiece(folder / "llama2", sample, 4096),
         }
         sizes = [(0.1, 0.0), (args.megabytes, 0.0)]  # the first one keeps the tokenizer

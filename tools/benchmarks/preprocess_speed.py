@@ -3,7 +3,7 @@
     python -m tools.benchmarks.preprocess_speed --megabytes 40 --workers 1 2 \\
         [--megatron-lm PATH/tools/preprocess_data.py]
 
-The corpus is this Python's library, site-packages included, one file a document; the tokenizers are
+The corpus is this Python's library and what is installed, one file a document; the tokenizers are
 trained on a part of it. Each row is a run of the tool as a user starts it, net of the start-up: the
 same run with one document, which this package's tool has done before with the tokenizer, so that it
 has kept it. CPU seconds are those of all processes, so that they also mean something
@@ -30,7 +30,17 @@ from tools.benchmarks.provenance import as_markdown, describe
 from tools.benchmarks.real_text import REPOSITORY
 
 TOOL = REPOSITORY / "tools" / "preprocess_data.py"
-TOKENIZERS = ("gpt2", "llama3", "qwen2", "llama2")
+# How a text is cut into words, as it stands in their tokenizer.json.
+EXPRESSIONS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    **{
+        name: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        for name, digits in (("llama3", "{1,3}"), ("qwen2", ""))
+    },
+}
+TOKENIZERS = (*EXPRESSIONS, "llama2")
 TRAINING_MEGABYTES = 2
 NAME = "o_text_document"
 
@@ -40,28 +50,27 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
     sample: list[str] = []
     size = 0
     with path.open("w") as stream:
-        for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-            text = file.read_text(encoding="utf-8", errors="ignore")
-            if size >= megabytes * 1e6:
-                break
-            size += len(text.encode())
-            stream.write(json.dumps({"text": text}) + "\n")
-            if size < TRAINING_MEGABYTES * 1e6:
-                sample.append(text)
+        folders = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if size >= megabytes * 1e6:
+            break
+        size += len(text.encode())
+        stream.write(json.dumps({"text": text}) + "\n")
+        if size < TRAINING_MEGABYTES * 1e6:
+            sample.append(text)
     return sample
 
 
-def train_byte_level(folder: Path, sample: list[str], words: str, vocab_size: int) -> list[str]:
-    """Train a byte-level BPE with this expression of words, and return the tool's options."""
+def train_byte_level(folder: Path, sample: list[str], kind: str, vocab_size: int) -> list[str]:
+    """Train a byte-level BPE with one of EXPRESSIONS, and return the tool's options."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    own = kind == "gpt2"  # its expression is the library's own
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)
+    words = pre_tokenizers.Split(Regex(EXPRESSIONS[kind]), "isolated")
+    tokenizer.pre_tokenizer = letters if own else pre_tokenizers.Sequence([words, letters])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],
@@ -129,8 +138,6 @@ def run(tool: Path, corpus: Path, output: Path, options: list[str]) -> tuple[flo
 
 
 def main() -> None:
-    from megatron_scmoe.commands.preprocess.byte_level_bpe import GPT2, LLAMA3, QWEN2
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--megabytes", type=float, default=40, metavar="MB", help="of text (default: 40)")
@@ -157,14 +164,14 @@ def main() -> None:
         one.write_text(json.dumps({"text": sample[0][:1000]}) + "\n")
         megabytes = sum(len(json.loads(line)["text"].encode()) for line in corpus.open()) / 1e6
         tokenizers = {
-            words_name: train_byte_level(folder / words_name, sample, words, args.vocab_size)
-            for words_name, words in (("gpt2", GPT2), ("llama3", LLAMA3), ("qwen2", QWEN2))
-            if words_name in args.tokenizers
+            kind: train_byte_level(folder / kind, sample, kind, args.vocab_size)
+            for kind in EXPRESSIONS
+            if kind in args.tokenizers
         }
         if "llama2" in args.tokenizers:
             tokenizers["llama2"] = train_sentencepiece(folder / "llama2", sample, args.vocab_size)
         programs = {
-            "tiktoken": (TOOL, ["--overwrite"]),
+            "gigatoken": (TOOL, ["--overwrite"]),
             "tokenizer": (TOOL, ["--overwrite", "--engine", "reference"]),
         }
         if args.megatron_lm:

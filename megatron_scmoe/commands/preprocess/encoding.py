@@ -175,8 +175,8 @@ class Encoder:
                     common = min(len(fast), len(reference))
                     different = np.flatnonzero(fast[:common] != reference[:common])
                     raise DataError(
-                        f"{place}: the ids of {key!r} by tiktoken and by the tokenizer differ from "
-                        f"number {different[0] if different.size else common} on; nothing was "
+                        f"{place}: the ids of {key!r} by gigatoken and by the tokenizer differ "
+                        f"from number {different[0] if different.size else common} on; nothing was "
                         "written. --engine reference encodes with the tokenizer alone; please "
                         "report the line and the tokenizer"
                     )

@@ -12,7 +12,7 @@ _PLANES = 4  # of the 17: the later ones have no letters, numbers or spaces
 
 
 class NotExactError(ValueError):
-    """tiktoken cannot stand for a tokenizer; says why, as the end of a sentence about it."""
+    """gigatoken cannot stand for a tokenizer; says why, as the end of a sentence about it."""
 
 
 class Engine(Protocol):
@@ -31,7 +31,7 @@ def prove(engine: Engine, reference: Callable[[str], list[int]], texts: Iterable
     for text in (*stress_texts(), *texts):
         ids = engine.encode(text) if text else None
         if ids is not None and not np.array_equal(ids, reference(text)):
-            raise NotExactError(f"tiktoken encodes {text[:60]!r}... differently")
+            raise NotExactError(f"gigatoken encodes {text[:60]!r}... differently")
 
 
 def stress_texts() -> Iterator[str]:
