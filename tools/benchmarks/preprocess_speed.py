@@ -49,16 +49,16 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
     """Write JSON lines, and return a sample to train tokenizers on."""
     sample: list[str] = []
     size = 0
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     with path.open("w") as stream:
-        folders = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        if size >= megabytes * 1e6:
-            break
-        size += len(text.encode())
-        stream.write(json.dumps({"text": text}) + "\n")
-        if size < TRAINING_MEGABYTES * 1e6:
-            sample.append(text)
+        for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            if size >= megabytes * 1e6:
+                break
+            size += len(text.encode())
+            stream.write(json.dumps({"text": text}) + "\n")
+            if size < TRAINING_MEGABYTES * 1e6:
+                sample.append(text)
     return sample
 
 

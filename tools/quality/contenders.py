@@ -45,7 +45,7 @@ class QualityContender:
     against: str = "top2"
     """Whom it is compared with."""
     main: bool = False
-    """All seeds in place of the first."""
+    """Run before all others, and at every scale with all seeds."""
     studied: bool = False
     """Its first seed's model is saved, for claims.py."""
 

@@ -97,7 +97,7 @@ def _ranking(found: Found, path: Path) -> list[Path]:
     axes.set_yticks(range(len(rows)), [each.title for each, _ in rows], fontsize="small")
     axes.set(
         xlabel="held-out loss, nats per token (a dot a seed, a bar their mean; dotted: top-2)",
-        title="blue: all seeds; orange: one seed",
+        title="blue: main contenders",
     )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)

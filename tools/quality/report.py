@@ -100,7 +100,7 @@ def _head(found: Found, scale: Scale, name: str, corpus: Mapping[str, Any]) -> s
     machines = {f"{r.machine['processor']}, {r.machine['cores']} cores" for r in results}
     commits = sorted({result.commit for result in results})
     runs = [(each, len(found.runs.get(each.name, {}))) for each in CONTENDERS]
-    wanted = sum(len(scale.seeds) if each.main else 1 for each in CONTENDERS)
+    wanted = sum(len(scale.seeds_of(each.main)) for each in CONTENDERS)
     return "\n".join(
         (
             f"{sum(n for _, n in runs)} of {wanted} runs. {scale.num_layers} layers, hidden size "

@@ -247,9 +247,11 @@ def rate_tasks(contender: QualityContender, scale: Scale) -> list[PlannedRun]:
 
 
 def seed_tasks(contender: QualityContender, scale: Scale, rate: float) -> list[PlannedRun]:
-    """The full runs at its rate: all seeds of a main contender, one of every other."""
-    seeds = scale.seeds if contender.main else scale.seeds[:1]
-    return [PlannedRun(contender, seed, rate, scale.iterations) for seed in seeds]
+    """The full runs at its rate, one for each of its seeds."""
+    return [
+        PlannedRun(contender, seed, rate, scale.iterations)
+        for seed in scale.seeds_of(contender.main)
+    ]
 
 
 def chosen_rate(contender: QualityContender, scale: Scale, results: Iterable[RunResult]) -> float:

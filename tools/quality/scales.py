@@ -31,7 +31,9 @@ class Scale:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """The learning rates that everybody may choose from."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Of weights and data order; the main contenders have all of them, the others the first."""
+    """Of weights and data order."""
+    seeds_of_others: int = 1
+    """How many of them contenders have that are not the main ones."""
     rate_seed: int = 100
     jobs: int = 2
     """Runs at a time."""
@@ -42,6 +44,10 @@ class Scale:
     def tokens(self) -> int:
         """Of a run."""
         return self.iterations * self.batch * self.seq_length
+
+    def seeds_of(self, main: bool) -> tuple[int, ...]:
+        """Those of a contender."""
+        return self.seeds if main else self.seeds[: self.seeds_of_others]
 
     @property
     def log_interval(self) -> int:
@@ -71,7 +77,7 @@ class Scale:
 
     def as_json(self) -> dict[str, Any]:
         """What decides over a result; not how many runs there are, nor how many at a time."""
-        kept = set(vars(self)) - {"jobs", "seeds"}
+        kept = set(vars(self)) - {"jobs", "seeds", "seeds_of_others"}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in vars(self).items()
@@ -111,6 +117,7 @@ SCALES = {
         iterations=800,
         rate_iterations=120,
         eval_iterations=240,
+        seeds_of_others=3,
     ),
     # One H100, by estimate: 350 M tokens of 111 MFLOP, forward and backward, are six minutes at a
     # tenth of its peak; 166 starts of 20 s, twelve at a time, four and a half beside. Never run.
