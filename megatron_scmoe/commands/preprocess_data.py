@@ -204,7 +204,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=1,
         metavar="N",
         help="of 1000 documents that gigatoken has encoded, let the tokenizer encode N again, "
-        "drawn at random; a difference stops the run (default: 1)",
+        "drawn at random among those below 16 MiB; a difference stops the run (default: 1)",
     )
     group.add_argument(
         "--log-interval",

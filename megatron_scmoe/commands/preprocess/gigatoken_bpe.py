@@ -3,8 +3,8 @@ ids: byte-level ones of Hugging Face (GPT-2's, Llama 3's, Qwen's), Llama 2's way
 
 Its merges are those of the reference, in the same order. What it is not asked for:
 
-* Texts with a special token in them (<|endoftext|>) are left to the reference; gigatoken is given
-  the model without any.
+* Texts with a special token in them are left to the reference, unless it is a plain one of Hugging
+  Face's (<|endoftext|>), which no normalization and no white space beside it concerns.
 * Normalization of byte-level tokenizers (NFC) is the reference's own function: the two follow
   different versions of Unicode.
 * Of equal scores SentencePiece merges the leftmost, gigatoken the token that it ranks first. The
@@ -31,6 +31,9 @@ from megatron_scmoe.commands.preprocess.proof import NotExactError
 
 _SPACE = "\u2581"
 _NOTHING = "\U0010ffff"  # no character, in any token
+_FLAGS = ("lstrip", "rstrip", "single_word")
+_ASCII_STAYS = ("NFC", "NFD", "NFKC", "NFKD")
+_MANY = 1 << 24  # ids: as many places gigatoken takes
 _HINT = 3  # characters
 _REMEMBERED = 256e6  # bytes of memory, at most, for what was seen
 _LOOK_EVERY = 1 << 22  # characters: a fortieth of a second, and at worst 55 MB
@@ -40,30 +43,32 @@ class GigatokenBPE:
     """A tokenizer's ids, by gigatoken.
 
     Args:
-        make: a new `gigatoken.Tokenizer`, which knows no special tokens.
-        has_special_token: whether the reference may see one in a text.
-        normalize: what the reference does to a text first, if gigatoken does not.
+        make: a new `gigatoken.Tokenizer`.
+        is_left: whether only the reference can encode a text.
+        normalize: what the reference makes of a text first, if gigatoken does not; None if only the
+            reference can encode it. Called for what is not ASCII.
     """
 
     def __init__(
         self,
         make: Callable[[], Any],
-        has_special_token: Callable[[str], bool],
-        normalize: Callable[[str], str] | None = None,
+        is_left: Callable[[str], bool],
+        normalize: Callable[[str], str | None] | None = None,
     ) -> None:
-        self._make, self._has_special_token, self._normalize = make, has_special_token, normalize
+        self._make, self._is_left, self._normalize = make, is_left, normalize
         self._bpe = make()
         self._unseen, self._memory = 0, resident_bytes()
         self._before = self._after = np.empty(0, np.int32)
 
     def encode(self, text: str) -> np.ndarray | None:
         """The ids of a text, int32; None if only the reference can tell."""
-        if self._has_special_token(text):
+        if self._is_left(text):
             return None
         if self._normalize and not text.isascii():
-            text = self._normalize(text)
-            if self._has_special_token(text):
+            normalized = self._normalize(text)
+            if normalized is None:
                 return None
+            text = normalized
         self._unseen += len(text)
         if self._unseen >= _LOOK_EVERY:
             self._forget()
@@ -141,21 +146,44 @@ def of_huggingface(backend: Any) -> GigatokenBPE:
         raise NotExactError("its model is not BPE, or drops merges at random")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise NotExactError("it marks the inner or the last part of a word")
-    tokens = [token["content"] for token in state["added_tokens"]]
-    normalize: Callable[[str], str] | None = None
-    if normalizer is not None:
-        if state["pre_tokenizer"] is not None:
-            if normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
-                raise NotExactError(f"its normalizer is {normalizer['type']}")
-            normalize = backend.normalizer.normalize_str
-            state["normalizer"] = None
+    if max(model["vocab"].values(), default=0) >= _MANY:
+        raise NotExactError("its ids are too large")
+    added, byte_level = state["added_tokens"], state["pre_tokenizer"] is not None
+    tokens = [token["content"] for token in added]
+    normalize: Callable[[str], str | None] | None = None
+    if normalizer is None:
+        plain = [token for token in added if not any(token[flag] for flag in _FLAGS)]
+    elif byte_level and normalizer["type"] in _ASCII_STAYS:
+        plain = [
+            token for token in added if not any(token[flag] for flag in (*_FLAGS, "normalized"))
+        ]
+        normalize = _normalizer(backend.normalizer.normalize_str, tokens)
+        state["normalizer"] = None
+    elif byte_level:
+        raise NotExactError(f"its normalizer is {normalizer['type']}")
+    else:
+        plain = []
         # A token that is normalized itself is looked for behind the text's normalization.
         tokens += [backend.normalizer.normalize_str(token) for token in tokens]
         tokens += [token.replace(" ", _SPACE) for token in tokens]
         tokens += [token.replace(_SPACE, " ").strip(" ") for token in tokens]
-    state |= {"added_tokens": [], "post_processor": None, "decoder": None}
+    state |= {"added_tokens": plain, "post_processor": None, "decoder": None}
     make = _maker("from_json", json.dumps(state))
-    return GigatokenBPE(make, finder(filter(None, tokens)), normalize)
+    others = set(tokens) - {token["content"] for token in plain}
+    return GigatokenBPE(make, finder(filter(None, others)), normalize)
+
+
+def _normalizer(normalize: Callable[[str], str], tokens: list[str]) -> Callable[[str], str | None]:
+    """`normalize`; None of a text with one of `tokens`, before or behind it."""
+    has_token = finder([*tokens, *map(normalize, tokens)])
+
+    def normalized(text: str) -> str | None:
+        if has_token(text):
+            return None
+        text = normalize(text)
+        return None if has_token(text) else text
+
+    return normalized
 
 
 def of_sentencepiece(processor: Any) -> GigatokenBPE:

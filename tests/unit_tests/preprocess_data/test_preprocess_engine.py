@@ -126,7 +126,7 @@ def changed(**parts: object) -> Tokenizer:
 def test_the_same_ids(text: str, words: str, normalize: bool, bos: bool) -> None:
     ids = engine(words, normalize, bos).encode(text)
     if ids is None:
-        assert EOD in text or "<s>" in text
+        assert normalize and (EOD in text or "<s>" in text)
     else:
         assert ids.tolist() == make(words, normalize, bos).encode(text).ids
 
@@ -213,6 +213,7 @@ def test_merges_are_followed_and_not_guessed_from_the_tokens(text, parts) -> Non
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "is not BPE"),
         ({"end_of_word_suffix": "</w>", "merges": []}, "last part of a word"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer is Lowercase"),
+        ({"vocab": UNREACHED["vocab"] | {"zz": 1 << 24}, "merges": []}, "ids are too large"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Unsupported pre_tokenizer type: Whitespace"),
         ({"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0}}, "truncates"),
     ],
@@ -226,6 +227,39 @@ def test_what_is_not_exact_is_not_used(parts: dict[str, object], reason: str) ->
 @given(tokens=st.lists(st.text("<|ab", min_size=1, max_size=5), max_size=4), text=st.text("<|abc"))
 def test_special_tokens_are_found(tokens: list[str], text: str) -> None:
     assert finder(tokens)(text) == any(token in text for token in tokens)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), words=st.sampled_from([*WORDS.values()]))
+def test_special_tokens_inside_a_text(data: st.DataObject, words: str) -> None:
+    """Whatever they are, and how they overlap; those that take white space along are left."""
+    contents = (
+        "<s",
+        "<|end|>",
+        " <x>",
+        "<x> ",
+        "aa",
+        "aab",
+        "\n\n",
+        "\u00e9",
+        EOD + "x",
+        "1",
+        "  ",
+    )
+    plain = data.draw(st.lists(st.sampled_from(contents), unique=True, max_size=4))
+    tokenizer = Tokenizer.from_str(make(words).to_str())
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in plain])
+    tokenizer.add_special_tokens(
+        [AddedToken("<l>", lstrip=True), AddedToken("<w>", single_word=True)]
+    )
+    engine = of_huggingface(tokenizer)
+    parts = st.sampled_from((*contents, EOD, "<l>", "<w>", "<|end", "a", "b", " ", "\n", "x>"))
+    for text in data.draw(st.lists(st.lists(parts, max_size=14).map("".join), max_size=9)):
+        ids = engine.encode(text)
+        if ids is None:
+            assert "<l>" in text or "<w>" in text
+        else:
+            assert ids.tolist() == tokenizer.encode(text).ids
 
 
 def test_other_tokenizers_have_no_engine() -> None:
