@@ -221,8 +221,8 @@ def _maker(form: str, content: str | bytes) -> Callable[[], Any]:
         try:
             return getattr(gigatoken.Tokenizer, form)(content)
         except (ValueError, RuntimeError) as error:
-            (first, *_) = str(error).splitlines()
-            raise NotExactError(f"gigatoken does not know it ({first[:80]})") from error
+            why = str(error).partition("\n")[0][:80]
+            raise NotExactError(f"gigatoken does not know it ({why})") from error
 
     return make
 
