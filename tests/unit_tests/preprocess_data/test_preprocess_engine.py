@@ -29,7 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-from megatron_scmoe.commands.preprocess import DataError, gigatoken_bpe
+from megatron_scmoe.commands.preprocess import DataError, encoding, gigatoken_bpe
 from megatron_scmoe.commands.preprocess.corpus import Batch
 from megatron_scmoe.commands.preprocess.encoding import Encoder
 from megatron_scmoe.commands.preprocess.gigatoken_bpe import (
@@ -267,7 +267,7 @@ def test_other_tokenizers_have_no_engine() -> None:
         find_engine(object())
 
 
-def test_verify_stops_at_a_difference() -> None:
+def test_verify_stops_at_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make(GPT2)
     wrong = of_huggingface(tokenizer)
     wrong._after = np.array([0], np.int32)
@@ -276,6 +276,10 @@ def test_verify_stops_at_a_difference() -> None:
     assert Encoder(Adapter(tokenizer), ["text"], np.uint16, engine=wrong)(batch).documents == 1
     with pytest.raises(DataError, match=r"c\.jsonl:7: the ids of 'text' by gigatoken .* differ"):
         Encoder(Adapter(tokenizer), ["text"], np.uint16, engine=wrong, verify=1000)(batch)
+    # A document of gigabytes would take the tokenizer many times its size.
+    monkeypatch.setattr(encoding, "VERIFIED_BYTES", len(line))
+    encoder = Encoder(Adapter(tokenizer), ["text"], np.uint16, engine=wrong, verify=1000)
+    assert encoder(batch).documents == 1
 
 
 def test_the_run_says_what_encodes(tool, tmp_path: Path, tokenizers) -> None:
