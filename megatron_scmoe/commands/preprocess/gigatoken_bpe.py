@@ -79,8 +79,9 @@ class GigatokenBPE:
 
     def _forget(self) -> None:
         """Begin anew if memory has grown too much."""
-        self._unseen = 0
-        if resident_bytes() - self._memory > _REMEMBERED:
+        self._unseen, now = 0, resident_bytes()
+        self._memory = min(self._memory, now)  # a large text may have gone
+        if now - self._memory > _REMEMBERED:
             self._bpe = self._make()
             self._memory = resident_bytes()
 

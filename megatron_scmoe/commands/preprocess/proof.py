@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -44,6 +45,7 @@ def stress_texts() -> Iterator[str]:
         for code in (first - 1, first, last, last + 1)
         if code >= 0 and not 0xD800 <= code < 0xE000
     }
+    edges |= _where_categories_change()
     edges |= set(map(chr, range(0x250))) | set("\u017f\u212a\ufb06\u2581")
     lines = (f"a{c}b 1{c}2 {c}\n{c}{c}.{c} '{c} {c}  \t{c}\r\n\r\n{c}" for c in sorted(edges))
     yield from map("".join, itertools.batched(lines, 16))
@@ -57,6 +59,18 @@ def stress_texts() -> Iterator[str]:
     yield from (f"x{' ' * count}y" for count in range(70))
     yield "I'll we've IT'S they'RE 'S'T'D 'x '' don't'll \u2019s"
     yield "e\u0301 \u1e9b\u0323 \u212b \uac00\u1100\u1161 \U0001f468\u200d\U0001f469"
+
+
+def _where_categories_change() -> set[str]:
+    """The first and the last of neighbours of one category, by Python's Unicode: expressions of
+    words also tell letters by case, accents and signs."""
+    codes = [chr(code) for code in range(_PLANES << 16) if not 0xD800 <= code < 0xE000]
+    return {
+        char
+        for pair in itertools.pairwise(codes)
+        if unicodedata.category(pair[0]) != unicodedata.category(pair[1])
+        for char in pair
+    }
 
 
 @functools.cache
